@@ -384,7 +384,10 @@ class NoiseAware:
 
     @torch.no_grad()
     def score(self, previews: Previews) -> Tensor:
-        """Return the expected rewards (N, 1) of the clean samples. Raises ValueError for a level or a reward."""
+        """Return the expected rewards (N, K) of the clean samples, NaN for rewards of weight 0, which only report.
+
+        Raises ValueError for a noise level or a reward that the scorer was not trained for.
+        """
         weights = self.level(previews.noise_share).weights
 
         def predict(inputs: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -397,24 +400,26 @@ class NoiseAware:
         for part in previews.split():
             inputs = part.decode(part.latents) if self.input_kind == "samples" else part.latents.to(part.device)
             scores.append(counted(inputs, part.prompts).float().cpu())
-        return torch.cat(scores)[:, None]
+        used = torch.tensor([reward.weight != 0 for reward in previews.rewards])
+        return torch.where(used, torch.cat(scores)[:, None], torch.nan)
 
     def student(self, rewards: Sequence[NamedReward]) -> nn.Module:
-        """Return the student of the one of ``rewards``. Raises ValueError if the scorer was trained for another."""
+        """Return the student of the one reward that counts. Raises ValueError if the scorer was trained for another."""
         if not self._students:
-            if len(rewards) != 1:
-                names = ", ".join(reward.name for reward in rewards)
+            counting = [reward for reward in rewards if reward.weight]
+            if len(counting) != 1 or counting[0].weight < 0:
+                names = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in counting)
                 raise ValueError(
-                    f"a noise-aware scorer predicts one reward, and this search selects by {names}: search by one of"
-                    " them, or leave the scorer out"
+                    f"a noise-aware scorer predicts one reward of a positive weight, and this search selects by"
+                    f" {names}: give the others the weight 0, which only reports them, or leave the scorer out"
                 )
-            identity = RewardIdentity.of(rewards[0].function)
+            (reward,), identity = counting, RewardIdentity.of(counting[0].function)
             if identity != self.reward:
                 raise ValueError(
-                    f"this search selects by {rewards[0].name!r}, {identity.path}, and the scorer was trained for"
+                    f"this search selects by {reward.name!r}, {identity.path}, and the scorer was trained for"
                     f" {self.reward.beside(identity)}: train one for it with genalign train-noise-aware"
                 )
-            self._students.append(self.make_student(rewards[0].function).eval())
+            self._students.append(self.make_student(reward.function).eval())
         return self._students[0]
 
     def level(self, sigma: float) -> ScorerLevel:

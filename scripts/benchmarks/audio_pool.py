@@ -18,7 +18,7 @@ from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import sample_with_previews
 from genalign.types import Pipeline, Prompt
 from genalign.worlds import tones
-from rewards.noise_aware import ScorerReward
+from rewards.regressor import RegressorReward
 from rewards.tones import TonesReward
 
 STEPS, CANDIDATES, PROMPTS = 16, 48, 60
@@ -42,7 +42,7 @@ def record(work: Path, selection: Path) -> None:
     Samples are scored by the selection reward and by the verifier. Prompts that are recorded already are skipped.
     """
     model = pipeline()
-    judges = [NamedReward("selection", ScorerReward(selection)), NamedReward("strict", TonesReward("strict"))]
+    judges = [NamedReward("selection", RegressorReward(selection)), NamedReward("strict", TonesReward("strict"))]
     for seed in SUITES:
         for index, prompt in enumerate(pool_prompts(seed)):
             path = work / f"seed-{seed}" / f"{index:03d}.safetensors"

@@ -12,46 +12,49 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from genalign.cli.main import main as genalign
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.records import PromptRecord
 from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward
+from genalign.search.noise_aware import NoiseAware
 from genalign.search.pruning import PruneSchedule
 from genalign.types import Prompt
-from rewards.noise_aware import ScorerReward, load_scorer
+from rewards.noise_aware import load_scorer
+from rewards.regressor import RegressorReward
 from scripts.benchmarks import audio_pool
 from scripts.benchmarks.cached import cached
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of
+from scripts.pretrain import selection_reward
 
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
 TUNING = 100
 NAMES = {"iid": "noise_aware_pruning", "comp": "noise_aware_pruning_comp"}  # of rows, by the suite of a pool
 TRIALS, SUBSETS, BATCH = 8, 40, 32
 STUDENT = "noise-aware"
-SCORER = "scorer.safetensors"
+SCORER, REWARD = "scorer.safetensors", "reward.safetensors"
 
 
 def prepare(work: Path) -> None:
     """Train the selection reward, and then its student."""
-    reward = work / "selection" / SCORER
-    follows = [f"--rewards.selection.function.init_args.path={reward}", f"--student.init_args.start={reward}"]
-    for name, config, options in (
-        ("selection", "tones_selection", []),
-        ("aware", "tones_latent", follows),
-    ):
-        output = work / name
-        command = [
-            "train-noise-aware",
-            "--config",
-            f"scripts/configs/noise_aware/{config}.yaml",
-            "--output",
-            str(output),
-            *options,
-        ]
-        if not (output / SCORER).exists() and (status := genalign(command)):
-            raise SystemExit(f"{config} ended with status {status}")
+    reward, output, config = (
+        work / "selection" / REWARD,
+        work / "aware",
+        "scripts/configs/noise_aware/tones_latent.yaml",
+    )
+    if not reward.exists():
+        selection_reward.main(["tones", "--output", str(reward)])
+    command = ["train-noise-aware", "--config", config, "--output", str(output)]
+    command.append(f"--rewards.selection.function.init_args.weights={reward}")
+    if not (output / SCORER).exists() and (status := genalign(command)):
+        raise SystemExit(f"{config} ended with status {status}")
+
+
+def scorer(work: Path) -> NoiseAware:
+    """The student, at every level that it was trained at."""
+    return load_scorer(work / "aware" / SCORER, least_tau=-1.0)
 
 
 def costs(work: Path) -> Costs:
@@ -59,12 +62,10 @@ def costs(work: Path) -> Costs:
 
     def measured() -> dict[str, float]:
         model, prompts = audio_pool.pipeline(), audio_pool.pool_prompts(TUNING)[:BATCH]
-        latents, level = model.initial_noise(range(len(prompts))), torch.full((len(prompts),), 0.5)
-        student = load_scorer(work / "aware" / SCORER).student
-        calls = [
-            NamedReward("selection", ScorerReward(work / "selection" / SCORER)),
-            NamedReward(STUDENT, lambda _, prompts: student(latents, level, prompts)),
-        ]
+        latents = model.initial_noise(range(len(prompts)))
+        reward = NamedReward("selection", RegressorReward(work / "selection" / REWARD))
+        student = scorer(work).student([reward])
+        calls = [reward, NamedReward(STUDENT, lambda _, prompts: student(latents, prompts))]
         return measure_prices(model, calls, prompts, Sampling(audio_pool.STEPS).grid(model), repeats=15)
 
     prices = cached(work / "prices.json", measured)
@@ -75,15 +76,17 @@ def costs(work: Path) -> Costs:
 @torch.no_grad()
 def trials(work: Path, seed: int, subsets: int) -> Trials:
     """Pruning by the student on the pool of a seed."""
-    student = load_scorer(work / "aware" / SCORER).student
-    levels = Sampling(audio_pool.STEPS).grid(audio_pool.pipeline()).noise_share[list(audio_pool.LEVELS)].float()
+    student = scorer(work)
+    reward = NamedReward("selection", RegressorReward(work / "selection" / REWARD))
+    levels = Sampling(audio_pool.STEPS).grid(audio_pool.pipeline()).noise_share[list(audio_pool.LEVELS)].tolist()
     recorded = audio_pool.load(work / "pool", seed)
 
     def scored(previews: Tensor, prompt: Prompt) -> Tensor:
         """(N, L) of previews (N, L, ...) of one prompt."""
-        prompts = [prompt] * len(previews)
-        places = enumerate(levels.expand(len(previews), -1).T)
-        return torch.stack([student(previews[:, i].float(), level, prompts) for i, level in places], dim=1)
+        network, prompts = student.student([reward]), [prompt] * len(previews)
+        weights = [dict(student.level(share).weights) for share in levels]
+        columns = [functional_call(network, own, (previews[:, i].float(), prompts)) for i, own in enumerate(weights)]
+        return torch.stack(columns, dim=1)
 
     scores = [scored(tensors["previews"], prompt) for tensors, prompt in recorded]
     clean = [tensors["clean"] for tensors, _ in recorded]
@@ -94,7 +97,7 @@ def pruning_records(work: Path) -> list[PromptRecord]:
     """Best-of-N before and pruning after, on every pool but that of tuning: means over the budgets, and each."""
     prepare(work)
     prices = costs(work)
-    audio_pool.record(work / "pool", work / "selection" / SCORER)
+    audio_pool.record(work / "pool", work / "selection" / REWARD)
     schedule_of = schedules(work, prices)
     tested = [seed for seed, suite in audio_pool.SUITES.items() if suite in NAMES]
     return [record for seed in tested for record in _records(trials(work, seed, SUBSETS), seed, schedule_of, prices)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genalign import assets
 from genalign.diffusion.sampling import Sampling
@@ -17,30 +18,59 @@ from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state, write_json
 from genalign.scoring.budget import measure_prices, reward_call
-from genalign.scoring.score import NamedReward
+from genalign.scoring.score import NamedReward, score
 from genalign.search.engine import Particles, SearchRun
+from genalign.search.noise_aware import NoiseAware
+from genalign.search.strategy import previews_of
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
-from rewards.noise_aware import ScorerReward, load_scorer
+from rewards.noise_aware import load_scorer
+from rewards.regressor import RegressorReward
 from rewards.shapes import ShapesReward
 from scripts.benchmarks.pruning_trials import Costs, ScorePool, Trials
 
 STEPS, SEEDS, PROMPTS = 20, 64, 200
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
+STUDENTS = ("decoded-11", "decoded-12", "decoded-13", "latent-11")  # by what they see, and the seed of their training
 OTHERS: dict[str, tuple[int, Kernel]] = {"half": (STEPS // 2, ODE()), "stochastic": (STEPS, FlowSDE(0.7))}
-PREVIEWS = ("raw", "decoded", "latent")
+TUNED, TUNED_PROMPTS = (11, 12, 13), 50  # seeds of the Flow-GRPO models, and of how many test prompts
+TUNE, TEST = range(0, PROMPTS, 2), range(1, PROMPTS, 2)  # rows of the prompts
 
 
-def pipeline() -> SD3:
-    """The base model, as it is searched."""
-    return SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
+@functools.lru_cache(1)
+def pipeline(seed: int | None = None) -> SD3:
+    """The base model, as it is searched, or the model that Flow-GRPO made of it with a seed.
+
+    Exits where the tuned model is missing.
+    """
+    model = SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
+    if seed is not None:
+        folder = Path(f"runs/proofs/methods/flow_grpo/seed-{seed}/lora")
+        if not folder.is_dir():
+            raise SystemExit(f"{folder} is missing: train it first, by scripts/benchmarks/proofs.py methods")
+        model.load_lora(folder)
+    return model
 
 
-def rewards(work: Path) -> list[NamedReward]:
-    """The reward that selects, and the verifier that judges."""
-    selection = ScorerReward(work / "selection" / "scorer.safetensors")
-    return [NamedReward("selection", selection), NamedReward("strict", ShapesReward("strict"))]
+def pools() -> dict[str, int | None]:
+    """The recorded pools, and the seed of the model of each."""
+    return {"base": None, **{f"tuned-{seed}": seed for seed in TUNED}}
+
+
+def selection(work: Path) -> NamedReward:
+    """The reward that selects."""
+    return NamedReward("selection", RegressorReward(work / "selection" / "reward.safetensors"))
+
+
+def judge() -> NamedReward:
+    """The verifier, which only judges."""
+    return NamedReward("strict", ShapesReward("strict"), weight=0.0)
+
+
+def scorer(work: Path, student: str) -> NoiseAware:
+    """A trained student, at every level that it was trained at."""
+    return load_scorer(work / student / "scorer.safetensors", least_tau=-1.0)
 
 
 def prompts() -> list[Prompt]:
@@ -48,57 +78,68 @@ def prompts() -> list[Prompt]:
     return drawn_in_turn(shapes.prompts("comp"), PROMPTS, seed=0)
 
 
-@torch.no_grad()
 def record(work: Path) -> None:
-    """Record scores of the previews of all trajectories at LEVELS, and of their samples.
+    """Record scores of the previews of all trajectories at LEVELS, and of their samples, of every model.
 
-    Previews are scored by the raw reward and by both students, samples by the selection reward and the verifier. Then
-    samples of half as many steps and of a stochastic sampler follow. Prompts that are recorded already are skipped.
+    Previews are scored by the selection reward, the verifier and all students, samples by the first two. Then samples
+    of half as many steps and of a stochastic sampler follow. Prompts that are recorded already are skipped.
     """
-    model, judges = pipeline(), rewards(work)
-    students = _students(work)
-    for index, prompt in enumerate(prompts()):
-        path = work / "pool" / f"{index:03d}.safetensors"
-        if path.exists():
-            continue
-        run = _run(model, prompt, judges, STEPS, index)
-        candidates, columns = run.start(SEEDS), []
-        for level in LEVELS:
-            candidates = run.advance(candidates, level + 1)
-            columns.append(_looks(run, candidates, students))
-        finished = run.finish(candidates)
-        tensors = {"previews": torch.stack(columns, dim=1), "clean": finished.scores}
-        digests = [hashlib.blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in finished.candidates.x]
-        tensors["hashes"] = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
-        for name, (steps, kernel) in OTHERS.items():
-            other = _run(model, prompt, judges, steps, index)
-            tensors[name] = other.finish(other.advance(other.start(SEEDS), steps, kernel)).scores
-        save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})
-        print(f"{index + 1}/{PROMPTS}  {prompt.text}", flush=True)
+    for name, seed in pools().items():
+        rows = range(PROMPTS) if seed is None else list(TEST)[:TUNED_PROMPTS]
+        missing = [row for row in rows if not (work / "pool" / name / f"{row:03d}.safetensors").exists()]
+        if missing:
+            model, students = pipeline(seed), {student: scorer(work, student) for student in STUDENTS}
+        for row in missing:
+            tensors = _recorded(model, work, prompts()[row], row, students)
+            meta = {"prompt": prompts()[row].text, "task": prompts()[row].task}
+            save_state(work / "pool" / name / f"{row:03d}.safetensors", tensors, meta)
+            print(f"{name} {row + 1}/{PROMPTS}  {meta['prompt']}", flush=True)
 
 
-def _students(work: Path) -> dict[str, nn.Module]:
-    return {name: load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent")}
+@torch.no_grad()
+def _recorded(
+    model: SD3, work: Path, prompt: Prompt, row: int, students: Mapping[str, NoiseAware]
+) -> dict[str, Tensor]:
+    """All scores of one prompt, as ``RecordedPool`` has them."""
+
+    def run_of(steps: int) -> SearchRun:
+        both = [selection(work), judge()]
+        return SearchRun(model, [prompt], both, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{row}")
+
+    run = run_of(STEPS)
+    candidates, columns = run.start(SEEDS), []
+    for level in LEVELS:
+        candidates = run.advance(candidates, level + 1)
+        columns.append(_looks(run, candidates, students))
+    finished = run.finish(candidates)
+    tensors = {"previews": torch.stack(columns, dim=1), "clean": finished.scores}
+    digests = [hashlib.blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in finished.candidates.x]
+    tensors["hashes"] = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+    for name, (steps, kernel) in OTHERS.items():
+        other = run_of(steps)
+        tensors[name] = other.finish(other.advance(other.start(SEEDS), steps, kernel)).scores
+    return tensors
 
 
-def _looks(run: SearchRun, candidates: Particles, students: Mapping[str, nn.Module]) -> Tensor:
-    """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
-    preview, prompts = candidates.preview, [run.prompts[0]] * len(candidates)
-    images = run.pipeline.decode(preview)
-    level = run.grid.noise_share[candidates.steps_done - 1].float().expand(len(candidates))
-    looks = [run.rewards[0](images, prompts), students["decoded"](images, level, prompts)]
-    return torch.stack([*looks, students["latent"](preview, level, prompts)], dim=1)
+def _looks(run: SearchRun, candidates: Particles, students: Mapping[str, NoiseAware]) -> Tensor:
+    """Scores (N, W) of previews as ``ways`` says, at every level: which of them are worth pruning at is tuned."""
+    previews = previews_of(run, candidates)
+    images = run.pipeline.decode(previews.latents)
+    decoded = replace(previews, decode=lambda latents: images)  # once for all, in one batch
+    own = [student.score(decoded)[:, :1] for student in students.values()]
+    return torch.cat([score(run.rewards, images, previews.prompts), *own], dim=1)
 
 
-def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> SearchRun:
-    return SearchRun(model, [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}")
+def ways() -> tuple[str, ...]:
+    """What scores previews: the selection reward itself, the verifier, and the students."""
+    return ("raw", "strict", *STUDENTS)
 
 
 @dataclass(frozen=True)
 class RecordedPool:
     """The pool of P prompts x N seeds.
 
-    ``previews`` (P, N, L, 3) are scored as PREVIEWS says; ``clean``, ``half`` and ``stochastic`` (P, N, 2) are the ends
+    ``previews`` (P, N, L, W) are scored as ``ways`` says; ``clean``, ``half`` and ``stochastic`` (P, N, 2) are the ends
     by the selection reward and the verifier.
     """
 
@@ -110,11 +151,12 @@ class RecordedPool:
     tasks: tuple[str, ...]
 
     @classmethod
-    def load(cls, work: Path) -> RecordedPool:
-        """Load the complete pool from disk. Exits where prompts are missing."""
-        records = [load_state(path) for path in sorted((work / "pool").glob("*.safetensors"))]
-        if len(records) < PROMPTS:
-            raise SystemExit(f"the pool has {len(records)} of {PROMPTS} prompts: run record first")
+    def load(cls, folder: Path, rows: Sequence[int]) -> RecordedPool:
+        """Load the prompts of these rows. Exits where some are missing."""
+        paths = [folder / f"{row:03d}.safetensors" for row in rows]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise SystemExit(f"{folder} lacks {len(missing)} of {len(paths)} prompts: run record first")
+        records = [load_state(path) for path in paths]
         names = ("previews", "clean", "half", "stochastic", "hashes")
         stacked = {name: torch.stack([tensors[name] for tensors, _ in records]) for name in names}
         texts, tasks = (tuple(meta[key] for _, meta in records) for key in ("prompt", "task"))
@@ -124,47 +166,66 @@ class RecordedPool:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def part(self, rows: Sequence[int]) -> RecordedPool:
-        """Select the prompts of these rows."""
-        index = list(rows)
-        tensors = (self.previews, self.clean, self.half, self.stochastic)
-        texts, tasks = (tuple(column[row] for row in index) for column in (self.texts, self.tasks))
-        return RecordedPool(*(tensor[index] for tensor in tensors), texts, tasks)
+    def look(self, way: str) -> Tensor:
+        """The scores (P, N, L) of previews in one way."""
+        return self.previews[..., ways().index(way)]
 
     def trials(self, way: str, subsets: int) -> Trials:
         """Pruning by previews that are scored in one way."""
         if way == "random":
-            shape = len(self), subsets, SEEDS, len(LEVELS)
+            shape = len(self), subsets, self.clean.shape[1], len(LEVELS)
             scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         elif way == "oracle":
             scores = self.clean[:, None, :, :1].expand(-1, -1, -1, len(LEVELS))
         else:
-            scores = self.previews[:, None, :, :, PREVIEWS.index(way)]
+            scores = self.look(way)[:, None]
         return Trials(scores, self.clean, LEVELS, subsets)
 
+    def stopped(self, level: int) -> Tensor:
+        """The ends (P, N, 2) of samples that are stopped early: their previews at a level, as they are."""
+        place = LEVELS.index(level)
+        return torch.stack([self.look("raw")[:, :, place], self.look("strict")[:, :, place]], dim=2)
 
-def costs(work: Path) -> Costs:
-    """What ``measure`` wrote, in seconds."""
-    prices = json.loads((work / "prices.json").read_text(encoding="utf-8"))
-    decode, reward = prices["decode"], prices[reward_call("selection")]
+
+def prices(work: Path) -> dict[str, float]:
+    """What ``measure`` wrote: seconds by call."""
+    measured: dict[str, float] = json.loads((work / "prices.json").read_text(encoding="utf-8"))
+    return measured
+
+
+def costs(work: Path, unit: str) -> Costs:
+    """The costs of the calls for one sample, in seconds or in NFE, which count no decoding and no reward."""
+    every = ("raw", "oracle", "random", *STUDENTS)
+    if unit == "nfe":
+        return Costs(STEPS, 1.0, 0.0, 0.0, dict.fromkeys(every, 0.0))
+    measured = prices(work)
+    decode, reward = measured["decode"], measured[reward_call("selection")]
     looks = dict.fromkeys(("raw", "oracle"), decode + reward) | {"random": 0.0}
-    looks |= {"decoded": decode + prices[reward_call("decoded")], "latent": prices[reward_call("latent")]}
-    return Costs(STEPS, prices["nfe"], decode, reward, looks)
-
-
-FORWARDS_ALONE = Costs(STEPS, 1.0, 0.0, 0.0, dict.fromkeys(("raw", "oracle", "random", "decoded", "latent"), 0.0))
+    for student in STUDENTS:
+        kind = student.split("-")[0]
+        looks[student] = measured[reward_call(kind)] + (decode if kind == "decoded" else 0.0)
+    return Costs(STEPS, measured["nfe"], decode, reward, looks)
 
 
 def measure(work: Path) -> None:
-    """Measure what a forward, a decode, the selection reward and each student cost; on a quiet machine."""
-    model, prompts_to_time = pipeline(), prompts()[:32]
-    latents, level = model.initial_noise(list(range(len(prompts_to_time)))), torch.full((len(prompts_to_time),), 0.5)
-    decoded, latent = _students(work).values()
-    calls = [
-        NamedReward("selection", ScorerReward(work / "selection" / "scorer.safetensors")),
-        NamedReward("decoded", lambda samples, prompts: decoded(samples, level, prompts)),
-        NamedReward("latent", lambda samples, prompts: latent(latents, level, prompts)),
-    ]
-    prices = measure_prices(model, calls, prompts_to_time, Sampling(STEPS).grid(model), repeats=15)
-    write_json(work / "prices.json", prices)
-    print(json.dumps(prices, indent=2))
+    """Measure what a forward, a decode, the selection reward and the students cost, and their gradients.
+
+    The machine should be quiet.
+    """
+    model, prompts_to_time, reward = pipeline(), prompts()[:32], selection(work)
+    latents = model.initial_noise(list(range(len(prompts_to_time))))
+    decoded, latent = (
+        load_scorer(work / next(name for name in STUDENTS if name.startswith(kind)) / "scorer.safetensors").student(
+            [reward]
+        )
+        for kind in ("decoded", "latent")
+    )
+    calls: dict[str, Callable[[Tensor, Sequence[Prompt]], Tensor]] = {
+        "decoded": decoded,
+        "latent": lambda samples, texts: latent(latents, texts),
+    }
+    named = [reward, *(NamedReward(name, call) for name, call in calls.items())]
+    grid = Sampling(STEPS).grid(model)
+    measured = measure_prices(model, named, prompts_to_time, grid, repeats=15, gradients=True)
+    write_json(work / "prices.json", measured)
+    print(json.dumps(measured, indent=2))

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genalign.scoring.score import NamedReward
 from genalign.search import Prune, search
+from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import (
     Distillation,
     LevelQuality,
@@ -102,8 +104,8 @@ def test_distillation_goes_from_clean_to_noisy_and_keeps_each_level() -> None:
     student, held_out, decode = Linear(1), _blurred(32, 1), nn.Identity()
     nn.init.zeros_(student.read.weight)
     assert validate(student, held_out, 0, decode).tau == 0.0
-    settings = Distillation(epochs=8, learning_rate=3e-2, weight_decay=0.0)
-    levels = list(distill(student, _blurred(256, 0), decode, settings))
+    settings = Distillation(epochs=6, batch_size=128, learning_rate=5e-2, weight_decay=0.0)
+    levels = list(distill(student, _blurred(128, 0), decode, settings))
     assert [level.sigma for level in levels] == pytest.approx([0.1, 0.5, 0.9])
     slopes = [float(level.weights["read.weight"]) for level in levels]
     # the mean of four values of noise 2 sigma: least squares shrinks the slope -1 by 1 / (1 + sigma^2)
@@ -187,7 +189,10 @@ class Scaled:
         (Scaled(2.0), r"selects by 'reward', .*Scaled, and the scorer was trained for .*Scaled with other weights"),
         (Weighted(), r"selects by 'reward', .*Weighted, and the scorer was trained for .*Scaled: train one for it"),
         (redness, r"selects by 'reward', .*redness, and the scorer was trained for"),
-        ({"a": Scaled(), "b": redness}, "predicts one reward, and this search selects by a, b"),
+        (
+            {"a": Scaled(), "b": redness},
+            r"predicts one reward of a positive weight, and this search selects by a \(weight 1\), b",
+        ),
     ],
     ids=["settings", "class", "function", "two"],
 )
@@ -197,6 +202,15 @@ def test_a_scorer_of_another_reward_is_refused(tiny: SD3, reward: RewardFunction
     scorer = _scorer((0.6, 0.6), reward=Scaled())
     with pytest.raises(ValueError, match=message):
         search(tiny, PROMPTS, reward, Prune((2,), (0.5,), 4, scorer), sampling=SAMPLING)
+
+
+def test_rewards_that_only_report_stand_beside_the_scorer(tiny: SD3) -> None:
+    rewards = [NamedReward("report", Scaled(3.0), 0.0), NamedReward("red", redness)]
+    grid = SAMPLING.grid(tiny)
+    run = SearchRun(tiny, [Prompt(PROMPTS[0])], rewards, grid, 1.0, 4, "0")
+    scores = _scorer((0.6, 0.6))(run, run.advance(run.start(4), 3))
+    assert bool(scores[:, 0].isnan().all()) and bool(scores[:, 1].isfinite().all())
+    assert run.weighted_sum(scores).tolist() == scores[:, 1].tolist()
 
 
 def test_a_reward_by_a_network_is_identified_by_its_weights() -> None:

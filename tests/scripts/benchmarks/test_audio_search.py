@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from genalign import assets
-from genalign.search.noise_aware import LevelQuality, NoiseAware
-from rewards.noise_aware import ClapLatentScorer, ClapScorer, save_scorer
+from genalign.diffusion.sampling import Sampling
+from genalign.search.noise_aware import LevelQuality, NoiseAware, RewardIdentity, ScorerLevel
+from rewards.noise_aware import LatentClapDistilled, save_scorer
+from rewards.regressor import Regressor, RegressorReward
 from scripts.benchmarks import audio_pool, audio_search
 from scripts.benchmarks.pruning_trials import best_of
 from scripts.pretrain.tones_models import TonesTextToAudio, assemble, build_vae
@@ -25,12 +27,15 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assemble(TonesTextToAudio(layers=1), build_vae(), folders["tones-audio"])
     monkeypatch.setattr(assets, "resolve", lambda name: str(folders.get(name, name)))
     clap = str(folders["tones-clap"])
-    students = {"selection": ClapScorer(clap, 8000, hidden=8), "aware": ClapLatentScorer(clap, 8000, 8, 4, 1, 8)}
-    for name, student in students.items():
-        (tmp_path / "work" / name).mkdir(parents=True)
-        save_scorer(
-            tmp_path / "work" / name / "scorer.safetensors", NoiseAware(student, (LevelQuality(0.5, 0.5, 0.5, 0),))
-        )
+    (tmp_path / "work" / "selection").mkdir(parents=True)
+    Regressor(clap, 8, 8000).save(tmp_path / "work" / "selection" / "reward.safetensors")
+    reward = RegressorReward(tmp_path / "work" / "selection" / "reward.safetensors")
+    student = LatentClapDistilled(reward, channels=8, sample_rate=8000, width=4, depth=1, lora_rank=2)
+    weights = {name: weight.detach() for name, weight in student.named_parameters() if weight.requires_grad}
+    shares = Sampling(3).grid(audio_pool.pipeline()).noise_share[:2].tolist()
+    levels = tuple(ScorerLevel(LevelQuality(share, 0.5, 0.5, 0), weights) for share in shares)
+    scorer = NoiseAware(LatentClapDistilled, "latents", levels, RewardIdentity.of(reward))
+    save_scorer(tmp_path / "work" / "aware" / "scorer.safetensors", scorer, student)
     suites = {100: "val", 1: "comp", 2: "iid"}
     for key, value in {"STEPS": 3, "LEVELS": (0, 1), "CANDIDATES": 4, "PROMPTS": 3, "SUITES": suites}.items():
         monkeypatch.setattr(audio_pool, key, value)
