@@ -199,6 +199,7 @@ class Bench:
         prompts: Sequence[Prompt],
     ) -> None:
         self.work, self.pipeline, self.rewards, self.tuning, self.prompts = work, pipeline, rewards, tuning, prompts
+        self._costs: dict[tuple[str, str, str, int], float] = {}  # counted so far
 
     @classmethod
     def shapes(cls, work: Path) -> Bench:
@@ -246,8 +247,11 @@ class Bench:
 
     def cost(self, reward: str, arm: str, setting: str, size: int) -> float:
         """The NFE of one prompt, counted without a call of a network."""
-        run = self.run(reward, self.tuning[:1], "count", 1.0 / self.prices.spreads[reward])
-        return count_calls(run, self.strategy(arm, setting, size)).cost(self.prices.nfe)
+        key = reward, arm, setting, size
+        if key not in self._costs:
+            run = self.run(reward, self.tuning[:1], "count", 1.0 / self.prices.spreads[reward])
+            self._costs[key] = count_calls(run, self.strategy(arm, setting, size)).cost(self.prices.nfe)
+        return self._costs[key]
 
     @staticmethod
     def strategy(arm: str, setting: str, size: int) -> Strategy:
