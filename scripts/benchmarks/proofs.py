@@ -15,17 +15,21 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records
 from genalign.metrics.image import saturation
+from genalign.runtime.files import write_text
 from genalign.training.reward_hacking import HackingReport
+from genalign.worlds import shapes
 from rewards.shapes import recolored, rendered
 from scripts.benchmarks.audio_measures import TrainedRun, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
@@ -160,6 +164,33 @@ def hacking(work: Path) -> None:
     write_results(RESULTS, "hacking_shapes", header, records)
 
 
+def prompt_counts(work: Path) -> None:
+    """PRDP and DDPO on 1, 100 and all training prompts: what they gain, and whether they collapse."""
+    folder = work / "prompt_counts"
+    train = shapes.prompts("train").prompts
+    drawn = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
+    for count in (1, 100):
+        lines = "".join(json.dumps(prompt.metadata) + "\n" for prompt in drawn[:count])
+        write_text(folder / f"prompts-{count}.jsonl", lines)
+    records: list[PromptRecord] = []
+    curves: dict[str, dict[int, dict[str, list[list[float]]]]] = {}
+    for name, runs in compared(folder / "runs", "shapes_prompt_counts").items():
+        curves[name] = {seed: learning_curve(run) for seed, run in runs.items()}
+        for seed, run in runs.items():
+            records += gains(name, "strict", "strict", seed, run)
+            collapsed = float(has_collapsed(curves[name][seed]["validation"]))
+            records.append(PromptRecord(f"{name}.collapsed", "runs", seed, "all", "the whole run", 0.0, collapsed, 1))
+    claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) after 6 minutes on 1, 100 and all training prompts"
+    header = head(claim, "python scripts/benchmarks/proofs.py prompt_counts")
+    write_results(RESULTS, "prompt_counts_shapes", {**header, "curves": curves}, records)
+
+
+def has_collapsed(looks: Sequence[Sequence[float]]) -> bool:
+    """Whether the last of the looks (NFE, mean, low, high) lies below the first by more than its own interval."""
+    (_, start, *_), (_, _, _, high) = looks[0], looks[-1]
+    return high < start
+
+
 AUDIO_TARGETS = {
     "ddpo": "strict",
     "dragon_instance": "strict",
@@ -249,6 +280,7 @@ PARTS = {
     "dragon": dragon,
     "adversarial": adversarial,
     "hacking": hacking,
+    "prompt_counts": prompt_counts,
     "audio": audio,
 }
 
