@@ -151,7 +151,7 @@ class MatchingObjective:
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
         """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
         rows = torch.arange(len(batch))
-        noising = self._noising(context, batch, rows, (rows % self.draws).tolist(), seed)
+        noising = self._noising(context, batch, rows, ((rows + batch.group) % self.draws).tolist(), seed)
 
         @torch.no_grad()
         def predictions() -> Tensor:

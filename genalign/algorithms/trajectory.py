@@ -86,10 +86,11 @@ class MaskedSurrogate:
 def transition_divergence(context: UpdateContext, batch: UpdateBatch) -> Distance:
     """Replay a stored transition of each of B samples; return what measures the divergence (B,) of later ones from it.
 
-    It is the Kullback-Leibler divergence in nats, a sum over dimensions. The samples take the stored steps in turn.
+    It is the Kullback-Leibler divergence in nats, a sum over dimensions. Samples take the stored steps in turn, those
+    of each prompt from another step on.
     """
-    count = len(batch)
-    pairs = ReplayBatch(torch.arange(count), torch.arange(count) % len(batch.rollout.steps), count)
+    rows = torch.arange(len(batch))
+    pairs = ReplayBatch(rows, (rows + batch.group) % len(batch.rollout.steps), len(batch))
 
     @torch.no_grad()
     def transitions() -> Transition:

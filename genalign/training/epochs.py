@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -14,48 +15,36 @@ Batches = Mapping[int, UpdateBatch]
 
 
 def updates_of_round(
-    batches: Batches, epochs: int, updates: int, per_update: int, unit: int, seed: int
+    batches: Batches, sizes: Sequence[int], updates: int, epochs: int, unit: int, seed: int
 ) -> Iterator[Batches]:
-    """Return the batches of each update: in the order of the round, then ``epochs`` - 1 times shuffled.
+    """Return this rank's part of each update: in the order of the round, then ``epochs`` - 1 times shuffled.
 
     Args:
         batches: This rank's batches of the round.
-        epochs: The number of passes.
+        sizes: The sizes of all ranks' batches, in order.
         updates: The number of updates of a pass.
-        per_update: The number of batches of all ranks in an update.
+        epochs: The number of passes.
         unit: The number of consecutive samples that stay together.
         seed: The seed of the orders, the same on all ranks.
     """
-    yield from in_order(batches, updates, per_update)
-    for epoch in range(1, epochs):
-        yield from shuffled(batches, updates, unit, derived_seed(seed, epoch))
-
-
-def in_order(batches: Batches, updates: int, per_update: int) -> Iterator[Batches]:
-    """Give each update the next ``per_update`` batches of the round, of which ``batches`` are those of this rank."""
+    per_update = len(sizes) // updates
     for update in range(updates):
         yield {number: batch for number, batch in batches.items() if number // per_update == update}
+    for epoch in range(1, epochs):
+        yield from shuffled(batches, sizes, updates, unit, derived_seed(seed, epoch))
 
 
-def shuffled(batches: Batches, updates: int, unit: int, seed: int) -> Iterator[Batches]:
-    """Divide this rank's samples among the updates at random.
+def shuffled(batches: Batches, sizes: Sequence[int], updates: int, unit: int, seed: int) -> Iterator[Batches]:
+    """Divide the samples of a round among the updates at random, the same way for any number of ranks.
 
-    An update has the selected samples of a batch as one batch. Ranks whose batches have equal sizes have the same
-    number of samples of each batch in each update.
-
-    Args:
-        batches: The batches of the round.
-        updates: The number of updates.
-        unit: The number of consecutive samples that stay together.
-        seed: The seed of the order, the same on all ranks.
+    Of each of its batches a rank has those samples that are in the update. The arguments are those of
+    ``updates_of_round``.
     """
-    pairs = [(number, start) for number, batch in batches.items() for start in range(0, len(batch), unit)]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(derived_seed(seed, "order")))
+    starts = [0, *itertools.accumulate(sizes)]
+    order = torch.randperm(starts[-1] // unit, generator=torch.Generator().manual_seed(seed))
     for part in torch.tensor_split(order, updates):
-        members = [pairs[place] for place in part.tolist()]
-        starts = {n: sorted(start for number, start in members if number == n) for n in batches}
-        yield {
-            number: batch.select(torch.cat([torch.arange(start, start + unit) for start in starts[number]]))
-            for number, batch in batches.items()
-            if starts[number]
+        rows = (part.sort().values[:, None] * unit + torch.arange(unit)).flatten()  # in the round
+        selected = {
+            number: rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number] for number in batches
         }
+        yield {number: batch.select(selected[number]) for number, batch in batches.items() if len(selected[number])}

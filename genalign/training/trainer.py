@@ -97,6 +97,10 @@ class Trainer:
                 f" {self.processes.world_size} processes equally many batches, which FSDP needs: change"
                 " training.batch_size"
             )
+        if policy.sharded and settings.epochs > 1:
+            raise ValueError(
+                "training.epochs above 1 gives ranks unequal parts of an update, which FSDP does not allow: set it to 1"
+            )
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
@@ -227,7 +231,7 @@ class Trainer:
         }
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
-        parts = updates_of_round(own, epochs, updates, len(credits) // updates, unit, seed)
+        parts = updates_of_round(own, self.batch_sizes, updates, epochs, unit, seed)
         limit = self._limit(context, own, index, rate_factor)
         with progress.phase("updates", epochs * updates, "updates") as advance:
             for update, batches in enumerate(parts):
@@ -259,14 +263,15 @@ class Trainer:
             )
 
     def _limit(self, context: UpdateContext, batches: Batches, index: int, rate_factor: float) -> RoundLimit | None:
-        """Begin the trust region of round ``index``, which each rank measures on samples of its first batch."""
+        """Begin the trust region of round ``index``, measured on a few samples of each batch, whatever rank has it."""
         if self.rates is None:
             return None
         objective, seed = cast(MeasuresDistance, self.recipe.objective), derived_seed(self.settings.seed, index, "d")
+        count = -(-self.settings.trust_region.probe // sum(size > 0 for size in self.batch_sizes))
         own = list[Distance]()
-        if first := next(iter(batches.values()), None):
-            stride = -(-len(first) // self.settings.trust_region.probe)
-            for part in first.select(torch.arange(0, len(first), stride)).split(self.micro_batch):
+        for batch in batches.values():
+            spread = torch.arange(min(count, len(batch))) * len(batch) // min(count, len(batch))
+            for part in batch.select(spread).split(self.micro_batch):
                 own.append(objective.distance_from_now(context, part.to(self.policy.device), seed))
 
         def distance() -> float:

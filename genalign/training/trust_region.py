@@ -30,7 +30,7 @@ class TrustRegion:
             train stored steps it is the Kullback-Leibler divergence of a step in nats, for recipes that train on final
             samples the mean squared difference of predictions.
         initial_rate: Learning rate of the first round.
-        probe: Number of samples on which each process measures the distance.
+        probe: Number of samples of a round on which the distance is measured.
     """
 
     target: float | None = None

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from genalign.scoring.score_log import ScoreLog
 from genalign.training.sampler import SampledBatch
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
+from genalign.training.trust_region import TrustRegion
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 from tests.genalign.training.toy_runs import Session, adversary, careless, channels, redness, seed_generators
@@ -42,6 +43,7 @@ PROMPTS = PromptSet("nine", tuple(Prompt(f"{number} circles", {"n": number}) for
 SETTINGS = TrainerSettings(
     rounds=2, prompts_per_round=8, group_size=2, batch_size=2, learning_rate=1e-3, max_grad_norm=1e3
 )
+ADAPTED = replace(SETTINGS, learning_rate="auto", trust_region=TrustRegion(initial_rate=1.0, probe=8))
 SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
 BATCHES = 8
 
@@ -54,11 +56,12 @@ def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, its reward, and the adapter that is trained; None trains the whole network."""
+    """A recipe, its reward, the adapter that is trained (None trains the whole network), and the settings."""
 
     recipe: Recipe
     reward: Callable[[], Any] = lambda: redness
     lora: Lora | None = Lora(rank=2)
+    settings: TrainerSettings = SETTINGS
 
 
 CASES: Mapping[str, Case] = {
@@ -68,12 +71,15 @@ CASES: Mapping[str, Case] = {
     "adversarial": Case(recipes.adv_grpo(window=1), lambda: adversary((3, 64, 64), batch_size=6)),
     "seldom": Case(recipes.flow_grpo(window=1), lambda: seldom),
     "seldom matched": Case(recipes.awm(), lambda: seldom),
+    "adapted rate": Case(recipes.flow_grpo(window=1, kl=0.01), settings=ADAPTED),
+    "adapted rate matched": Case(recipes.nft(lag=Lag(slope=0.3)), settings=ADAPTED),
+    "epochs": Case(recipes.flow_grpo(window=1), settings=replace(SETTINGS, epochs=2)),
 }
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks
     "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),
     "whole matching": Case(recipes.nft(lag=Lag(slope=0.3)), lora=None),
 }
-SHARDED = ("trajectory", "matching", "seldom matched")
+SHARDED = ("trajectory", "matching", "seldom matched", "adapted rate")
 
 
 @dataclass
@@ -113,7 +119,7 @@ def _trainer(
 ) -> Trainer:
     pipeline, reward = copy.deepcopy(opened), NamedReward("one", case.reward())
     policy = Policy(pipeline.denoiser, case.lora, processes=processes, sharding=sharding)
-    return Trainer(pipeline, policy, score_log.logged([reward]), PROMPTS, case.recipe, SETTINGS, SAMPLING)
+    return Trainer(pipeline, policy, score_log.logged([reward]), PROMPTS, case.recipe, case.settings, SAMPLING)
 
 
 def recorded(

@@ -19,7 +19,7 @@ from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE, Kernel, transition
 from genalign.scoring.score import NamedReward
-from genalign.training.epochs import in_order, shuffled
+from genalign.training.epochs import shuffled, updates_of_round
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, NoiseLevel, Prompt, PromptSet
@@ -37,7 +37,8 @@ def numbered(start: int, count: int, group_size: int) -> UpdateBatch:
     return UpdateBatch(rollout, rows.float(), rows // group_size, False)
 
 
-BATCHES = {0: numbered(0, 12, 4), 2: numbered(12, 8, 4), 5: numbered(20, 4, 4)}
+SIZES = (12, 8, 4, 0)  # of the batches of all ranks
+BATCHES = {0: numbered(0, 12, 4), 1: numbered(12, 8, 4), 2: numbered(20, 4, 4)}
 
 
 def rows_of(batch: UpdateBatch) -> list[int]:
@@ -54,13 +55,13 @@ def rows_of(batch: UpdateBatch) -> list[int]:
 @pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_every_sample_is_in_one_update(unit: int, updates: int) -> None:
-    parts = list(shuffled(BATCHES, updates, unit, seed=1))
+    parts = list(shuffled(BATCHES, SIZES, updates, unit, seed=1))
     rows = [[row for batch in part.values() for row in rows_of(batch)] for part in parts]
     assert sorted(itertools.chain(*rows)) == list(range(24))
     assert max(map(len, rows)) - min(map(len, rows)) <= unit
     if unit == 4:
         assert all(part[::4] == [row // 4 * 4 for row in part[::4]] for part in rows)  # groups are whole
-    again, other = (list(shuffled(BATCHES, updates, unit, seed=seed)) for seed in (1, 2))
+    again, other = (list(shuffled(BATCHES, SIZES, updates, unit, seed=seed)) for seed in (1, 2))
     assert [[rows_of(batch) for batch in part.values()] for part in again] == [
         [rows_of(batch) for batch in part.values()] for part in parts
     ]
@@ -73,12 +74,21 @@ def test_every_sample_is_in_one_update(unit: int, updates: int) -> None:
 
 
 def test_more_updates_than_groups_leave_some_without_samples() -> None:
-    parts = list(shuffled({0: numbered(0, 8, 4)}, 3, 4, seed=0))
+    parts = list(shuffled({0: numbered(0, 8, 4)}, (8,), 3, 4, seed=0))
     assert sorted(len(part) for part in parts) == [0, 1, 1]
 
 
+def test_ranks_have_their_samples_of_the_updates_of_one_process() -> None:
+    whole = list(shuffled(BATCHES, SIZES, 2, 1, seed=3))
+    first, second = (list(shuffled({n: BATCHES[n] for n in own}, SIZES, 2, 1, seed=3)) for own in ((0, 2), (1,)))
+    for update, parts in enumerate(zip(first, second, strict=True)):
+        together = {number: rows_of(batch) for part in parts for number, batch in part.items()}
+        assert together == {number: rows_of(batch) for number, batch in whole[update].items()}
+
+
 def test_the_first_pass_is_in_the_order_of_the_round() -> None:
-    assert [list(part) for part in in_order(BATCHES, 3, 2)] == [[0], [2], [5]]
+    parts = list(updates_of_round(BATCHES, SIZES, updates=2, epochs=2, unit=1, seed=0))
+    assert [list(part) for part in parts[:2]] == [[0, 1], [2]] and len(parts) == 4
 
 
 @pytest.mark.parametrize(
