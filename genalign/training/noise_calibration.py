@@ -86,17 +86,30 @@ def calibrate(
         batches = sampler(noisy, steps, prompts, f"calibration/{iteration}")
         scores = torch.cat([batch.stepwise for batch in batches if batch.stepwise is not None])
         gains = combine(scores.flatten(0, 1), weights).view(scores.shape[:2]).diff(dim=1)
-
-        # Up if gains and losses balance, down if they do not, and no move without any
-        up, down = (gains > 0).sum(0).double(), (gains < 0).sum(0).double()
-        balanced = (up - down).abs() < settings.band * (up + down).sqrt()
-        direction = torch.where(balanced, 1.0, -1.0).double() * (up + down > 0)
-        moved = levels.clone()
-        moved[list(steps)] += settings.step * first[list(steps)] * direction
-        levels = moved.clamp(first * settings.bounds[0], first * settings.bounds[1])
+        levels = moved_levels(levels, first, steps, gains, settings)
         seen.append(levels)
         mean = torch.stack(seen[len(seen) // 2 :]).mean(0)
         yield replace(kernel, levels=tuple(mean.tolist()))
+
+
+def moved_levels(
+    levels: Tensor, first: Tensor, steps: Sequence[int], gains: Tensor, settings: Calibration = Calibration()
+) -> Tensor:
+    """Move the levels of some steps after a round: up if gains and losses balance, down if not, not without any.
+
+    Args:
+        levels: The levels (T,) of all steps.
+        first: Their first values (T,), in which moves and bounds are measured.
+        steps: The S steps that were sampled with noise.
+        gains: The gain (N, S) of the completed reward by every step.
+        settings: Step size, band and bounds.
+    """
+    up, down = (gains > 0).sum(0).double(), (gains < 0).sum(0).double()
+    balanced = (up - down).abs() < settings.band * (up + down).sqrt()
+    direction = torch.where(balanced, 1.0, -1.0).double() * (up + down > 0)
+    moved = levels.clone()
+    moved[list(steps)] += settings.step * first[list(steps)] * direction
+    return moved.clamp(first * settings.bounds[0], first * settings.bounds[1])
 
 
 def save_kernel(kernel: CalibratedSDE, path: Path) -> None:

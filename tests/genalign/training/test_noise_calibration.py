@@ -14,7 +14,14 @@ from torch import Tensor
 from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.scoring.score import NamedReward
-from genalign.training.noise_calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
+from genalign.training.noise_calibration import (
+    Calibration,
+    calibrate,
+    calibrated,
+    initial_levels,
+    moved_levels,
+    save_kernel,
+)
 from genalign.training.sampler import Sampler
 from genalign.training.settings import TrainerSettings
 from genalign.types import Prompt, PromptSet, RewardFunction
@@ -53,6 +60,14 @@ def test_noise_that_only_harms_is_lowered_to_its_bound(small: SD3) -> None:
     assert all(last.levels[i] < 0.7 * float(initial_levels(grid)[i]) for i in trained)
     untrained = set(range(4)) - set(trained)
     assert all(last.levels[i] == pytest.approx(float(initial_levels(grid)[i])) for i in untrained)
+
+
+def test_levels_move_by_the_balance_of_gains_and_losses() -> None:
+    levels, first = torch.ones(4).double(), torch.ones(4).double()
+    gains = torch.tensor([[1.0, 1.0, 0.0], [-1.0, 2.0, 0.0], [3.0, 1.0, 0.0], [-2.0, 1.0, 0.0]])
+    settings = Calibration(step=0.25, bounds=(0.8, 3.0))
+    moved = moved_levels(levels, first, (0, 2, 3), gains, settings)
+    assert moved.tolist() == [1.25, 1.0, 0.8, 1.0]  # balanced, not sampled, only gains (to the bound), none
 
 
 def test_without_gains_nothing_moves(tiny: SD3) -> None:
