@@ -17,6 +17,7 @@ from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
+from rewards.backbones.image_features import extract_text_features
 from rewards.backbones.reference_images import ImageTensor, ReferencesByPrompt
 from rewards.backbones.world_verifier import Score, require_metadata, sample_metadata_by_task, scores
 
@@ -107,8 +108,7 @@ def recolored(
     Raises:
         ValueError: a color is not in the palette.
     """
-    if unknown := set(colors) - set(PALETTE):
-        raise ValueError(f"no color {', '.join(sorted(unknown))} in the palette: choose from {', '.join(PALETTE)}")
+    _require_colors(colors)
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(metadata, rng) for metadata in sample_metadata_by_task(prompts(suite), count, rng)]
     styled = []
@@ -120,3 +120,23 @@ def recolored(
             items.append(replace(item, color=color, rgb=jittered(color, rng), r=size))
         styled.append(replace(scene, items=tuple(items)))
     return ImageTensor(render(styled))
+
+
+def worded(colors: Sequence[str], model: str, suite: str = "train") -> Tensor:
+    """Embed, by CLIP, the texts of a split's prompts whose shapes all have one of these colors, (m, d).
+
+    They are exemplars in words, for ``rewards.backbones.image_features.ClipFeatures(model, unit=True)``. Raises
+    ValueError for a color that is not in the palette, or colors that fewer than 2 prompts name.
+    """
+    _require_colors(colors)
+    texts = [
+        prompt.text
+        for prompt in prompts(suite).prompts
+        if {item.get("color") for item in require_metadata(prompt)["include"]} <= set(colors)
+    ]
+    return extract_text_features(texts, model)
+
+
+def _require_colors(colors: Sequence[str]) -> None:
+    if unknown := set(colors) - set(PALETTE):
+        raise ValueError(f"no color {', '.join(sorted(unknown))} in the palette: choose from {', '.join(PALETTE)}")

@@ -89,6 +89,17 @@ def extract_features(images: ReferenceSamples, features: AnyCallable, batch_size
     return torch.cat([features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)])
 
 
+def extract_text_features(texts: list[str], model: str) -> Tensor:
+    """Compute CLIP's unit text embeddings (m, d): a reference set in words, for ``ClipFeatures(model, unit=True)``.
+
+    Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. Raises
+    ValueError for fewer than 2 texts, which have no covariance.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
+    return load_clip(model).text(texts)
+
+
 @functools.cache
 def _load_dinov2(model: str, dtype: Precision) -> Any:
     from transformers import Dinov2Model
