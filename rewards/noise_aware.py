@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,10 @@ class SelfDistilled(nn.Module):
     """
 
     input_kind: ClassVar[Literal["latents", "samples"]] = "samples"
+    network: nn.Module
+    names: tuple[str, ...]
+    down: nn.ParameterList
+    up: nn.ParameterList
 
     def __init__(self, reward: RewardFunction, lora_rank: int = 16, alpha: float = 16.0) -> None:
         super().__init__()
@@ -53,9 +57,11 @@ class SelfDistilled(nn.Module):
                 f"{type(reward).__name__} has no network that could be trained into a student: give a reward by one"
                 " network, such as rewards.clip.ClipReward, or one of your own with a method network"
             )
-        # A network of its own with the same weights, so that LoRA in one never shows in the other
-        self.network = copy.deepcopy(network, {id(weight): weight for weight in network.parameters()})
-        self.scale, matrices = alpha / lora_rank, _matrices(self.network)
+        # A network of its own with the same frozen weights, so that LoRA in one never shows in the other
+        frozen = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
+        self.network = copy.deepcopy(network, frozen).requires_grad_(False)
+        self.scale: float = alpha / lora_rank
+        matrices = _matrices(self.network)
         self.names = tuple(matrices)
         self.down = nn.ParameterList(torch.randn(lora_rank, w.shape[1]) / w.shape[1] ** 0.5 for w in matrices.values())
         self.up = nn.ParameterList(torch.zeros(w.shape[0], lora_rank) for w in matrices.values())
@@ -74,15 +80,16 @@ class SelfDistilled(nn.Module):
 def _matrices(network: nn.Module) -> dict[str, Tensor]:
     """Return the matrices, by name, of the linear and attention layers of a network's ``sample_tower``."""
     layers = (nn.Linear, nn.MultiheadAttention)
+    parts: Sequence[nn.Module] = cast(Any, network).sample_tower
     inside = {
         id(weight)
-        for part in network.sample_tower
+        for part in parts
         for layer in part.modules()
         if isinstance(layer, layers)
         for weight in layer.parameters(recurse=False)
         if weight.ndim == 2
     }
-    matrices = {name: weight for name, weight in network.named_parameters() if id(weight) in inside}
+    matrices: dict[str, Tensor] = {name: w for name, w in network.named_parameters() if id(w) in inside}
     if not matrices:
         raise ValueError(
             f"the sample tower of {type(network).__name__} has no linear layer that LoRA could be added to"

@@ -32,6 +32,7 @@ class Regressor(nn.Module):
     def __init__(self, model: str, hidden: int = 256, sample_rate: int | None = None) -> None:
         super().__init__()
         self.settings = {"model": model, "hidden": hidden, "sample_rate": sample_rate}
+        self.sample_rate = sample_rate
         self.arguments = () if sample_rate is None else (sample_rate,)
         with torch.random.fork_rng(devices=[]):  # the first opening of an encoder draws random numbers, later ones none
             self.encoder: DualEncoder = load_clip(model) if sample_rate is None else load_clap(model)
@@ -72,8 +73,7 @@ class RegressorReward:
     @property
     def sample_rate(self) -> int | None:
         """The rate of the sound that it takes, in Hz; None for images."""
-        rate: int | None = self.network().settings["sample_rate"]
-        return rate
+        return self.network().sample_rate
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), differentiable in them; NaN where one has NaN."""

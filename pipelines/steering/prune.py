@@ -76,7 +76,7 @@ def prune(
     if strategy.candidates is None:
         raise ValueError("a pipeline of your own has no budget that could decide: give Prune(candidates=...)")
     scorer, text = PipelineScorer(pipe, reward, decode, batch_size), Prompt(prompt)
-    own = standalone(strategy.scorer)
+    preview_scorer = standalone(strategy.scorer)
     count, started, weights = strategy.candidates, time.perf_counter(), [reward.weight for reward in scorer.rewards]
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))
@@ -87,9 +87,11 @@ def prune(
             part = run_part(pipe, part, step + 1, **_repeated(call, text, generators))
 
             # The candidates with the best previews continue
-            scores = scorer.score_previews(own, part.x0, [text] * len(nodes), step)
+            scores = scorer.score_previews(preview_scorer, part.x0, [text] * len(nodes), step)
             scorer.lineage.record_scores(nodes, step + 1, scores.tolist())
-            rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive, None if own else weights)
+            rows = best_per_prompt(
+                scores, torch.zeros(len(nodes), dtype=torch.long), alive, None if preview_scorer else weights
+            )
             survivors = [nodes[i] for i in rows.tolist()]
             scorer.lineage.close([node for node in nodes if node not in survivors], step + 1)
             part, nodes, generators = part.rows(rows), survivors, [generators[i] for i in rows.tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,15 @@ from genalign.search.noise_aware import (
     distill,
 )
 from genalign.types import Prompt, RewardFunction
+from genalign.worlds.shapes import prompts, render_metadata
 from rewards.aesthetic import AestheticReward
 from rewards.backbones.clap_encoder import load_clap
 from rewards.clap import ClapReward
 from rewards.clip import ClipReward
-from rewards.jpeg import JpegReward
 from rewards.noise_aware import LatentClapDistilled, SelfDistilled, load_scorer, save_scorer
 from rewards.pickscore import PickScoreReward
 from rewards.regressor import Regressor, RegressorReward
+from rewards.shapes import ShapesReward
 from tests.rewards import tiny_detectors
 from tests.rewards.tiny_clap import RATE, write_clap
 
@@ -64,16 +66,16 @@ def test_a_student_starts_as_its_reward_and_leaves_it_as_it_is(
     reward, samples = rewards[name]
     before = reward(samples, PROMPTS)
     student = SelfDistilled(reward, lora_rank=2)
-    assert torch.equal(student(samples, PROMPTS), before)
+    torch.testing.assert_close(student(samples, PROMPTS), before)  # attention has a kernel of its own without gradients
     trainable = [weight for weight in student.parameters() if weight.requires_grad]
     assert len(trainable) == 2 * len(student.names)  # of the LoRA alone
-    optimizer = torch.optim.SGD(trainable, lr=10.0)
+    optimizer = torch.optim.Adam(trainable, lr=1e-3)
     for _ in range(2):  # the first step moves only one of two factors
         optimizer.zero_grad()
         student(samples, PROMPTS).sum().backward()
         optimizer.step()
     assert all(weight.grad is not None and bool(weight.grad.any()) for weight in student.up)
-    assert bool((student(samples, PROMPTS) > before).all())
+    assert float(student(samples, PROMPTS).sum().detach()) < float(before.sum())
     assert torch.equal(reward(samples, PROMPTS), before)
     own = {weight.data_ptr() for weight in student.network.parameters()}
     assert all(weight.data_ptr() in own for weight in reward.network().parameters())  # held once
@@ -91,11 +93,6 @@ def test_attention_of_open_clip_is_adapted_too() -> None:
 
 
 def test_a_student_learns_the_clean_reward_of_noisy_samples() -> None:
-    """The reward's own scores of clean images, from the same images under noise: the error falls below the reward's."""
-    import numpy as np
-
-    from genalign.worlds.shapes import prompts, render_metadata
-
     rng, reward = np.random.default_rng(0), ClipReward("shapes-clip")
     texts = prompts("iid").prompts[:200:25]
     metadata = [prompt.metadata for prompt in texts for _ in range(6)]
@@ -107,15 +104,21 @@ def test_a_student_learns_the_clean_reward_of_noisy_samples() -> None:
     torch.manual_seed(0)
     student = SelfDistilled(reward, lora_rank=4)
     settings = Distillation(epochs=8, batch_size=24, learning_rate=3e-3)
-    before = float((student(noisy, [texts[p] for p in row.tolist()]) - clean).square().mean())
+    texts_of_all = [texts[p] for p in row.tolist()]
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((student(noisy, texts_of_all) - clean).square().mean())
+
+    before = error()
     (level,) = distill(student, dataset, nn.Identity(), settings)
-    after = float((student(noisy, [texts[p] for p in row.tolist()]) - clean).square().mean())
-    assert after < 0.5 * before and set(level.weights) == {n for n, p in student.named_parameters() if p.requires_grad}
+    assert error() < 0.5 * before
+    assert set(level.weights) == {name for name, weight in student.named_parameters() if weight.requires_grad}
 
 
 def test_a_reward_without_a_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="JpegReward has no network that could be trained into a student"):
-        SelfDistilled(JpegReward())
+    with pytest.raises(ValueError, match="ShapesReward has no network that could be trained into a student"):
+        SelfDistilled(ShapesReward())
 
 
 def test_a_scorer_survives_a_round_trip_and_keeps_its_reward(

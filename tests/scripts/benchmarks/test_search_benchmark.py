@@ -72,6 +72,12 @@ def test_pools_and_live_searches_become_records(work: Path) -> None:
     assert rows["oracle_pruning.omega"]["mean"] > max(rows["random_pruning.omega"]["mean"], -1)
     assert result["alignment"]["raw"] == result["alignment"]["decoded-12"]
 
+    # two samples of four steps pay for four that are stopped after two, and the best preview is the sample
+    recorded = search_pool.RecordedPool.load(work / "pool" / "base", search_pool.TEST)
+    previews = torch.stack([recorded.look("raw")[:, :, 0], recorded.look("strict")[:, :, 0]], dim=2)
+    ends = search_benchmark.stopped(recorded, search_pool.costs(work, "nfe"), 1, 2)
+    assert torch.equal(ends, best_of(previews, 4))
+
     # what is there is kept, and what is missing is made anew from the same noises
     pool = work / "pool" / "base"
     kept = {path.name: path.read_bytes() for path in pool.iterdir()}
@@ -91,15 +97,6 @@ def test_budget_use_by_hand() -> None:
     before, after = search_benchmark.budget_use(curve(2.0, 3.0, 4.0), reference)
     assert before.tolist() == [1.0, 1.0] and after.tolist() == pytest.approx([2.0, 2.0])  # the area is 4
     assert search_benchmark.budget_use(curve(1.0, 1.0, 1.0), reference)[1].tolist() == pytest.approx([0.0, 0.0])
-
-
-def test_stopped_samples_are_their_previews(work: Path) -> None:
-    search_pool.record(work)
-    pool = search_pool.RecordedPool.load(work / "pool" / "base", search_pool.TEST)
-    costs = search_pool.costs(work, "nfe")
-    # two samples of four steps pay for four that are stopped after two
-    expected = best_of(torch.stack([pool.look("raw")[:, :, 0], pool.look("strict")[:, :, 0]], dim=2), 4)
-    assert torch.equal(search_benchmark.stopped(pool, costs, 1, 2), expected)
 
 
 def test_a_missing_tuned_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
