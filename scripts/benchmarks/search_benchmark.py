@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,13 +65,16 @@ Method = Callable[[int], Tensor]
 
 
 def prepare(work: Path) -> None:
-    """Train the selection reward, then the students of it that see decoded previews and latents."""
+    """Train the selection reward, then the students of it, all on the same recorded trajectories."""
     reward = work / "selection" / "reward.safetensors"
     if not reward.exists():
         selection_reward.main(["shapes", "--output", str(reward)])
     for student in STUDENTS:
         if (work / student / "scorer.safetensors").exists():
             continue
+        (work / student).mkdir(parents=True, exist_ok=True)
+        for path in (work / STUDENTS[0]).glob("*-*.safetensors") if student != STUDENTS[0] else ():
+            shutil.copy(path, work / student / path.name)
         kind, seed = student.split("-")
         config = f"scripts/configs/noise_aware/shapes_{kind}.yaml"
         options = ["--output", str(work / student), "--seed", seed, "--distillation.seed", seed]

@@ -90,7 +90,7 @@ def features(network: Regressor, pairs: JudgedPairs) -> Tensor:
     )
 
 
-def train(network: Regressor, pairs: JudgedPairs, state: Path, settings: Fit = SETTINGS) -> None:
+def train(network: Regressor, pairs: JudgedPairs, state: Path) -> None:
     """Fit the head to the partial credit by least squares."""
     inputs = features(network, pairs)
 
@@ -98,7 +98,7 @@ def train(network: Regressor, pairs: JudgedPairs, state: Path, settings: Fit = S
         rows = torch.randint(len(pairs), (BATCH,), generator=torch.Generator().manual_seed(step))
         return F.mse_loss(network.head(inputs[rows]).squeeze(-1), pairs.credit[rows])
 
-    fit(network.head, loss, settings, state)
+    fit(network.head, loss, SETTINGS, state)
 
 
 @torch.no_grad()

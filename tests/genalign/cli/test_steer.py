@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,9 @@ def test_prices_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
     ],
     ids=["latents", "samples"],
 )
-def test_train_noise_aware_then_steer(tiny_folder: Path, tmp_path: Path, student: str) -> None:
+def test_train_noise_aware_then_steer(
+    tiny_folder: Path, tmp_path: Path, student: str, error: Callable[..., str]
+) -> None:
     assert main(["train-noise-aware", "--config", _config(tmp_path, AWARE, model=tiny_folder, student=student)]) == 0
     made = tmp_path / "aware" / "scorer.safetensors"
     scorer = f"{{class_path: rewards.noise_aware.load_scorer, init_args: {{path: {made}, least_tau: -1.0}}}}"
@@ -202,6 +204,16 @@ def test_train_noise_aware_then_steer(tiny_folder: Path, tmp_path: Path, student
     assert main([*steer, REWARD]) == 0
     (first, _) = _rows(tmp_path / "found")
     assert first["calls"]["reward/noise-aware"] > 0
+    message = error(*steer, f"--output={tmp_path}/other")
+    assert (
+        "selects by 'partial', rewards.shapes.ShapesReward, and the scorer was trained for rewards.clip.Clip" in message
+    )
+
+
+def test_a_student_of_two_rewards_is_refused(tiny_folder: Path, tmp_path: Path, error: Callable[..., str]) -> None:
+    config = _config(tmp_path, AWARE, model=tiny_folder, student="SelfDistilled")
+    message = error("train-noise-aware", "--config", config, "--rewards.strict.function=rewards.shapes.ShapesReward")
+    assert "a student predicts one reward, not partial, strict: give one, and train a student of each" in message
 
 
 def test_train_noise_aware_is_deterministic(tiny_folder: Path, tmp_path: Path) -> None:

@@ -198,8 +198,6 @@ class Scaled:
 )
 def test_a_scorer_of_another_reward_is_refused(tiny: SD3, reward: RewardFunction, message: str) -> None:
     scorer = _scorer((0.6, 0.6), reward=Scaled())
-    search(tiny, PROMPTS, Scaled(), Prune((2,), (0.5,), 4, scorer), sampling=SAMPLING)
-    scorer = _scorer((0.6, 0.6), reward=Scaled())
     with pytest.raises(ValueError, match=message):
         search(tiny, PROMPTS, reward, Prune((2,), (0.5,), 4, scorer), sampling=SAMPLING)
 

@@ -89,6 +89,26 @@ def test_pools_and_live_searches_become_records(work: Path) -> None:
         search_benchmark.publish(work)
 
 
+def test_students_share_their_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def train(command: list[str]) -> int:
+        output = Path(command[command.index("--output") + 1])
+        commands.append([*command, *sorted(path.name for path in output.iterdir())])
+        (output / "train-0.safetensors").touch()
+        (output / "scorer.safetensors").touch()
+        return 0
+
+    (tmp_path / "selection").mkdir()
+    (tmp_path / "selection" / "reward.safetensors").touch()
+    monkeypatch.setattr(search_benchmark, "genalign", train)
+    search_benchmark.prepare(tmp_path)
+    search_benchmark.prepare(tmp_path)
+    assert [command[-1] == "train-0.safetensors" for command in commands] == [False, True, True, True]
+    assert [command[command.index("--seed") + 1] for command in commands] == ["11", "12", "13", "11"]
+    assert "scripts/configs/noise_aware/shapes_latent.yaml" in commands[-1]
+
+
 def test_budget_use_by_hand() -> None:
     def curve(*rewards: float) -> dict[int, torch.Tensor]:
         return {b: torch.tensor([[r, 0.0], [r, 0.0]]) for b, r in zip((1, 2, 3), rewards, strict=True)}
