@@ -193,8 +193,8 @@ class Gate:
 class DualEncoderReward(Protocol):
     """A reward with a text and image encoder, such as ``ClipReward``, ``PickScoreReward`` and ``HPSReward``."""
 
-    def encoder(self, device: torch.device) -> ClipEncoder:
-        """Load the encoder and move it to ``device``."""
+    def encoder(self, device: torch.device | None) -> ClipEncoder:
+        """Load the encoder and move it to ``device``, or leave it where it is."""
 
 
 @dataclass(frozen=True, eq=False)

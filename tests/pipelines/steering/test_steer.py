@@ -212,5 +212,5 @@ def test_a_reported_reward_chooses_no_sample() -> None:
 
 
 def test_pruning_needs_a_number_of_candidates() -> None:
-    with pytest.raises(ValueError, match=r"needs Prune\(candidates=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"no budget that could decide: give Prune\(candidates=\.\.\.\)"):
         prune(sd15().pipe, "noise", loudness, Prune((0,), (0.5,)))

@@ -28,7 +28,7 @@ def image_vae(tiny_folder: Path) -> AutoencoderKL:
 def audio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a stereo VAE of 8 channels and 16 samples a frame, at 4 kHz."""
     torch.manual_seed(0)
-    sizes = {"encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channels": 8}
+    sizes = {"encoder_hidden_size": 16, "decoder_channels": 8, "decoder_input_channels": 8}
     vae = AutoencoderOobleck(
         **sizes, downsampling_ratios=[4, 4], channel_multiples=[1, 2], audio_channels=2, sampling_rate=4000
     )
