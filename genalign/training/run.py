@@ -191,8 +191,9 @@ class WeightFiles:
     def restore(self) -> None:
         """Write the best adapter again where a killed process left that of a later round, or none."""
         if self.best.round and self.best.policy.config is not None:
-            written = self.folder.processes.all_gather_object(self.folder.best_round())[0]
-            if written is None or not written.same_weights(self.best.round):
+            written = self.folder.best_round()
+            is_current = written is not None and written.same_weights(self.best.round)
+            if not self.folder.processes.all_gather_object(is_current)[0]:
                 self.folder.save_best(self.best, self.pipeline)
 
     def describe(self, rounds: int) -> str:

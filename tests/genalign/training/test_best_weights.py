@@ -16,6 +16,7 @@ from torch import Tensor
 from genalign.diffusion.policy import Lora, Policy
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 from genalign.metrics.intervals import Estimate
+from genalign.runtime.distributed import ProcessGroup
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward
 from genalign.training.best_weights import BestRound, BestWeights, HeldOutScores, deciding_weights, sum_name
@@ -114,8 +115,9 @@ def test_without_held_out_rewards_both_are_the_newest(policy: Policy, tiny: SD3,
 
 
 def test_the_best_weights_of_a_checkpoint_replace_those_of_a_later_round(
-    policy: Policy, tiny: SD3, tmp_path: Path
+    policy: Policy, tiny: SD3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda _, value: [json.loads(json.dumps(value))])  # as ranks
     files = WeightFiles(RunFolder(tmp_path), tiny, BestWeights(policy))
     _move(policy, 1.0)
     files.see(1, _scores(0.3))
