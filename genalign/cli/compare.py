@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +66,8 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
             continue
         write_json(own, runs[name])
         training = ["--config", settings.base.absolute, "--config", str(own), "--output", str(run)]
-        if status := train_command(context, [*training, "--training.seed", str(seed), "--resume"]):
+        own_time = replace(context, started=time.monotonic())
+        if status := train_command(own_time, [*training, "--training.seed", str(seed), "--resume"]):
             raise SystemExit(status)
 
     # Compare

@@ -639,8 +639,8 @@ class Compare:
         runs: The settings of each run that replace those of the base, by the name of the run.
         seeds: Seeds of the training runs.
         once: Names of runs that are trained with the first seed only.
-        budgets: "equal" refuses runs with different training.rounds, training.max_nfe or max_seconds; "own" trains
-            them, without standings at equal cost.
+        budgets: "equal" refuses runs with different training.rounds, training.max_nfe, max_seconds or time_budget;
+            "own" trains them, without standings at equal cost.
         variants: Settings by name that replace those of every run: each run is trained with each of them, as RUN-NAME.
     """
 
@@ -666,7 +666,7 @@ class Compare:
         Args:
             settings: The settings of every run by its name.
         """
-        for name in ("training.rounds", "training.max_nfe", "max_seconds"):
+        for name in ("training.rounds", "training.max_nfe", "max_seconds", "time_budget"):
             section, _, key = name.rpartition(".")
             values: dict[Any, list[str]] = {}
             for run, own in settings.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +90,7 @@ class CommandContext:
         scorers: Build the verifier's scores of a world, by name.
         save_scorer: Write a noise-aware reward to a file.
         geneval: Build the detector-based judge of GenEval evaluations that name no other.
+        started: When the command began, in seconds of ``time.monotonic``, from which a time budget counts.
     """
 
     load: Callable[[config.Model], Checkpoint]
@@ -97,6 +99,7 @@ class CommandContext:
     scorers: Callable[[str], Mapping[str, Scorer]]
     save_scorer: Callable[[Path, NoiseAware, nn.Module], None]
     geneval: Callable[[], Judge]
+    started: float = field(default_factory=time.monotonic)
 
     def scorers_for(self, source: str, others: Mapping[str, Scorer]) -> Mapping[str, Scorer]:
         """Join the verifier's scores, if the prompts of ``source`` are of a world, and ``others`` of other names."""

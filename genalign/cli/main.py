@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -111,11 +112,12 @@ def geneval_judge() -> Judge:
     return GenEvalJudge()
 
 
-def command_context() -> CommandContext:
-    """Join what commands use of pipelines and rewards."""
+def command_context(started: float) -> CommandContext:
+    """Join what commands use of pipelines and rewards; ``started`` is when the command began."""
     from genalign.cli.context import CommandContext
 
-    return CommandContext(load_model, outline_model, require_model, world_scorers, save_scorer, geneval_judge)
+    joined = load_model, outline_model, require_model, world_scorers, save_scorer, geneval_judge
+    return CommandContext(*joined, started)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -123,6 +125,7 @@ def main(arguments: Sequence[str]) -> int:
 
     ``--debug`` among the arguments adds the traceback, and those of rewards that fail and are called again.
     """
+    started = time.monotonic()  # before torch is imported
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     debug = "--debug" in arguments
     logging.getLogger("genalign").setLevel(logging.DEBUG if debug else logging.INFO)  # phases, without a terminal
@@ -136,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     from genalign.cli.parsing import INPUT_ERRORS
 
     try:
-        return command.run(command_context(), rest)
+        return command.run(command_context(started), rest)
     except INPUT_ERRORS as error:
         if debug:
             traceback.print_exc()

@@ -73,7 +73,7 @@ from genalign.worlds.registry import world_of
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign train``, and say how to resume a run that ends early or fails."""
-    started, (arguments, resume) = time.monotonic(), train_request(arguments)
+    arguments, resume = train_request(arguments)
     progress, output = Progress(RankShare.from_environment(os.environ).rank == 0), ""
     try:
         with terminable(), progress.phase("reading the configuration and loading rewards"):
@@ -82,7 +82,7 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
             parsing.require(checks, settings)
         output = settings.output
         with process_group(os.environ) as processes, terminable():
-            return run_training(context, settings, plain, resume, processes, progress, started)
+            return run_training(context, settings, plain, resume, processes, progress)
     except KeyboardInterrupt as error:
         signaled = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         return ended_by_signal(signaled, output) if RankShare.from_environment(os.environ).rank == 0 else 128 + signaled
@@ -137,7 +137,6 @@ def run_training(
     resume: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
     progress: Progress = SILENT,
-    started: float | None = None,
 ) -> int:
     """Evaluate, train, evaluate again, and write the report.
 
@@ -148,13 +147,11 @@ def run_training(
         resume: Continue the run in ``settings.output``, if there is one.
         processes: The ranks of the run.
         progress: Shows the phases of the run.
-        started: When the command began, in seconds of ``time.monotonic``; None for now.
 
     Returns:
         The exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0.
     """
     # Refuse what would fail later, before anything is loaded
-    started = time.monotonic() if started is None else started
     prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
     if processes.is_main:
         prompts.warn()
@@ -202,11 +199,9 @@ def run_training(
 
     # Train; Ctrl-C and SIGTERM end the run after a round
     loggers = trackers(settings.trackers, folder.path, tracker_run.id, plain)
-    weights = WeightFiles(folder, run.pipeline, run.best)
-    fitter = run.round_fitter(started) if rounds is None else None
-    if number := train(
-        run.trainer, weights, writer, run.monitors(), loggers, progress, fitter, max_seconds=settings.max_seconds
-    ):
+    weights, limit = WeightFiles(folder, run.pipeline, run.best), settings.max_seconds
+    fitter = run.round_fitter() if rounds is None else None
+    if number := train(run.trainer, weights, writer, run.monitors(), loggers, progress, limit, fitter):
         return ended_by_signal(number, settings.output, run.trainer.rounds_done) if processes.is_main else 128 + number
 
     # Evaluate the trained model, and write the report
@@ -296,15 +291,14 @@ class TrainingRun:
         evaluate = self.evaluate_held_out if self.held_out else None
         return RoundMonitors(evaluate, held_out.every, held_out.every_seconds, self.guard, writer)
 
-    def round_fitter(self, started: float) -> RoundFitter:
-        """Prepare to fit the number of rounds to the time budget of a command that began at ``started``."""
-        settings = self.settings
-        every = [settings.held_out.every, settings.reward_hacking.every, settings.sample_grid.every]
+    def round_fitter(self) -> RoundFitter:
+        """Prepare to fit the number of rounds to the time budget of the command."""
+        settings, started = self.settings, self.context.started
+        sections = settings.held_out, settings.reward_hacking, settings.sample_grid
+        every = [section.every for section in sections if section.every]
         afterwards = EvaluationFolder(self.folder.path / "before").cost().get("seconds", 0.0)
-        kinds = [rounds for rounds in every if rounds]
-        by_time = settings.held_out.every_seconds
-        record = self.folder.record_rounds
-        return RoundFitter(settings.time_budget, started, afterwards, kinds, record, every_seconds=by_time)
+        record, by_time = self.folder.record_rounds, settings.held_out.every_seconds
+        return RoundFitter(settings.time_budget, started, afterwards, every, record, by_time)
 
     def evaluate_held_out(self) -> HeldOutScores:
         """Score the averaged weights on held-out prompts."""

@@ -240,8 +240,8 @@ def train(
     monitors: RoundMonitors,
     trackers: Sequence[Any] = (),
     progress: Progress = SILENT,
-    fitter: RoundFitter | None = None,
     max_seconds: float | None = None,
+    fitter: RoundFitter | None = None,
 ) -> int:
     """Run the remaining rounds, and write the weights at the end or after an error (see ``weights_saved``).
 
@@ -252,8 +252,8 @@ def train(
         monitors: Observers between rounds.
         trackers: Experiment trackers, from accelerate.
         progress: Shows the rounds, and the phases within them.
-        fitter: Fits the number of rounds to a time budget after the first; None where they are given.
         max_seconds: Seconds of training with whose round the run ends, if that comes first; None for no limit.
+        fitter: Fits the number of rounds to a time budget after the first; None where they are given.
 
     Returns:
         The signal, SIGINT or SIGTERM, that ended the run early on any rank; 0 for none.

@@ -95,8 +95,8 @@ class RoundFitter:
         afterwards: Seconds that the evaluation after training takes, as the one before it did.
         every: Rounds between two observations, for each kind of observation.
         record: Write the number into the configuration of the run.
+        every_seconds: Seconds of training between two observations of one more kind; None for no such kind.
         begun: When the training began.
-        every_seconds: Seconds of training between two observations; None for none by time.
     """
 
     budget: TimeBudget
@@ -104,8 +104,8 @@ class RoundFitter:
     afterwards: float
     every: Sequence[int]
     record: Callable[[int], None]
-    begun: float = field(default_factory=time.monotonic)
     every_seconds: float | None = None
+    begun: float = field(default_factory=time.monotonic)
 
     def fit(self, trainer: Trainer) -> int:
         """Fix the rounds of ``trainer`` after its first round and what is observed then, and return their number.
@@ -114,8 +114,12 @@ class RoundFitter:
         """
         now, per_round = time.monotonic(), trainer.seconds
         between = max(0.0, now - self.begun - per_round)
+        every = [*self.every, max(1, int(self.every_seconds / per_round))] if self.every_seconds else self.every
+
+        def observed(number: int, last: bool) -> bool:
+            return any(due(number, interval, last) for interval in every)
+
         left = self.budget.seconds_left(now - self.begun, now - self.started, self.afterwards)
-        observed = self._observations(per_round)
         fitting = rounds_in(SHARE * left, per_round, between, observed)
         least = max(self.budget.least_rounds, trainer.settings.warmup_rounds + 1)
         chosen: list[int] = trainer.processes.all_gather_object([max(fitting, least), fitting])[0]
@@ -123,29 +127,24 @@ class RoundFitter:
         trainer.settings = replace(trainer.settings, rounds=rounds)
         if trainer.processes.is_main:
             self.record(rounds)
-            self._log(rounds, fitting, per_round, between)
+            observations = sum(observed(number, number == rounds) for number in range(1, rounds + 1))
+            training = rounds * per_round + observations * between
+            in_all = self.begun - self.started + training + self.afterwards
+            times = (
+                f"the first took {per_round:.1f} s, and evaluations after it {between:.1f} s: about"
+                f" {format_seconds(training)} of training, and {format_seconds(in_all)} in all"
+            )
+            _log(rounds, fitting, times)
         return rounds
 
-    def _observations(self, per_round: float) -> Callable[[int, bool], bool]:
-        """Say after which rounds something is observed, if each takes ``per_round`` seconds."""
-        by_time = [max(1, round(self.every_seconds / max(per_round, 1e-3)))] if self.every_seconds else []
-        return lambda rounds, last: any(due(rounds, every, last) for every in (*self.every, *by_time))
 
-    def _log(self, rounds: int, fitting: int, per_round: float, between: float) -> None:
-        """Log the number of rounds, and how long they and the whole command will take about."""
-        observed = self._observations(per_round)
-        observations = sum(observed(number, number == rounds) for number in range(1, rounds + 1))
-        training = rounds * per_round + observations * between
-        total = self.begun - self.started + training + self.afterwards
-        times = (
-            f"the first took {per_round:.1f} s, and evaluations after it {between:.1f} s: about"
-            f" {format_seconds(training)} of training, and {format_seconds(total)} in all"
+def _log(rounds: int, fitting: int, times: str) -> None:
+    """Log the number of rounds, of which ``fitting`` fit the budget, and the time that they take."""
+    if rounds > fitting:
+        logger.warning(
+            "%d rounds (training.rounds), the fewest allowed, although the time budget has room for %d only: this takes"
+            " longer than planned; %s",
+            *(rounds, fitting, times),
         )
-        if rounds > fitting:
-            logger.warning(
-                "%d rounds (training.rounds), the fewest allowed, although the time budget has room for %d only: this"
-                " takes longer than planned; %s",
-                *(rounds, fitting, times),
-            )
-        else:
-            logger.info("%d rounds (training.rounds) fit the time budget; %s", rounds, times)
+    else:
+        logger.info("%d rounds (training.rounds) fit the time budget; %s", rounds, times)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from genalign.cli.compare import _standings, own_settings, run_settings
 from genalign.cli.config import Compare, Train
+from genalign.cli.context import CommandContext
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
 from genalign.evaluation.compare_runs import summarize_recipes
@@ -116,6 +118,7 @@ def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None
         ("training.max_nfe", "{training: {max_nfe: 80}}"),
         ("training.rounds", "{training: {rounds: 9}}"),
         ("max_seconds", "{max_seconds: 60}"),
+        ("time_budget", "{time_budget: {training_minutes: 5}}"),
     ],
 )
 def test_unequal_budgets_are_refused_by_name(
@@ -125,6 +128,21 @@ def test_unequal_budgets_are_refused_by_name(
     message = error("compare", str(source))
     assert f"the runs have unequal budgets: of {setting}, flow has " in message and "dense, also have" in message
     assert "or set budgets: own" in message and not (tmp_path / "compared").exists()
+
+
+def test_the_time_of_each_run_counts_from_its_own_start(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of the whole command is one of each run, not of the comparison."""
+    began: list[tuple[float, float]] = []
+
+    def train(context: CommandContext, arguments: Sequence[str]) -> int:
+        began.append((context.started, time.monotonic()))
+        return len(began) == 2
+
+    monkeypatch.setattr("genalign.cli.compare.train_command", train)
+    with pytest.raises(SystemExit):
+        main(["compare", str(source)])
+    (_, first), (second, _) = began
+    assert second >= first
 
 
 def test_every_run_is_checked_before_the_first_is_trained(

@@ -163,7 +163,7 @@ def test_errors_of_the_system_and_of_libraries_are_one_line(error: Exception, li
 def test_every_kind_of_input_error_is_one_line_and_a_traceback_on_request(
     raised: Exception, debug: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(started: float) -> None:
         raise raised
 
     monkeypatch.setattr("genalign.cli.main.command_context", fail)

@@ -61,15 +61,13 @@ def test_a_command_ends_in_time_on_machines_of_any_speed(
     begun = speed * (15 + 25)
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: begun + speed * (12 + 6))
     recorded: list[int] = []
-    fitter = RoundFitter(DEMO, 0.0, speed * 25, [8], recorded.append, begun)
+    fitter = RoundFitter(DEMO, 0.0, speed * 25, [8], recorded.append, begun=begun)
     rounds = fitter.fit(trainer := FakeTrainer(speed * 12))
     assert trainer.settings.rounds == rounds == recorded[0] > 8
     looks = sum(due(number, 8, number == rounds) for number in range(1, rounds + 1))
     seconds = speed * (12 * rounds + 6 * looks)
     assert training[0] <= seconds <= training[1]
     assert begun + seconds + speed * 25 <= total < 480
-    by_time = RoundFitter(DEMO, 0.0, speed * 25, [], recorded.append, begun, every_seconds=speed * 12 * 8)
-    assert by_time.fit(FakeTrainer(speed * 12)) == rounds
 
 
 @pytest.mark.parametrize(("budget", "fits"), [(DEMO, 1), (TimeBudget(training_minutes=1), 1), (TimeBudget(5), 4)])
@@ -79,13 +77,25 @@ def test_too_little_time_is_a_line_and_the_fewest_rounds_allowed(
     """Rounds of 60 s after 340 s of loading and evaluation, which takes 300 s at the end again."""
     caplog.set_level(logging.INFO, "genalign")
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: 400.0)
-    rounds = RoundFitter(budget, 0.0, 300.0, [], lambda rounds: None, 340.0).fit(FakeTrainer(60.0))
+    fitter = RoundFitter(budget, 0.0, 300.0, [], lambda rounds: None, begun=340.0)
+    rounds = fitter.fit(FakeTrainer(60.0))
     assert rounds == max(fits, budget.least_rounds)
     (line,) = caplog.messages
     assert ("the fewest allowed, although the time budget has room for 1 only" in line) == (fits == 1)
     assert "the first took 60.0 s" in line and f"about 0:{rounds:02d}:00 of training" in line
     warm = FittedSettings(warmup_rounds=20)  # the schedule needs a round after its warm-up
-    assert RoundFitter(budget, 0.0, 300.0, [], lambda rounds: None, 340.0).fit(FakeTrainer(60.0, warm)) == 21
+    assert fitter.fit(FakeTrainer(60.0, warm)) == 21
+
+
+def test_evaluations_at_intervals_of_time_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of 10 s and looks of 5 s in 90 % of 1000 s after the first: every 10 rounds, or every second one."""
+    monkeypatch.setattr(time_budget.time, "monotonic", lambda: 15.0)
+    budget = TimeBudget(training_minutes=1015 / 60)
+    rare, often = (
+        RoundFitter(budget, 0.0, 0.0, [], lambda rounds: None, seconds, begun=0.0).fit(FakeTrainer(10.0))
+        for seconds in (100.0, 20.0)
+    )
+    assert (rare, often) == (86, 72)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +214,12 @@ def test_the_evaluation_after_training_is_expected_to_take_as_long_as_the_one_be
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No time is left, as if everything were used up, so that the run has the two rounds of the shortest."""
-    run, expected = tmp_path / "run", list[float]()
-    monkeypatch.setattr(TimeBudget, "seconds_left", lambda *spent: expected.append(spent[3]) or 0.0)
+    run, spent = tmp_path / "run", list[float]()
+    monkeypatch.setattr(TimeBudget, "seconds_left", lambda _, *seconds: spent.extend(seconds) or 0.0)
     assert main([*arguments, f"--output={run}", "--before_after.prompts=shapes:len", *ONE_SAMPLE]) == 0
-    assert expected == [json.loads((run / "before" / "cost.json").read_text())["seconds"]] and expected[0] > 0
+    training, total, afterwards = spent
+    assert afterwards == json.loads((run / "before" / "cost.json").read_text())["seconds"] > 0
+    assert 0 < training < total - afterwards  # which counts the loading and the evaluation before, too
     assert len(_rows(run)) == _rounds(run) == 2
 
 
