@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from genalign.types import AnyCallable, Prompt
-from rewards.backbones.reference_images import ReferenceSamples, SampleFolder
+from rewards.backbones.reference_audio import AudioFolder
+from rewards.backbones.reference_images import ImageFolder, ReferenceSamples
 
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in median distances of two examples
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -42,7 +43,7 @@ class RatedSamples:
         self.samples, self.ratings = samples, ratings
 
 
-def read_ratings(samples: SampleFolder, file: str) -> RatedSamples:
+def read_ratings(samples: ImageFolder | AudioFolder, file: str) -> RatedSamples:
     """Read the ratings of a folder's images or clips from a JSON-lines file, which must not lie in the folder.
 
     Args:

@@ -19,9 +19,13 @@ from genalign.types import FeatureFunction, RewardFunction, SetReward
 from genalign.worlds.registry import WORLDS
 from genalign.worlds.tones import SAMPLE_RATE
 from rewards.backbones.audio_features import ClapFeatures, FrameFeatures, LogMelFeatures, extract_frame_features
+from rewards.backbones.image_features import extract_features
+from rewards.backbones.vae_features import VaeFeatures
 from rewards.clap import ClapReward
+from rewards.ratings import RatingReward
 from rewards.set_rewards import FrameFrechetReward, FrechetReward, PerSampleFrechetReward, VendiReward
 from rewards.tones import revoiced, worded
+from scripts.benchmarks.planted_ratings import depth, rated_clips
 
 PART = 32  # clips of a trial of a set reward
 BATCH = 64  # clips that are heard at once
@@ -152,6 +156,25 @@ def measures(clap: str = "tones-clap") -> dict[str, Measure]:
         "text": OfSets("less distance to words", embedding, FrechetReward(worded(["organ"], clap))),
         "vendi": OfSets("Vendi score", LogMelFeatures(SAMPLE_RATE, floor=-50.0), VendiReward()),
         "clap": OfClips("CLAP score", ClapReward(clap, SAMPLE_RATE)),
+    }
+
+
+@torch.no_grad()
+def dragon_measures(clap: str = "tones-clap") -> dict[str, Measure]:
+    """The targets of the runs of compare/tones_dragon.yaml, by other clips and raters, and what is reported beside."""
+    vae, embedding = VaeFeatures("tones-audio", SAMPLE_RATE), ClapFeatures(clap, SAMPLE_RATE)
+    clips = revoiced(count=128, seed=1)
+    by_vae, by_clap = (extract_frame_features(clips, encoder) for encoder in (vae, embedding))
+    return {
+        "strict": RecordedMeasure("strict"),
+        "partial": RecordedMeasure("partial"),
+        "vae_fad": OfSets("less FAD by the VAE", FrameFeatures(vae), FrameFrechetReward(by_vae)),
+        "vae_fad_clip": OfClips("less FAD by clip, by the VAE", PerSampleFrechetReward(vae, by_vae)),
+        "clap_fad": OfSets("less FAD by CLAP", embedding, FrechetReward(extract_features(clips, embedding))),
+        "clap_fad_clip": OfClips("less FAD by clip, by CLAP", PerSampleFrechetReward(embedding, by_clap)),
+        "clap_score": OfClips("CLAP score", ClapReward(clap, SAMPLE_RATE)),
+        "rating": OfClips("rating by other raters", RatingReward(embedding, rated_clips(seed=1))),
+        "taste": OfClips("true rating", depth),
     }
 
 

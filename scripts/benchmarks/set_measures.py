@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from genalign.evaluation.records import PromptRecord
 from genalign.metrics.frechet import frechet_distance
 from genalign.metrics.image import saturation
 from genalign.metrics.vendi import vendi_score
+from genalign.types import Prompt, RewardFunction
 from genalign.worlds.shapes.detection import ShapeDetection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
+from rewards.backbones.audio_features import FrameFeatures, extract_frame_features
 from rewards.backbones.image_features import ClipFeatures, extract_features
 from rewards.backbones.reference_images import ImageTensor, ReferenceSamples
+from rewards.backbones.vae_features import VaeFeatures
+from rewards.set_rewards import FrameFrechetReward
 
 FEATURES = ClipFeatures("shapes-clip")
 Measure = Callable[[Tensor], float]
@@ -37,6 +42,26 @@ def nearness(references: ReferenceSamples) -> Measure:
     return measure
 
 
+def patch_nearness(references: ReferenceSamples) -> Measure:
+    """-Frechet distance of the patches of the VAE's latents to those of ``references``."""
+    encoder = VaeFeatures("shapes-sd3", patch=2)
+    there = FrameFrechetReward(extract_frame_features(references, encoder))
+
+    def measure(images: Tensor) -> float:
+        return there(torch.cat([FrameFeatures(encoder)(part) for part in images.split(64)]))
+
+    return measure
+
+
+def mean_of(reward: RewardFunction) -> Measure:
+    """The mean of a reward that ignores prompts."""
+
+    def measure(images: Tensor) -> float:
+        return float(torch.cat([reward(part, [Prompt("")] * len(part)) for part in images.split(64)]).mean())
+
+    return measure
+
+
 def variety(images: Tensor) -> float:
     """The Vendi score of shapes-clip features."""
     return vendi_score(extract_features(ImageTensor(images), FEATURES))
@@ -55,6 +80,11 @@ def share(is_so: Callable[[ShapeDetection], bool]) -> Measure:
 def is_purple(item: ShapeDetection) -> bool:
     """Whether purple is its nearest color."""
     return item.color == "purple"
+
+
+def is_cold(item: ShapeDetection) -> bool:
+    """Whether purple or blue is its nearest color."""
+    return item.color in ("purple", "blue")
 
 
 def is_small(item: ShapeDetection) -> bool:

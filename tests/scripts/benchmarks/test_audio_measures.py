@@ -14,8 +14,9 @@ from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleR
 from genalign.runtime.media import writer
 from genalign.types import Prompt
 from genalign.worlds.registry import WORLDS
+from rewards.backbones.audio_features import LogMelFeatures
 from rewards.tones import revoiced
-from scripts.benchmarks import audio_measures, proofs
+from scripts.benchmarks import audio_measures, planted_ratings, proofs
 from scripts.benchmarks.published_results import read_records, result_rows
 from scripts.benchmarks.results_tables import fill
 from tests.rewards.tiny_clap import write_clap
@@ -77,6 +78,26 @@ def test_what_moved_is_seen_and_published(run: Path, tmp_path: Path, monkeypatch
 
     table = fill("<!-- wins:audio_tones -->\n<!-- /wins -->\n", tmp_path)
     assert f"| ddpo | strict | 0.0% | 0.0% | 1.0e+00 | {2 * prompts} | 1 / 0 | 0.5 / 0 |" in table
+
+
+def test_the_runs_of_dragon_are_measured_by_other_clips_and_raters(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("vae_fad_clip", "rating")
+    monkeypatch.setattr(audio_measures, "VaeFeatures", lambda model, rate: LogMelFeatures(rate))  # quicker
+    monkeypatch.setattr(proofs, "compared", lambda folder, name: {one: {74: run, 75: run} for one in names})
+    monkeypatch.setattr(proofs, "RESULTS", tmp_path)
+    monkeypatch.setattr(audio_measures, "revoiced", lambda count, seed: revoiced(count=8, seed=seed))
+    monkeypatch.setattr(audio_measures, "rated_clips", lambda seed: planted_ratings.rated_clips(24, seed))
+    proofs.audio_dragon(tmp_path)
+    made = json.loads((tmp_path / "dragon_tones.json").read_text())
+    rows = {row["name"]: row for row in made["rows"]}
+    assert set(rows) == {*names, *(f"{name}.strict" for name in names)}
+    assert rows["vae_fad_clip"]["mean"] != 0 and rows["rating"]["mean"] != 0
+    lines = {line["name"]: line for line in made["win_rates"]}
+    assert lines["vae_fad_clip"]["target"] == "less FAD by clip, by the VAE"
+    taste = lines["rating"]["rewards"]["true rating"]
+    assert 1 <= taste["before"] <= 5 and taste["before"] != taste["after"]
 
 
 def test_a_run_of_other_prompts_after_than_before_is_refused(run: Path) -> None:
