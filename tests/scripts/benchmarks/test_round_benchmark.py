@@ -59,7 +59,7 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 @pytest.fixture
 def repeated(small: SD3) -> RepeatedRound:
     policy = Policy(small.denoiser, Lora(rank=4, alpha=8))
-    settings = TrainerSettings(rounds=9, prompts_per_round=2, group_size=2, updates_per_round=1)
+    settings = TrainerSettings(rounds=9, prompts_per_round=2, group_size=2, updates_per_round=1, learning_rate=1e-3)
     recipe = flow_grpo(FlowSDE(0.9), window=1, shared_noise=False)
     return RepeatedRound(
         Trainer(small, policy, redness, ["a circle", "a moon"], recipe, settings, Sampling(2, (1.0, 0.5)))
