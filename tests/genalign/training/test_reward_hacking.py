@@ -210,7 +210,7 @@ reward_hacking:
   samples_per_task: 2
   rewards: {{green: {{class_path: outside_rewards.Channel}}}}
   diagnostics: {{cells: genalign.worlds.shapes.diversity.cell_entropy}}
-  limits: {{statistics: {{amber: {limit}, red: {limit}}}}}
+  limits: {{statistics: {{amber: {limit}, red: {limit}}}, rewards: {{amber: {limit}, red: {limit}}}}}
   on_red: {{stop: true, keep_best: true, raise_kl: 0.1}}
 """
 
