@@ -135,7 +135,7 @@ class HeldOut(EvaluationSize):
     Args:
         prompts: Held-out prompts, a file or a split of a world; null takes ``held_out_fraction`` of the training
             prompts, which are then not trained on.
-        every: Number of rounds between two evaluations; 0 makes none by rounds.
+        every: Number of rounds between two evaluations; 0 turns those by rounds off.
         every_seconds: Seconds of training, without evaluations, between two of them; null makes none by time.
         scorers: Rewards by name, in addition to the verifier of the prompts' world; without either, the rewards of the
             run.
