@@ -173,17 +173,8 @@ def run_training(
         run = TrainingRun(context, settings, prompts, folder, sharding, progress)
     samplings = {"sampling": settings.sampling, "evaluation": settings.evaluation}
     plain = with_family_defaults(plain, run.pipeline, samplings)
-    tracker_run = TrackerRun()
-    parts: dict[str, Stateful] = {
-        "inputs": InputFingerprint(run.pipeline.fingerprint, suite_hash(prompts.training)),
-        "trainer": run.trainer,
-        "best": run.best,
-        "texts": EncoderCache(run.pipeline),
-        "tracker": tracker_run,
-        **({"guard": run.guard} if run.guard else {}),
-        "generators": PerRankState(Generators(), processes),
-    }
-    adapter = partial(adapter_writer, run.policy, run.pipeline)
+    tracker_run, adapter = TrackerRun(), partial(adapter_writer, run.policy, run.pipeline)
+    parts = run.stateful_parts(prompts) | {"tracker": tracker_run}
     writer = CheckpointWriter(checkpoints, parts, run.score_log, settings.checkpoint.every, adapter)
     if checkpoint is None:
         if run.guard:
@@ -283,6 +274,17 @@ class TrainingRun:
         own = {reward.name: reward for reward in rewards}
         self.held_out = self._evaluator("held_out", held_out, held_out.scorers, own) if held_out.is_on else None
         self.before_after = self._evaluator("before_after", before_after, own) if before_after else None
+
+    def stateful_parts(self, prompts: RunPrompts) -> dict[str, Stateful]:
+        """Collect what a checkpoint holds, by name."""
+        return {
+            "inputs": InputFingerprint(self.pipeline.fingerprint, suite_hash(prompts.training)),
+            "trainer": self.trainer,
+            "best": self.best,
+            "texts": EncoderCache(self.pipeline),
+            **({"guard": self.guard} if self.guard else {}),
+            "generators": PerRankState(Generators(), self.processes),
+        }
 
     def monitors(self) -> RoundMonitors:
         """Collect what is measured during training."""

@@ -120,7 +120,7 @@ class TurnedRight:
         return self.recognized / self.pairs if self.pairs else math.nan
 
     def as_dict(self) -> dict[str, float | None]:
-        """Convert to JSON types."""
+        """Return the counts as JSON types, null for no share."""
         return {"pairs": self.pairs, "recognized_before": self.recognized, "share": self.share if self.pairs else None}
 
 

@@ -61,7 +61,7 @@ class Standing:
 
     @property
     def seeds(self) -> int:
-        """The number of seeds."""
+        """The number of seeds of the recipe."""
         return self.score.n
 
 
@@ -121,7 +121,7 @@ class Standings:
         return Curve(tuple(costs.tolist()), tuple(mean(run.at(cost) for run in runs) for cost in costs))
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
+        """Return the standings and differences as JSON types."""
         return {
             "budget": self.budget,
             "score": self.score,
@@ -154,8 +154,8 @@ def shared_looks(recipes: Mapping[str, Mapping[int, Path]]) -> dict[str, dict[in
     first: tuple[Path, Any] | None = None
     for name, runs in recipes.items():
         for seed, run in runs.items():
-            found = looks.setdefault(name, {})[seed] = read_looks(run)
-            if not found:
+            own = looks.setdefault(name, {})[seed] = read_looks(run)
+            if not own:
                 raise ValueError(
                     f"{run} has no evaluations on held-out prompts: set held_out.every_seconds (or every) for all runs"
                 )

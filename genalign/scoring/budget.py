@@ -224,11 +224,11 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 
 
 @torch.enable_grad()
-def _backward_seconds(call: Callable[[Tensor], Tensor], given: Tensor, repeats: int) -> float | None:
-    """Return the median seconds of the backward pass of ``call`` to ``given``; None for a call without a gradient."""
+def _backward_seconds(call: Callable[[Tensor], Tensor], inputs: Tensor, repeats: int) -> float | None:
+    """Return the median seconds of the backward pass of ``call`` to ``inputs``; None for a call without a gradient."""
     times = []
     for _ in range(repeats + 1):
-        variable = given.detach().requires_grad_(True)
+        variable = inputs.detach().requires_grad_(True)
         try:
             result = call(variable)
         except RewardError:  # the reward takes no samples that have a gradient

@@ -92,7 +92,7 @@ class BestRound:
         return replace(self, evaluations=other.evaluations) == other
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
+        """Return the round and its estimate as JSON types."""
         return asdict(self) | {"estimate": self.estimate.as_dict()}
 
     @classmethod

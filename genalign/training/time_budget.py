@@ -96,7 +96,7 @@ class RoundFitter:
         every: Rounds between two observations, for each kind of observation.
         record: Write the number into the configuration of the run.
         every_seconds: Seconds of training between two observations of one more kind; None for no such kind.
-        begun: When the training began.
+        training_started: When the training began.
     """
 
     budget: TimeBudget
@@ -105,7 +105,7 @@ class RoundFitter:
     every: Sequence[int]
     record: Callable[[int], None]
     every_seconds: float | None = None
-    begun: float = field(default_factory=time.monotonic)
+    training_started: float = field(default_factory=time.monotonic)
 
     def fit(self, trainer: Trainer) -> int:
         """Fix the rounds of ``trainer`` after its first round and what is observed then, and return their number.
@@ -113,23 +113,22 @@ class RoundFitter:
         A line in the log says how many there are. All ranks call this, and take the number of the main rank.
         """
         now, per_round = time.monotonic(), trainer.seconds
-        between = max(0.0, now - self.begun - per_round)
+        between = max(0.0, now - self.training_started - per_round)
         every = [*self.every, max(1, int(self.every_seconds / per_round))] if self.every_seconds else self.every
 
         def observed(number: int, last: bool) -> bool:
             return any(due(number, interval, last) for interval in every)
 
-        left = self.budget.seconds_left(now - self.begun, now - self.started, self.afterwards)
+        left = self.budget.seconds_left(now - self.training_started, now - self.started, self.afterwards)
         fitting = rounds_in(SHARE * left, per_round, between, observed)
         least = max(self.budget.least_rounds, trainer.settings.warmup_rounds + 1)
-        chosen: list[int] = trainer.processes.all_gather_object([max(fitting, least), fitting])[0]
-        rounds, fitting = chosen
+        rounds, fitting = trainer.processes.all_gather_object((max(fitting, least), fitting))[0]
         trainer.settings = replace(trainer.settings, rounds=rounds)
         if trainer.processes.is_main:
             self.record(rounds)
             observations = sum(observed(number, number == rounds) for number in range(1, rounds + 1))
             training = rounds * per_round + observations * between
-            in_all = self.begun - self.started + training + self.afterwards
+            in_all = self.training_started - self.started + training + self.afterwards
             times = (
                 f"the first took {per_round:.1f} s, and evaluations after it {between:.1f} s: about"
                 f" {format_seconds(training)} of training, and {format_seconds(in_all)} in all"

@@ -58,8 +58,8 @@ def verify_detections(detections: Sequence[ToneDetection], metadata: Metadata) -
 def _is_recognized(detection: ToneDetection) -> bool:
     """Whether an event is of this world: a noise burst, or a note in a known timbre, and not longer than any."""
     sound = detection.sound
-    known = sound.timbre in PITCHED and sound.note is not None
-    return (known or sound.timbre == NOISE) and detection.offset - detection.onset <= MAX_EVENT
+    is_note = sound.timbre in PITCHED and sound.note is not None
+    return (is_note or sound.timbre == NOISE) and detection.offset - detection.onset <= MAX_EVENT
 
 
 def _common_length(first: Sequence[str], second: Sequence[str]) -> int:

@@ -61,7 +61,7 @@ def test_a_command_ends_in_time_on_machines_of_any_speed(
     begun = speed * (15 + 25)
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: begun + speed * (12 + 6))
     recorded: list[int] = []
-    fitter = RoundFitter(DEMO, 0.0, speed * 25, [8], recorded.append, begun=begun)
+    fitter = RoundFitter(DEMO, 0.0, speed * 25, [8], recorded.append, training_started=begun)
     rounds = fitter.fit(trainer := FakeTrainer(speed * 12))
     assert trainer.settings.rounds == rounds == recorded[0] > 8
     looks = sum(due(number, 8, number == rounds) for number in range(1, rounds + 1))
@@ -77,7 +77,7 @@ def test_too_little_time_is_a_line_and_the_fewest_rounds_allowed(
     """Rounds of 60 s after 340 s of loading and evaluation, which takes 300 s at the end again."""
     caplog.set_level(logging.INFO, "genalign")
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: 400.0)
-    fitter = RoundFitter(budget, 0.0, 300.0, [], lambda rounds: None, begun=340.0)
+    fitter = RoundFitter(budget, 0.0, 300.0, [], lambda rounds: None, training_started=340.0)
     rounds = fitter.fit(FakeTrainer(60.0))
     assert rounds == max(fits, budget.least_rounds)
     (line,) = caplog.messages
@@ -92,7 +92,7 @@ def test_evaluations_at_intervals_of_time_are_counted_too(monkeypatch: pytest.Mo
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: 15.0)
     budget = TimeBudget(training_minutes=1015 / 60)
     rare, often = (
-        RoundFitter(budget, 0.0, 0.0, [], lambda rounds: None, seconds, begun=0.0).fit(FakeTrainer(10.0))
+        RoundFitter(budget, 0.0, 0.0, [], lambda rounds: None, seconds, training_started=0.0).fit(FakeTrainer(10.0))
         for seconds in (100.0, 20.0)
     )
     assert (rare, often) == (86, 72)
