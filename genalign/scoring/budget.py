@@ -200,12 +200,12 @@ def measure_prices(
     for reward in rewards:
         calls[reward_call(reward.name)] = (functools.partial(_scored, reward, prompts), samples)
     prices = {}
-    for name, (call, given) in calls.items():
+    for name, (call, inputs) in calls.items():
         evaluations = len(x) * (2 if name == NFE and guidance > 1 else 1)
         with torch.no_grad():
-            times = [_seconds(functools.partial(call, given)) for _ in range(repeats + 1)]
+            times = [_seconds(functools.partial(call, inputs)) for _ in range(repeats + 1)]
         prices[name] = statistics.median(times[1:]) / evaluations
-        if gradients and (backward := _backward_seconds(call, given, repeats)) is not None:
+        if gradients and (backward := _backward_seconds(call, inputs, repeats)) is not None:
             prices[backward_call(name)] = backward / evaluations
     return prices
 
