@@ -122,6 +122,7 @@ class RoundFitter:
         left = self.budget.seconds_left(now - self.training_started, now - self.started, self.afterwards)
         fitting = rounds_in(SHARE * left, per_round, between, observed)
         least = max(self.budget.least_rounds, trainer.settings.warmup_rounds + 1)
+        rounds: int
         rounds, fitting = trainer.processes.all_gather_object((max(fitting, least), fitting))[0]
         trainer.settings = replace(trainer.settings, rounds=rounds)
         if trainer.processes.is_main:
