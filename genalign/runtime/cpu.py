@@ -36,8 +36,9 @@ def use_faster_attention_backward() -> torch.library.Library:
     In bfloat16, torch's own takes a third of a training step of a small transformer. This one multiplies matrices of a
     few heads at a time, and computes the same gradients up to rounding. The forward pass stays torch's.
     """
-    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward, "CPU")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch has not typed it
+    operator = "_scaled_dot_product_flash_attention_for_cpu_backward"
+    library.impl(operator, attention_backward, "CPU")  # type: ignore[no-untyped-call]  # as above
     return library
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from genalign.metrics.intervals import Estimate
 from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.score import RewardError
 from genalign.training.best_weights import BestWeights, HeldOutScores
@@ -75,11 +76,15 @@ class Observations:
     report: HackingReport | None
     samples: Sequence[str]
 
+    @property
+    def scores(self) -> Mapping[str, Estimate]:
+        """The held-out estimate of each score; empty if they were not due."""
+        return self.held_out.overall if self.held_out else {}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the observations as JSON, null for those that were not due."""
-        overall = self.held_out.overall if self.held_out else {}
         return {
-            "held_out": {name: estimate.as_dict() for name, estimate in overall.items()} or None,
+            "held_out": {name: estimate.as_dict() for name, estimate in self.scores.items()} or None,
             "reward_hacking": self.report.as_list() if self.report else None,
             "sample_grid": list(self.samples) or None,
         }
@@ -160,6 +165,12 @@ class RoundMonitors:
         samples = self.sample_grid.after(now.rounds, now.last, run) if self.sample_grid else []
         return Observations(held_out, report, samples)
 
+    def react(self, report: HackingReport | None, trainer: Trainer, weights: WeightFiles) -> None:
+        """React to a report of the guard, which may save the current weights in best/."""
+        if self.guard and report:
+            best = replace(weights.folder, path=weights.folder.path / "best")
+            self.guard.react(report, trainer, lambda: best.save(trainer.policy, weights.pipeline))
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -175,11 +186,13 @@ class WeightFiles:
     pipeline: WeightStore
     best: BestWeights
 
-    def see(self, rounds: int, scores: HeldOutScores) -> None:
-        """Take the weights of a round if they are the best so far, and write an adapter at once.
+    def see(self, rounds: int, scores: HeldOutScores | None) -> None:
+        """Take the weights of a round if it was evaluated and they are the best so far, and write an adapter at once.
 
         A whole network is written at the end of the run; until then checkpoints hold it.
         """
+        if scores is None:
+            return
         improved = self.best.see(rounds, scores)
         if improved:
             logger.info("The best weights so far are those after %s", self.best.round)
@@ -262,8 +275,7 @@ def train(
         RewardError: A reward failed too often.
         DivergedError: Too many updates in a row were not finite.
     """
-    folder, pipeline, ended_by = weights.folder, weights.pipeline, 0
-    best_of_guard = replace(folder, path=folder.path / "best")
+    folder, ended_by = weights.folder, 0
     total, done, before = None if fitter else trainer.settings.rounds, trainer.rounds_done, trainer.seconds
     is_over = monitors.stopped or (max_seconds is not None and before >= max_seconds)
     with (
@@ -285,16 +297,14 @@ def train(
             row = result.as_dict() | observations.as_dict()
             folder.append(row)
             log_round(trackers, result.round, row, folder.path, observations.samples)
-            display.show(result, observations.held_out.overall if observations.held_out else {})
+            display.show(result, observations.scores)
 
             # Take the best weights, react to reward hacking, save, and end early after a red report or a signal
-            if observations.held_out:
-                weights.see(now.rounds, observations.held_out)
-            if monitors.guard and observations.report:
-                monitors.guard.react(observations.report, trainer, lambda: best_of_guard.save(trainer.policy, pipeline))
+            weights.see(now.rounds, observations.held_out)
+            monitors.react(observations.report, trainer, weights)
             ended_by = max(trainer.processes.all_gather_object(signaled()))
-            stopping = bool(ended_by) or monitors.stopped
-            checkpoints.after(now.rounds, now.last or stopping)
-            if now.last or stopping:
+            ends = now.last or bool(ended_by) or monitors.stopped
+            checkpoints.after(now.rounds, ends)
+            if ends:
                 break
     return 0 if monitors.stopped else ended_by
