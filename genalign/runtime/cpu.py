@@ -99,4 +99,9 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
         torch.bmm(weights.to(q.dtype).transpose(1, 2), grad, out=gradients[2][part])
     query_gradient, *others = (x.view(batch, heads, *x.shape[1:]) for x in gradients)
     key_gradient, value_gradient = (x.view(batch, -1, shared, *x.shape[2:]).sum(2) if shared > 1 else x for x in others)
-    return query_gradient, key_gradient, value_gradient
+    return _heads_last(query_gradient), _heads_last(key_gradient), _heads_last(value_gradient)
+
+
+def _heads_last(gradient: Tensor) -> Tensor:
+    """The same (B, H, N, d) with the heads of a token side by side in memory, as torch.compile expects it of torch's."""
+    return gradient.transpose(1, 2).contiguous().transpose(1, 2)

@@ -83,6 +83,18 @@ def test_attention_gradients_are_those_of_the_formula(
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_gradients_have_the_strides_that_a_compiled_model_expects(kv_heads: int) -> None:
+    """torch.compile plans with the strides of the operator's kernel for meta tensors, and asserts them."""
+    query, grad, output = (torch.randn(2, 5, 4, 8).transpose(1, 2) for _ in range(3))
+    key, value = (torch.randn(2, 7, kv_heads, 8).transpose(1, 2) for _ in range(2))
+    arguments = grad, query, key, value, output, torch.randn(2, 4, 5), 0.0, False
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    planned = operator(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments))
+    computed = cpu.attention_backward(*arguments)
+    assert [tensor.stride() for tensor in computed] == [tensor.stride() for tensor in planned]
+
+
 @pytest.mark.parametrize("size", [1.0, 2.5])
 def test_attention_gradients_in_bfloat16_are_as_precise_as_their_dtype(size: float) -> None:
     """Scores that were rounded to bfloat16 would miss the gradients of large queries and keys by 2 %."""
