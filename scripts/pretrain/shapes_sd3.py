@@ -33,7 +33,7 @@ SCENES = 60_000
 VAE = Fit(steps=4000, learning_rate=2e-3)
 VAE_BATCH = 32
 KL_WEIGHT = 1e-3
-TRANSFORMER = Fit(steps=16_000, learning_rate=2e-3, muon=0.03)
+TRANSFORMER = Fit(steps=24_000, learning_rate=2e-3, muon=0.03)
 BATCH = 64
 CORRUPTED = 0.18
 
