@@ -16,8 +16,9 @@ from typing import Any, Never
 import pytest
 import yaml
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.main import main
+from genalign.cli.train_settings import Train
 from tests.packages import ROOT, folder_of
 
 METHODS = ROOT / "docs" / "methods"
@@ -56,7 +57,7 @@ def test_configurations_parse(tmp_path: Path, block: str) -> None:
     whole |= {"model": {"path": "shapes-sd3"}, "prompts": "prompts.txt"}
     whole |= {"recipe": {"class_path": "genalign.flow_grpo"}, **yaml.safe_load(block)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
-    settings, _ = parsing.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")
+    settings, _ = parsing.parse(Train, ["--config", str(tmp_path / "run.yaml")], "train")
     assert set(settings.rewards) == set(whole["rewards"])
 
 

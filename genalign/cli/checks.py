@@ -18,8 +18,8 @@ from genalign.training.run_folder import RunFolder
 from genalign.training.settings import optimizer_class
 
 if TYPE_CHECKING:
-    from genalign.cli import config
     from genalign.cli.parsing import Check
+    from genalign.cli.train_settings import Train
 
 
 def training_checks(context: CommandContext, resume: bool = False) -> Iterator[Check]:
@@ -40,20 +40,20 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
     yield _require_penalty
 
 
-def _require_prompts(section: str, settings: config.Train) -> None:
+def _require_prompts(section: str, settings: Train) -> None:
     """Raise an error if the prompts of an evaluation that is made cannot be read."""
     panel = getattr(settings, section)
     if panel and panel.prompts is not None and panel.is_on:
         prompt_set(panel.prompts)
 
 
-def _require_loss_scale(settings: config.Train) -> None:
+def _require_loss_scale(settings: Train) -> None:
     """Raise ValueError for a network that computes in float16 without a scale of its loss."""
     model = settings.model
     LossScale.for_dtype(getattr(torch, model.autocast or model.dtype), settings.training.loss_scale)
 
 
-def _require_penalty(settings: config.Train) -> None:
+def _require_penalty(settings: Train) -> None:
     """Raise ValueError if a red report raises the weight of a penalty that the objective does not have."""
     minimum = settings.reward_hacking.on_red.raise_kl
     if minimum is not None:

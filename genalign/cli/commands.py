@@ -19,7 +19,7 @@ class Command:
         help: One line of help.
         function: Where its function is, as in "genalign.cli.train:train_command". It takes the command context and
             the words after the name, and returns the exit status.
-        settings: Where its settings dataclass is, as in "genalign.cli.config:Train".
+        settings: Where its settings dataclass is, as in "genalign.cli.train_settings:Train".
         positional: The setting that may be given by position, before the others.
     """
 
@@ -36,7 +36,7 @@ class Command:
 
 
 def imported(place: str) -> Any:
-    """Import the object at a place such as "genalign.cli.config:Train"."""
+    """Import the object at a place such as "genalign.cli.train_settings:Train"."""
     module, name = place.split(":")
     return getattr(import_module(module), name)
 
@@ -49,7 +49,7 @@ COMMANDS = {
             "train",
             "fine-tune a model on a reward, or resume a run (--resume RUN)",
             f"{_CLI}.train:train_command",
-            f"{_CLI}.config:Train",
+            f"{_CLI}.train_settings:Train",
         ),
         Command(
             "init",
@@ -61,84 +61,84 @@ COMMANDS = {
             "plan",
             "dry run: validate a configuration, estimate memory and cost; loads no weights",
             f"{_CLI}.plan:plan_command",
-            f"{_CLI}.config:Plan",
+            f"{_CLI}.plan:Plan",
         ),
         Command(
             "demo",
             "train an embedded model in minutes: genalign demo [shapes | tones]",
             f"{_CLI}.train:demo_command",
-            f"{_CLI}.config:Train",
+            f"{_CLI}.train_settings:Train",
             "world",
         ),
         Command(
             "steer",
             "search for the best sample of each prompt",
             f"{_CLI}.steer:steer_command",
-            f"{_CLI}.config:Steer",
+            f"{_CLI}.steer:Steer",
         ),
         Command(
             "evaluate prompts",
             "evaluate any model, or samples of another program, on any prompts by any rewards",
             f"{_CLI}.evaluate:prompts_command",
-            f"{_CLI}.config:EvaluatePrompts",
+            f"{_CLI}.evaluate_settings:EvaluatePrompts",
         ),
         Command(
             "evaluate shapes",
             "the same with the shapes world's model, prompts and verifier",
             f"{_CLI}.evaluate:shapes_command",
-            f"{_CLI}.config:EvaluateShapes",
+            f"{_CLI}.evaluate_settings:EvaluateShapes",
         ),
         Command(
             "evaluate tones",
             "the same with the tones world's model, prompts and verifier",
             f"{_CLI}.evaluate:tones_command",
-            f"{_CLI}.config:EvaluateTones",
+            f"{_CLI}.evaluate_settings:EvaluateTones",
         ),
         Command(
             "evaluate geneval",
             "the same on GenEval's prompts, by GenEval's rules",
             f"{_CLI}.evaluate:geneval_command",
-            f"{_CLI}.config:EvaluateGenEval",
+            f"{_CLI}.evaluate_settings:EvaluateGenEval",
         ),
         Command(
             "evaluate geneval-original",
             "score an evaluation's images by the results of GenEval's own script",
             f"{_CLI}.evaluate:original_command",
-            f"{_CLI}.config:GenEvalOriginal",
+            f"{_CLI}.evaluate_settings:GenEvalOriginal",
         ),
         Command(
             "evaluate benchmark",
             "the same on another benchmark's own files, by its rules: genalign evaluate benchmark NAME",
             f"{_CLI}.evaluate:benchmark_command",
-            f"{_CLI}.config:EvaluateBenchmark",
+            f"{_CLI}.evaluate_settings:EvaluateBenchmark",
             "name",
         ),
         Command(
             "compare-evaluations",
             "compare two finished evaluations in pairs: genalign compare-evaluations BEFORE AFTER",
             f"{_CLI}.compare_evaluations:compare_evaluations_command",
-            f"{_CLI}.config:CompareEvaluations",
+            f"{_CLI}.compare_evaluations:CompareEvaluations",
             "before",
         ),
         Command(
             "compare",
             "train several recipes at equal budget and compare them",
             f"{_CLI}.compare:compare_command",
-            f"{_CLI}.config:Compare",
+            f"{_CLI}.compare:Compare",
             "config",
         ),
         Command(
             "report",
             "write the report page of a run: RUN/report.html",
-            f"{_CLI}.compare:report_command",
-            f"{_CLI}.config:Report",
+            f"{_CLI}.report:report_command",
+            f"{_CLI}.report:Report",
             "run",
         ),
         Command(
             "export",
             "export the weights of a run as a LoRA, a merged network or a pipeline",
             f"{_CLI}.export:export_command",
-            f"{_CLI}.config:Export",
+            f"{_CLI}.export:Export",
         ),
         Command(
             "reward check",
@@ -157,20 +157,20 @@ COMMANDS = {
         Command(
             "calibrate",
             "tune the exploration noise of each sampling step",
-            f"{_CLI}.compare:calibrate_command",
-            f"{_CLI}.config:Calibrate",
+            f"{_CLI}.calibrate:calibrate_command",
+            f"{_CLI}.calibrate:Calibrate",
         ),
         Command(
             "prices",
             "measure the cost of NFE, decoding and rewards on this machine",
-            f"{_CLI}.steer:prices_command",
-            f"{_CLI}.config:Prices",
+            f"{_CLI}.prices:prices_command",
+            f"{_CLI}.prices:Prices",
         ),
         Command(
             "train-noise-aware",
             "train a reward to score noisy previews",
-            f"{_CLI}.steer:train_noise_aware_command",
-            f"{_CLI}.config:TrainNoiseAware",
+            f"{_CLI}.train_noise_aware:train_noise_aware_command",
+            f"{_CLI}.train_noise_aware:TrainNoiseAware",
         ),
     )
 }

@@ -1,48 +1,89 @@
-"""The commands ``calibrate``, ``compare`` and ``report``."""
+"""``genalign compare``: recipes trained at equal budget, side by side."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from genalign.cli import config, parsing
-from genalign.cli.context import CommandContext, load_with_lora, named_rewards, print_table, prompt_set
+from jsonargparse.typing import Path_fr
+
+from genalign.cli import parsing
+from genalign.cli.context import CommandContext, print_table
 from genalign.cli.train import train_command
+from genalign.cli.train_settings import Train
 from genalign.evaluation.compare_runs import RecipeSummary, summarize_recipes, write_recipe_summaries
-from genalign.evaluation.report import write_comparison, write_report
+from genalign.evaluation.report import write_comparison
 from genalign.evaluation.report.comparison_page import budget_words, cost_words
 from genalign.evaluation.report.words import count, duration, gain_verdict, possible, prompts, seeds_words
 from genalign.evaluation.standings import Standings, common_score, shared_looks, standings, write_standings
-from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
-from genalign.training.noise_calibration import calibrate, save_kernel
-from genalign.training.run_folder import RunFolder
-from genalign.training.sampler import Sampler
 from genalign.worlds.registry import diversity_of
 
 
-def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Find the noise level of each sampling step, and write a kernel that uses them."""
-    settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
-    source, sampling = prompt_set(settings.prompts), settings.sampling
-    pipeline, rewards = load_with_lora(context, settings.model, None), named_rewards(settings.rewards)
-    pipeline.encode_ahead([prompt.text for prompt in source.prompts])
-    training, guidance = (
-        settings.training.fit(source, settings.recipe.objective.unit),
-        sampling.guidance_scale(pipeline),
-    )
-    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), guidance, training, keep_samples=False)
-    rounds = PromptSampler(source, training.prompts_per_round, training.seed).rounds()
-    for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
-        levels = " ".join(f"{level:.2f}" for level in kernel.levels)
-        print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)
-        save_kernel(kernel, Path(settings.output))
-    print(f"Train with it: --recipe.kernel genalign.calibrated --recipe.kernel.path {settings.output}")
-    return 0
+@dataclass(frozen=True)
+class Compare:
+    """Recipes side by side: each is trained on the base configuration, with settings of its own and with every seed.
+
+    Args:
+        output: Folder of all runs and of the comparison.
+        base: A training configuration; its path is relative to the file of the comparison.
+        runs: The settings of each run that replace those of the base, by the name of the run.
+        seeds: Seeds of the training runs.
+        once: Names of runs that are trained with the first seed only.
+        budgets: "equal" refuses runs with different training.rounds, training.max_nfe, max_seconds or time_budget;
+            "own" trains them, without standings at equal cost.
+        variants: Settings by name that replace those of every run: each run is trained with each of them, as RUN-NAME.
+    """
+
+    output: str
+    base: Path_fr
+    runs: dict[str, dict[str, Any]]
+    seeds: list[int]
+    once: list[str] = field(default_factory=list)
+    budgets: Literal["equal", "own"] = "equal"
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.runs or not self.seeds:
+            raise ValueError("a comparison needs at least one entry in runs and one in seeds")
+        if wrong := [name for name in (*self.runs, *self.variants) if not re.fullmatch(r"[\w+-][\w .+-]*", name)]:
+            raise ValueError(f"runs has a name that is no folder's: {wrong[0]!r}; use letters, digits, _, -, + and .")
+        if unknown := set(self.once) - set(self.runs):
+            raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
+
+    def require_equal_budgets(self, settings: Mapping[str, Train]) -> None:
+        """Raise ValueError that names the runs and their budgets if these are not equal, but must be.
+
+        Args:
+            settings: The settings of every run by its name.
+        """
+        for name in ("training.rounds", "training.max_nfe", "max_seconds", "time_budget"):
+            section, _, key = name.rpartition(".")
+            values: dict[Any, list[str]] = {}
+            for run, own in settings.items():
+                values.setdefault(vars(getattr(own, section) if section else own)[key], []).append(run)
+            if len(values) > 1 and self.budgets == "equal":
+                parts = (f"{', '.join(runs)} {'has' if len(runs) == 1 else 'have'} {v}" for v, runs in values.items())
+                raise ValueError(
+                    f"the runs have unequal budgets: of {name}, {', and '.join(parts)}. Give all the same, or set"
+                    " budgets: own to train them without standings at equal cost"
+                )
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """List every (run, seed), seed by seed, so that an unfinished comparison has as many seeds of each run."""
+        names = {run: [f"{run}-{name}" for name in self.variants] or [run] for run in self.runs}
+        return [
+            (name, seed)
+            for place, seed in enumerate(self.seeds)
+            for run in self.runs
+            if place == 0 or run not in self.once
+            for name in names[run]
+        ]
 
 
 def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -52,7 +93,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """
     if not arguments:
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
-    settings, plain = parsing.parse(config.Compare, arguments, "compare", first="config")
+    settings, plain = parsing.parse(Compare, arguments, "compare", first="config")
     output, jobs, runs = Path(settings.output), settings.jobs(), own_settings(plain)
     settings.require_equal_budgets(
         {name: run_settings(settings.base.absolute, name, own) for name, own in runs.items()}
@@ -110,7 +151,7 @@ def _replaced(settings: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def run_settings(base: str, name: str, own: Mapping[str, Any]) -> config.Train:
+def run_settings(base: str, name: str, own: Mapping[str, Any]) -> Train:
     """Parse the settings of a run before any is trained. Raises ConfigurationError that names the run.
 
     Args:
@@ -123,7 +164,7 @@ def run_settings(base: str, name: str, own: Mapping[str, Any]) -> config.Train:
         write_json(file, own)
         try:
             arguments = ["--config", base, "--config", str(file), "--output", name]
-            return cast(config.Train, parsing.parse(config.Train, arguments, "train")[0])
+            return cast(Train, parsing.parse(Train, arguments, "train")[0])
         except parsing.ConfigurationError as error:
             raise parsing.ConfigurationError(*(f"run {name}: {problem}" for problem in error.problems)) from error
 
@@ -166,12 +207,3 @@ def _print_standings(equal: Standings) -> None:
         rows.append((one.name, score, behind.words if behind else "", str(one.seeds)))
     titles = ("recipe", f"{equal.score} (95% interval over seeds)", f"{equal.recipes[0].name} is ahead by", "seeds")
     print_table(titles, rows, f"held-out {equal.score} at equal {cost_words(equal)}")
-
-
-def report_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Write the report of a run, finished or not."""
-    settings, _ = parsing.parse(config.Report, arguments, "report", first="run")
-    folder = Path(settings.run)
-    RunFolder(folder).require_format()
-    print(f"report: {write_report(folder)}")
-    return 0

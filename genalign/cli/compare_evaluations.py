@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_estimates
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.folder import EvaluationFolder
@@ -17,11 +17,24 @@ from genalign.evaluation.report.words import gain_verdict, prompts
 from genalign.runtime.files import without_infinities, write_json
 
 
+@dataclass(frozen=True)
+class CompareEvaluations:
+    """Two finished evaluations with equal protocols, compared sample by sample.
+
+    Args:
+        before: Folder of the first model's evaluation.
+        after: Folder of the second model's evaluation, in which comparison.json and report.html are written.
+    """
+
+    before: str
+    after: str
+
+
 def compare_evaluations_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign compare-evaluations BEFORE AFTER``."""
     if len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
         arguments = ["--before", arguments[0], "--after", *arguments[1:]]
-    settings, _ = parsing.parse(config.CompareEvaluations, arguments, "compare-evaluations")
+    settings, _ = parsing.parse(CompareEvaluations, arguments, "compare-evaluations")
     report_evaluation(Path(settings.after), Path(settings.before))
     return 0
 

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from genalign.cli import config
+from genalign.cli.evaluate_settings import EvaluationSize
+from genalign.cli.generation_settings import RewardChoice
+from genalign.cli.model_settings import Model
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, suite_hash
 from genalign.evaluation.folder import ModelIdentity, adapter_hash
@@ -93,9 +95,9 @@ class CommandContext:
         started: When the command began, in seconds of ``time.monotonic``, from which a time budget counts.
     """
 
-    load: Callable[[config.Model], Checkpoint]
-    outline: Callable[[config.Model], Outline]
-    require: Callable[[config.Model], None]
+    load: Callable[[Model], Checkpoint]
+    outline: Callable[[Model], Outline]
+    require: Callable[[Model], None]
     scorers: Callable[[str], Mapping[str, Scorer]]
     save_scorer: Callable[[Path, NoiseAware, nn.Module], None]
     geneval: Callable[[], Judge]
@@ -137,7 +139,7 @@ def _sample_rates(part: object, place: str) -> Iterator[tuple[str, int]]:
         yield from _sample_rates(value, f"{place}.{name}" if place else str(name))
 
 
-def load_with_lora(context: CommandContext, model: config.Model, lora: str | None) -> Checkpoint:
+def load_with_lora(context: CommandContext, model: Model, lora: str | None) -> Checkpoint:
     """Load a model and, if there is one, its adapter, and compile the model if its settings say so."""
     pipeline = context.load(model)
     if lora:
@@ -147,7 +149,7 @@ def load_with_lora(context: CommandContext, model: config.Model, lora: str | Non
 
 
 def load_with_identity(
-    context: CommandContext, model: config.Model, lora: str | None, plain: Mapping[str, object]
+    context: CommandContext, model: Model, lora: str | None, plain: Mapping[str, object]
 ) -> tuple[Checkpoint, ModelIdentity]:
     """Load a model with its adapter, and identify both for the record of an evaluation.
 
@@ -168,9 +170,9 @@ def load_with_identity(
 
 def model_protocol(
     pipeline: Checkpoint,
-    model: config.Model,
+    model: Model,
     sampling: Sampling,
-    size: config.EvaluationSize,
+    size: EvaluationSize,
     prompts: PromptSet,
     verifier: str,
 ) -> EvaluationProtocol:
@@ -229,7 +231,7 @@ def rank_share() -> RankShare:
     return share
 
 
-def named_rewards(choices: Mapping[str, config.RewardChoice]) -> list[NamedReward]:
+def named_rewards(choices: Mapping[str, RewardChoice]) -> list[NamedReward]:
     """Build the rewards of a configuration."""
     return [
         NamedReward(name, choice.function, choice.weight, choice.score_batch, choice.timeout)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.compare_evaluations import report_evaluation
 from genalign.cli.context import (
     Checkpoint,
@@ -25,7 +25,18 @@ from genalign.cli.context import (
     rank_share,
     require_rate,
 )
+from genalign.cli.evaluate_settings import (
+    Evaluate,
+    EvaluateBenchmark,
+    EvaluateGenEval,
+    EvaluatePrompts,
+    EvaluateShapes,
+    EvaluateTones,
+    EvaluationSize,
+    GenEvalOriginal,
+)
 from genalign.cli.external_samples import external_samples
+from genalign.cli.model_settings import Model
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.benchmarks import BENCHMARKS
 from genalign.evaluation.engine import SampleWriter, evaluate, evaluate_share, numbered_files
@@ -82,19 +93,19 @@ class Task:
 
 def prompts_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign evaluate prompts``."""
-    settings, plain = parsing.parse(config.EvaluatePrompts, arguments, "evaluate prompts")
+    settings, plain = parsing.parse(EvaluatePrompts, arguments, "evaluate prompts")
     return _run(context, settings, plain, _prompts_task(context, settings.prompts))
 
 
 def shapes_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign evaluate shapes``."""
-    settings, plain = parsing.parse(config.EvaluateShapes, arguments, "evaluate shapes")
+    settings, plain = parsing.parse(EvaluateShapes, arguments, "evaluate shapes")
     return _run(context, settings, plain, _prompts_task(context, settings.prompts))
 
 
 def tones_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign evaluate tones``."""
-    settings, plain = parsing.parse(config.EvaluateTones, arguments, "evaluate tones")
+    settings, plain = parsing.parse(EvaluateTones, arguments, "evaluate tones")
     return _run(context, settings, plain, _prompts_task(context, settings.prompts))
 
 
@@ -108,7 +119,7 @@ def _prompts_task(context: CommandContext, source: str | None) -> Task:
 
 def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign evaluate geneval``."""
-    settings, plain = parsing.parse(config.EvaluateGenEval, arguments, "evaluate geneval")
+    settings, plain = parsing.parse(EvaluateGenEval, arguments, "evaluate geneval")
     judge = settings.judge or context.geneval()
     task = Task(
         read_prompts(Path(settings.prompts)) if settings.prompts else None,
@@ -123,7 +134,7 @@ def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def benchmark_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign evaluate benchmark NAME``."""
-    settings, plain = parsing.parse(config.EvaluateBenchmark, arguments, "evaluate benchmark", first="name")
+    settings, plain = parsing.parse(EvaluateBenchmark, arguments, "evaluate benchmark", first="name")
     if settings.name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {settings.name!r}: choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[settings.name]
@@ -146,7 +157,7 @@ def benchmark_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def original_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign evaluate geneval-original``."""
-    settings, _ = parsing.parse(config.GenEvalOriginal, arguments, "evaluate geneval-original")
+    settings, _ = parsing.parse(GenEvalOriginal, arguments, "evaluate geneval-original")
     folder = rescore(Path(settings.output), read_results(Path(settings.results)))
     report_evaluation(folder, Path(settings.against) if settings.against else None)
     return 0
@@ -163,7 +174,7 @@ class _Inputs:
     ledger: Ledger
 
 
-def _run(context: CommandContext, settings: config.Evaluate, plain: Mapping[str, Any], task: Task) -> int:
+def _run(context: CommandContext, settings: Evaluate, plain: Mapping[str, Any], task: Task) -> int:
     """Score this process's share of the samples; the process that finishes the last one writes the results."""
     rewards = {reward.name: reward for reward in named_rewards(settings.rewards)}
     scorers = [*task.scorers, *([RewardScorer(rewards)] if rewards else [])]
@@ -209,7 +220,7 @@ def _verifier(task: Task, plain: Mapping[str, Any]) -> str:
 
 def _generated(
     context: CommandContext,
-    settings: config.Evaluate,
+    settings: Evaluate,
     plain: Mapping[str, Any],
     task: Task,
     verifier: str,
@@ -226,7 +237,7 @@ def _generated(
     require_rate({"rewards": settings.rewards, "set_rewards": settings.set_rewards}, pipeline.sample_rate)
     specs = plan_samples(prompts, settings.samples_per_task, settings.seeds)
     per_task = settings.samples_per_task or max(Counter(spec.prompt.task for spec in specs).values())
-    size = config.EvaluationSize(per_task, settings.seeds, settings.batch_size)
+    size = EvaluationSize(per_task, settings.seeds, settings.batch_size)
     protocol = model_protocol(pipeline, model, settings.sampling, size, prompts, verifier)
     ledger = Ledger()
     write = task.layout(specs) if task.layout else numbered_files(pipeline.sample_rate)
@@ -235,7 +246,7 @@ def _generated(
 
 def _files(
     context: CommandContext,
-    settings: config.Evaluate,
+    settings: Evaluate,
     plain: Mapping[str, Any],
     task: Task,
     verifier: str,
@@ -260,9 +271,9 @@ def _files(
 
 def build_evaluator(
     pipeline: Checkpoint,
-    model: config.Model,
+    model: Model,
     sampling: Sampling,
-    size: config.EvaluationSize,
+    size: EvaluationSize,
     prompts: PromptSet,
     scorers: Mapping[str, Scorer],
     world: World | None = None,

@@ -7,15 +7,41 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.context import CommandContext
 from genalign.cli.lora_forms import describe_lora, write_lora_form
 from genalign.cli.model_card import base_of, method_of, write_model_card
+from genalign.cli.model_settings import model_of
 from genalign.diffusion.lora import adapter_file
 from genalign.runtime.hub import Push
 from genalign.training.best_weights import BestRound
 from genalign.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export of the weights of a run, with a model card.
+
+    Args:
+        run: Folder of the run.
+        output: Folder to write.
+        form: "lora" is the adapter alone, for diffusers; "comfy" for ComfyUI, at full strength; "kohya" for programs
+            that read kohya's names (SD 1.5 and SDXL). "merged" is the network with the adapter in its weights,
+            "pipeline" a whole diffusers folder.
+        round: Export the checkpoint after so many rounds; null exports the end of the run, or the last checkpoint of
+            one that has not ended.
+        push: Name of a new repository of the Hub (owner/name) that the export is uploaded to; needs a token.
+        private: Make that repository private.
+    """
+
+    run: str
+    output: str
+    form: Literal["lora", "comfy", "kohya", "merged", "pipeline"] = "lora"
+    round: int | None = None
+    push: str | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +70,7 @@ class TrainedWeights:
 
 def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign export``: write the weights of a run in a form that diffusers or PEFT loads, with a model card."""
-    settings, _ = parsing.parse(config.Export, arguments, "export")
+    settings, _ = parsing.parse(Export, arguments, "export")
     run, output = Path(settings.run), Path(settings.output)
     if output.exists():
         raise FileExistsError(f"{output} exists: choose another output, or remove it")
@@ -73,7 +99,7 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, output: Path, whole: bool) -> None:
     """Write the network of a run with its trained weights, or the ``whole`` pipeline with it."""
-    model = config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    model = model_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
     pipeline = context.load(replace(model, text_cache=None))  # a whole pipeline has its text encoders
     if weights.is_adapter:
         pipeline.load_lora(weights.path)

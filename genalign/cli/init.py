@@ -13,9 +13,11 @@ import torch
 import yaml
 
 from genalign import assets
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.context import CommandContext, prompt_set
+from genalign.cli.model_settings import Model
 from genalign.cli.reward import named_settings
+from genalign.cli.train_settings import Train
 from genalign.prompts import split_held_out
 from genalign.runtime.files import write_text
 from genalign.types import AnyCallable
@@ -91,7 +93,7 @@ def configuration(context: CommandContext, settings: Init, reward: Any) -> str:
     name = (reward["class_path"] if isinstance(reward, dict) else reward).rsplit(".", 1)[-1]
     evaluations = _EVALUATIONS if distinct > 1 else "# No evaluations: they need a second prompt, to hold out.\n"
     if distinct > 1:
-        held_out = len(split_held_out(prompts, config.Train.held_out_fraction)[1].prompts)
+        held_out = len(split_held_out(prompts, Train.held_out_fraction)[1].prompts)
         evaluations = evaluations.replace("HELD_OUT", str(held_out))
     return f"""\
 # genalign train --config FILE: train {path} on {name}.
@@ -121,8 +123,8 @@ def _require_model(context: CommandContext, path: str) -> None:
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return
         raise FileNotFoundError(f"there is no folder {path}: give a diffusers folder, a Hub id or an embedded model")
-    context.require(config.Model(path))
-    context.outline(config.Model(path))
+    context.require(Model(path))
+    context.outline(Model(path))
 
 
 def _own_body(settings: Init) -> str:

@@ -22,8 +22,8 @@ from genalign.cli.commands import split_command
 if TYPE_CHECKING:
     from torch import nn
 
-    from genalign.cli import config
     from genalign.cli.context import Checkpoint, CommandContext
+    from genalign.cli.model_settings import Model
     from genalign.evaluation.geneval.judge import Judge
     from genalign.evaluation.scorers import Scorer
     from genalign.search.noise_aware import NoiseAware
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from pipelines.base import Options
 
 
-def load_model(model: config.Model) -> Checkpoint:
+def load_model(model: Model) -> Checkpoint:
     """Load the pipeline that a configuration names, without bars and misleading warnings of its libraries."""
     import torch
 
-    from genalign.cli.config import require_device
+    from genalign.cli.model_settings import require_device
     from genalign.runtime.cpu import retain_freed_memory
     from genalign.runtime.library_logs import quiet_libraries
     from pipelines import load
@@ -47,7 +47,7 @@ def load_model(model: config.Model) -> Checkpoint:
     return load(assets.resolve(model.path), family=model.family, dtype=getattr(torch, model.dtype), **_options(model))
 
 
-def outline_model(model: config.Model) -> Outline:
+def outline_model(model: Model) -> Outline:
     """Open the pipeline that a configuration names without its weights."""
     import torch
 
@@ -57,13 +57,13 @@ def outline_model(model: config.Model) -> Outline:
     return outline(assets.resolve(model.path), family=model.family, dtype=getattr(torch, model.dtype), **options)
 
 
-def require_model(model: config.Model) -> None:
+def require_model(model: Model) -> None:
     """Check that a model can be loaded here.
 
     Raises ValueError for a device, quantization or compiler that is not available and a family that is none,
     FileNotFoundError for missing weights.
     """
-    from genalign.cli.config import require_device
+    from genalign.cli.model_settings import require_device
     from pipelines.auto import import_family
     from pipelines.checkpoint_files import require_weights
     from pipelines.compilation import require_compiler
@@ -78,7 +78,7 @@ def require_model(model: config.Model) -> None:
         require_compiler(model.device, model.memory)
 
 
-def _options(model: config.Model) -> Options:
+def _options(model: Model) -> Options:
     import torch
 
     from pipelines.base import Options

@@ -164,7 +164,7 @@ _ONE_TRACKER = re.compile(r"^(trackers\s*:\s*)(\w+)\s*$", re.MULTILINE)
 
 
 def place_of(settings: type[Any]) -> str:
-    """Return where a dataclass is, as in "genalign.cli.config:Train"."""
+    """Return where a dataclass is, as in "genalign.cli.train_settings:Train"."""
     return f"{settings.__module__}:{settings.__qualname__}"
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.error_messages import error_line, print_errors
+from genalign.cli.evaluate_settings import EvaluationSize
+from genalign.cli.generation_settings import require_positive
 from genalign.cli.run_prompts import RunPrompts
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Lora, Policy
 from genalign.evaluation.evaluate import plan_samples
 from genalign.runtime.distributed import ProcessGroup
@@ -21,10 +24,25 @@ from genalign.training.settings import FittedSettings
 from genalign.types import Prompt, PromptSet
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan(Train):
+    """A training run whose size, calls and memory are printed.
+
+    Args:
+        processes: Number of processes of the run, each on a GPU of its own.
+    """
+
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "processes")
+
+
 def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign plan``: exit status 2 if training would be refused, with every reason on standard error."""
     checks = list(training_checks(context))
-    settings, _ = parsing.parse(config.Plan, arguments, "plan", checks=checks)
+    settings, _ = parsing.parse(Plan, arguments, "plan", checks=checks)
     training, sampling, processes = settings.training, settings.sampling, ProcessGroup(0, settings.processes)
     reasons = dict.fromkeys(parsing.failed(checks, settings))
 
@@ -65,7 +83,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     return 2 if reasons else 0
 
 
-def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outline | None, result: DryRun) -> None:
+def _print_calls(settings: Plan, training: FittedSettings, outline: Outline | None, result: DryRun) -> None:
     """Print the sizes of a round and of the run, and the calls of single samples."""
     windows, samples = result.windows, training.prompts_per_round * training.group_size
     batches = training.batch_sizes(settings.recipe.objective.unit, settings.processes)
@@ -95,7 +113,7 @@ def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outli
 
 
 def _memory(
-    settings: config.Plan,
+    settings: Plan,
     training: FittedSettings,
     outline: Outline,
     prompts: RunPrompts | None,
@@ -124,11 +142,11 @@ def _memory(
     return estimate_memory(outline, policy, recipe, training, sampling, rewards, between, processes)
 
 
-def _generations(settings: config.Plan, prompts: RunPrompts | None, batch_size: int) -> list[GeneratedSamples]:
+def _generations(settings: Plan, prompts: RunPrompts | None, batch_size: int) -> list[GeneratedSamples]:
     """List what the run generates between rounds; without ``prompts`` evaluations have as many samples as a batch."""
     sampling, parts = settings.evaluation or settings.sampling, list[GeneratedSamples]()
     for name in settings.evaluation_prompts():
-        size: config.EvaluationSize = getattr(settings, name)
+        size: EvaluationSize = getattr(settings, name)
         count = size.batch_size or batch_size
         if prompts is not None:
             count = len(plan_samples(prompts.evaluations[name], size.samples_per_task, size.seeds))

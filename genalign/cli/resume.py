@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genalign.cli import config
 from genalign.cli.context import Checkpoint
 from genalign.cli.family_defaults import with_recorded_defaults
+from genalign.cli.train_settings import Train
 from genalign.runtime.state import State
 from genalign.training.checkpointing import Checkpoints, RunCheckpoint
 from genalign.training.run_folder import RunFolder
@@ -67,7 +67,7 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[st
     return checkpoint
 
 
-def rounds_of(settings: config.Train, recorded: Mapping[str, Any] | None, otherwise: int) -> int | None:
+def rounds_of(settings: Train, recorded: Mapping[str, Any] | None, otherwise: int) -> int | None:
     """Return the number of rounds of a run; None where it is fitted to the time budget after the first round.
 
     Args:

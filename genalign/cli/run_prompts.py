@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from genalign.cli import config
 from genalign.cli.context import prompt_set
+from genalign.cli.train_settings import Train
 from genalign.evaluation.evaluate import suite_hash
 from genalign.prompts import split_held_out
 from genalign.types import PromptSet
@@ -25,7 +25,7 @@ class RunPrompts:
     evaluations: Mapping[str, PromptSet]
 
     @classmethod
-    def read(cls, settings: config.Train) -> Self:
+    def read(cls, settings: Train) -> Self:
         """Read all prompt sources; evaluations without one share a held-out split of the training prompts.
 
         Where the weights are chosen on this split and their gain is measured on it, either takes half of it, unless a

@@ -44,7 +44,7 @@ def settings_table() -> Mapping[str, Any]:
 
 
 def settings_of(place: str) -> list[dict[str, Any]]:
-    """List the settings of a dataclass such as "genalign.cli.config:Train": their names, types, texts and defaults."""
+    """List the settings of a dataclass such as "genalign.cli.steer:Steer": their names, types, texts and defaults."""
     about: Mapping[str, Any] = settings_table()["settings"].get(place, {"settings": []})
     own: list[dict[str, Any]] = about["settings"]
     changed = {one["name"] for one in own}

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import half_micro_batch, with_stronger_kl
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
+from genalign.cli.evaluate_settings import EvaluationSize
 from genalign.cli.family_defaults import with_family_defaults
 from genalign.cli.resume import (
     EncoderCache,
@@ -34,6 +35,7 @@ from genalign.cli.resume import (
     train_request,
 )
 from genalign.cli.run_prompts import RunPrompts
+from genalign.cli.train_settings import BeforeAfter, HeldOut, Train
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import OdeSamples
 from genalign.diffusion.sampling import Sampling
@@ -78,7 +80,7 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     try:
         with terminable(), progress.phase("reading the configuration and loading rewards"):
             checks = list(training_checks(context, resume))
-            settings, plain = parsing.parse(config.Train, arguments, "train", checks=checks)
+            settings, plain = parsing.parse(Train, arguments, "train", checks=checks)
             parsing.require(checks, settings)
         output = settings.output
         with process_group(os.environ) as processes, terminable():
@@ -117,7 +119,7 @@ def ended_by_signal(number: int, output: str, rounds: int | None = None) -> int:
     return 128 + number
 
 
-def _less_memory(settings: config.Train) -> str:
+def _less_memory(settings: Train) -> str:
     """Name arguments under which the same training needs less memory."""
     training, memory = settings.training, settings.model.memory
     options = [] if memory.checkpointing else ["--model.memory.checkpointing true"]
@@ -132,7 +134,7 @@ def _less_memory(settings: config.Train) -> str:
 
 def run_training(
     context: CommandContext,
-    settings: config.Train,
+    settings: Train,
     plain: Mapping[str, Any],
     resume: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
@@ -222,7 +224,7 @@ class TrainingRun:
     def __init__(
         self,
         context: CommandContext,
-        settings: config.Train,
+        settings: Train,
         prompts: RunPrompts,
         folder: RunFolder,
         sharding: Sharding | None,
@@ -390,14 +392,14 @@ class TrainingRun:
         shape = processes.all_gather_object(list(own[0].shape[1:]) if own else None)[0]
         return processes.interleaved(own or [torch.empty(0, *shape)], sizes)  # there may be fewer batches than ranks
 
-    def _batch_size(self, size: config.EvaluationSize) -> int:
+    def _batch_size(self, size: EvaluationSize) -> int:
         """Return the batch size of an evaluation, by default that of the training samples."""
         return size.batch_size or self.trainer.settings.batch_size
 
     def _evaluator(
         self,
         name: str,
-        amount: config.HeldOut | config.BeforeAfter,
+        amount: HeldOut | BeforeAfter,
         scorers: Mapping[str, Scorer],
         otherwise: Mapping[str, Scorer] | None = None,
     ) -> Callable[..., Evaluation]:
@@ -411,7 +413,7 @@ class TrainingRun:
         """
         source, prompts = amount.prompts or self.settings.prompts, self.prompts.evaluations[name]
         world, batch_size = world_of(source), self._batch_size(amount)
-        size = config.EvaluationSize(amount.samples_per_task, amount.seeds, batch_size)
+        size = EvaluationSize(amount.samples_per_task, amount.seeds, batch_size)
         if world is None:  # of a user's prompts, each has ``seeds`` noises, however few they are
             most = max(len({prompt.text for prompt in task}) for task in prompts.by_task().values())
             size = replace(size, samples_per_task=min(size.samples_per_task, most * size.seeds))
@@ -420,7 +422,7 @@ class TrainingRun:
         return build_evaluator(self.pipeline, model, self.sampling, size, prompts, scorers, world, processes)
 
 
-def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | None:
+def _sharding(settings: Train, processes: ProcessGroup) -> Sharding | None:
     """Read the launcher's FSDP settings. Raises ValueError if the training settings do not work with them."""
     sharding = sharding_from_environment(os.environ, processes.world_size)
     conflicts = {

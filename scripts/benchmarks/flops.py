@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from genalign import assets
-from genalign.cli import config, parsing
+from genalign.cli import parsing
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.runtime.counted_memory import fused_attention
 from genalign.runtime.memory_options import Memory
@@ -79,15 +80,15 @@ def counted(into: Counter[str], name: str) -> Iterator[None]:
     into[name] += counter.get_total_flops()
 
 
-def training_settings(file: str | Path) -> config.Train:
+def training_settings(file: str | Path) -> Train:
     """Read the configuration of a training run, with any prompts and reward."""
     anything = {"prompts": "prompts.txt", "output": "run", "rewards.any.function": "rewards.jpeg.compressibility"}
     words = [f"--{name}={value}" for name, value in anything.items()]
-    settings, _ = parsing.parse(config.Train, ["--config", str(file), *words], "train")
+    settings, _ = parsing.parse(Train, ["--config", str(file), *words], "train")
     return settings
 
 
-def our_calls(settings: config.Train, pipeline: DiffusersPipeline) -> Calls:
+def our_calls(settings: Train, pipeline: DiffusersPipeline) -> Calls:
     """The calls of a whole run of the trainer, divided by its images, if every sample has credit."""
     prompts = PromptSet.of([str(number) for number in range(settings.training.prompts_per_round or 16)])
     fitted = settings.training.fit(prompts, settings.recipe.objective.unit)
@@ -108,7 +109,7 @@ def call_flops(pipeline: DiffusersPipeline) -> Calls:
     return Calls(flops["forward"], flops["backward"])
 
 
-def model_on_meta(settings: config.Train, blocks: int | None = None) -> DiffusersPipeline:
+def model_on_meta(settings: Train, blocks: int | None = None) -> DiffusersPipeline:
     """Build SD3.5 Medium with the adapter and the sizes of a configuration."""
     model = settings.model
     if model.height is None or model.max_sequence_length is None:
@@ -118,7 +119,7 @@ def model_on_meta(settings: config.Train, blocks: int | None = None) -> Diffuser
     return pipeline
 
 
-def our_flops(settings: config.Train, blocks: int | None = None) -> float:
+def our_flops(settings: Train, blocks: int | None = None) -> float:
     """The FLOPs of an image in training by ``settings``."""
     pipeline = model_on_meta(settings, blocks)
     return product(our_calls(settings, pipeline), call_flops(pipeline))

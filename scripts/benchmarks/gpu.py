@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from genalign import assets
-from genalign.cli import config
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.runtime.distributed import own_device
 from genalign.scoring.score import NamedReward
@@ -98,7 +98,7 @@ def open_randomly(device: torch.device, size: Workload, dtype: torch.dtype, opti
     )
 
 
-def settings_of(size: Workload) -> config.Train:
+def settings_of(size: Workload) -> Train:
     """The preset for one GPU, at this size."""
     settings = flops.training_settings(assets.preset(flops.ONE_GPU))
     model = replace(settings.model, height=size.pixels, width=size.pixels, max_sequence_length=size.text_tokens)
@@ -111,7 +111,7 @@ def settings_of(size: Workload) -> config.Train:
 class OurRounds:
     """Training by genalign; a call makes a round."""
 
-    def __init__(self, pipeline: Embedded, settings: config.Train) -> None:
+    def __init__(self, pipeline: Embedded, settings: Train) -> None:
         policy = Policy(pipeline.denoiser, settings.lora)
         prompts = PromptSet.of([str(number) for number in range(settings.training.prompts_per_round or 1)])
         self.trainer = Trainer(pipeline, policy, places, prompts, settings.recipe, settings.training, settings.sampling)
@@ -210,7 +210,7 @@ def timed_rounds(
     return seconds
 
 
-def estimated_peak(settings: config.Train, size: Workload, dtype: torch.dtype) -> float:
+def estimated_peak(settings: Train, size: Workload, dtype: torch.dtype) -> float:
     """The peak of ``genalign plan`` for a round of this size, in bytes, but for the encoding of texts."""
     with torch.device("meta"):
         pipe = sd35_medium(size.blocks, positions=size.positions)

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.context import named_rewards, prompt_set
 from genalign.cli.main import load_model
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.runtime.state import State
 from genalign.training.trainer import Trainer
@@ -159,7 +160,7 @@ def _copied(state: State) -> State:
 
 def demo_trainer() -> Trainer:
     """Build the trainer of ``genalign demo``."""
-    settings, _ = parsing.parse(config.Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
+    settings, _ = parsing.parse(Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
     pipeline: Any = load_model(settings.model)
     policy = Policy(pipeline.denoiser, settings.lora, settings.ema_decay, settings.training.seed)
     rewards, prompts = named_rewards(settings.rewards), prompt_set(settings.prompts)

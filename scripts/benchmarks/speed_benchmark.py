@@ -33,9 +33,10 @@ import torch
 
 from genalign.algorithms.recipes import Recipe
 from genalign.algorithms.step_schedules import AllSteps
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.context import named_rewards, prompt_set
 from genalign.cli.main import load_model
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.evaluation.evaluate import plan_samples
@@ -96,9 +97,9 @@ TURNS = 5  # rounds of every way
 
 
 @cache
-def shipped() -> config.Train:
+def shipped() -> Train:
     """Read the settings of ``genalign demo``."""
-    settings, _ = parsing.parse(config.Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
+    settings, _ = parsing.parse(Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
     return settings
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pipelines
-from genalign.cli.config import Model
+from genalign.cli.model_settings import Model
 from genalign.diffusion.policy import Lora, Policy
 from pipelines.checkpoint_files import model_index, require_weights
 from pipelines.meta_device import outline

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from genalign.algorithms.interfaces import RoundScores
-from genalign.cli import config, parsing
+from genalign.cli import parsing
+from genalign.cli.train_settings import Train
 from genalign.types import Prompt
 from rewards.combine import save_direction
 
@@ -30,11 +31,11 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(folder: Path, run: dict[str, Any]) -> config.Train:
+def parse(folder: Path, run: dict[str, Any]) -> Train:
     plain = {"model": {"path": "shapes-sd3"}, "prompts": "shapes:train", "output": "runs/x"}
     plain |= {"recipe": {"class_path": "genalign.flow_grpo"}, "rewards": {"size": {"function": SIZE}}}
     (folder / "run.yaml").write_text(yaml.safe_dump(plain | run))
-    return parsing.parse(config.Train, ["--config", str(folder / "run.yaml")], "train")[0]
+    return parsing.parse(Train, ["--config", str(folder / "run.yaml")], "train")[0]
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

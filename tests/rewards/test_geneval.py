@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from genalign import assets
-from genalign.cli import config
+from genalign.cli.generation_settings import RewardChoice
 from genalign.cli.parsing import parse
 from genalign.evaluation.geneval.grammar import color_attr, colors, counting, position, single_object
 from genalign.evaluation.geneval.scoring import Detection, Thresholds
@@ -227,7 +227,7 @@ def test_the_description_names_detector_thresholds_and_colors() -> None:
 def test_detectors_are_configurable() -> None:
     detector = "{class_path: rewards.backbones.detectors.Owlv2, init_args: {thresholds: {confidence: 0.4}}}"
     function = f"{{class_path: rewards.geneval.GenEvalReward, init_args: {{score: strict, detector: {detector}}}}}"
-    parsed, plain = parse(config.RewardChoice, ["--function", function], "test")
+    parsed, plain = parse(RewardChoice, ["--function", function], "test")
     thresholds = replace(Owlv2().thresholds, confidence=0.4)  # the others are the detector's defaults
     assert parsed.function == GenEvalReward("strict", Owlv2(thresholds=thresholds))
     assert plain["function"]["init_args"]["detector"]["init_args"]["thresholds"]["counting"] == 0.3

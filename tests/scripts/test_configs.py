@@ -12,9 +12,11 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.algorithms.losses import kl_penalty
-from genalign.cli.compare import own_settings
-from genalign.cli.config import Compare, Steer, Train, TrainNoiseAware
+from genalign.cli.compare import Compare, own_settings
 from genalign.cli.parsing import ConfigurationError, parse
+from genalign.cli.steer import Steer
+from genalign.cli.train_noise_aware import TrainNoiseAware
+from genalign.cli.train_settings import Train
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.transitions import transition
 from genalign.runtime.distributed import ProcessGroup

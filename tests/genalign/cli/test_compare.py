@@ -1,4 +1,4 @@
-"""Recipes side by side, and a calibration, from the command line on the tiny pipeline."""
+"""Recipes side by side, from the command line on the tiny pipeline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from genalign.cli.compare import _standings, own_settings, run_settings
-from genalign.cli.config import Compare, Train
+from genalign.cli.compare import Compare, _standings, own_settings, run_settings
 from genalign.cli.context import CommandContext
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
+from genalign.cli.train_settings import Train
 from genalign.evaluation.compare_runs import summarize_recipes
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 from tests.genalign.training.toy_runs import write_config
@@ -98,18 +98,6 @@ def test_recipes_without_a_common_score_are_refused(tmp_path: Path) -> None:
             Evaluation(protocol, (record,)).save(tmp_path / name / when)
     with pytest.raises(ValueError, match="no score in common: give each a reward of the same name"):
         summarize_recipes({name: {0: tmp_path / name} for name in ("red", "blue")}, lambda _: {})
-
-
-def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None:
-    base, levels = str(tmp_path / "base.json"), tmp_path / "levels.json"
-    short = ["--calibration.iterations", "2", "--output", str(levels)]
-    assert main(["calibrate", "--config", base, *short]) == 0
-    assert len(json.loads(levels.read_text())["levels"]) == 3
-    kernel = f"--recipe.kernel={{class_path: genalign.calibrated, init_args: {{path: {levels}}}}}"
-    run = ["--output", str(tmp_path / "run"), "--before_after", "null", "--training.rounds", "1"]
-    assert main(["train", "--config", base, kernel, *run]) == 0
-    other = ["--sampling.sigmas", "[1.0, 0.5, 0.3]", "--output", str(tmp_path / "other")]
-    assert main(["train", "--config", base, kernel, *other]) == 2
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 
 from genalign.__main__ import main
 from genalign.cli.commands import COMMANDS, imported
-from genalign.cli.config import Train
 from genalign.cli.error_messages import error_line
 from genalign.cli.parsing import parse
+from genalign.cli.train_settings import Train
 from genalign.scoring.score import RewardError
 from genalign.training.nonfinite import DivergedError
 from tests.packages import folder_of

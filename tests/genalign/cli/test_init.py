@@ -12,9 +12,9 @@ import yaml
 
 from genalign import assets
 from genalign.__main__ import main
-from genalign.cli.config import Train
 from genalign.cli.init import Preset
 from genalign.cli.parsing import parse
+from genalign.cli.train_settings import Train
 from genalign.runtime.prompt_files import load_prompts
 
 REWARDS = """

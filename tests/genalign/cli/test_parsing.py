@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from genalign.cli.config import Steer, Train
 from genalign.cli.parsing import ConfigurationError, parse
+from genalign.cli.steer import Steer
+from genalign.cli.train_settings import Train
 
 OWN = """
 class Untyped:

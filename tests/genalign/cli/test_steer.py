@@ -1,11 +1,11 @@
-"""genalign steer, prices and train-noise-aware from the command line on the tiny pipeline."""
+"""genalign steer from the command line on the tiny pipeline."""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,42 +27,26 @@ budget: {{nfe: 12}}
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
 limit: 2
 """
-AWARE = """
-output: {folder}/aware
-model: {{path: {model}}}
-prompts: "shapes:val"
-held_out: "shapes:val"
-rewards: {{partial: {{function: {{class_path: rewards.clip.ClipReward, init_args: {{model: shapes-clip}}}}}}}}
-student:
-  class_path: rewards.noise_aware.{student}
-sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
-steps: [0, 1]
-count: 3
-limit: 4
-batch_size: 6
-distillation: {{epochs: 1, batch_size: 6}}
-"""
-
-REWARD = "--rewards={clip: {function: {class_path: rewards.clip.ClipReward, init_args: {model: shapes-clip}}}}"
-
 ANY_TEXT = "{{class_path: rewards.shapes.ShapesReward}}", "tests.genalign.training.toy_runs.redness"
 
 
-def _config(folder: Path, text: str, **values: object) -> str:
+def config_file(folder: Path, text: str, **values: object) -> str:
+    """Write a configuration, with ``values`` in its braces, and return its path."""
     path = folder / "config.yaml"
     path.write_text(text.format(folder=folder, **values))
     return str(path)
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def scores_in(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of scores.jsonl."""
     return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
 
 
 def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> None:
-    config = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)]
+    config = ["steer", "--config", config_file(tmp_path, STEER, model=tiny_folder)]
     assert main(config) == 0
     found = tmp_path / "found"
-    rows = _rows(found)
+    rows = scores_in(found)
     assert [row["index"] for row in rows] == [0, 1]
     assert rows[0]["finished"] <= rows[1]["finished"] <= datetime.now(UTC).isoformat()
     assert all(row["calls"]["nfe"] <= 12 and (found / row["image"]).is_file() for row in rows)
@@ -71,20 +55,20 @@ def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> 
     kept = (found / "prompts" / "00000.json").stat().st_mtime_ns
     assert main(config) == 0
     assert (found / "prompts" / "00000.json").stat().st_mtime_ns == kept
-    again = _rows(found)
+    again = scores_in(found)
     for old, new in zip(rows, again, strict=True):
         assert {**old, "seconds": 0, "finished": ""} == {**new, "seconds": 0, "finished": ""}
     page = (found / "report.html").read_text()
     assert rows[0]["prompt"] in page and 'class="tree"' in page and "http:" not in page and "https:" not in page
     assert main([*config, "--limit", "3"]) == 0
-    assert len(_rows(found)) == 3
+    assert len(scores_in(found)) == 3
     assert main([*config, "--budget.nfe", "20"]) == 2  # another search
 
 
 def test_steer_ranks_share_prompts(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, found = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)], tmp_path / "found"
+    config, found = ["steer", "--config", config_file(tmp_path, STEER, model=tiny_folder)], tmp_path / "found"
     config += ["--limit", "4"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -101,7 +85,7 @@ def test_steer_ranks_share_prompts(
         assert main(config) == 0
     assert not (found / "report.html").exists() and not (found / "prompts" / "00002.json").exists()
     assert main(config) == 0
-    rows = _rows(found)
+    rows = scores_in(found)
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
 
 
@@ -110,10 +94,10 @@ def test_steer_takes_texts_and_saves_the_best_four_with_the_plain_one(
 ) -> None:
     text = "\n".join(line for line in STEER.splitlines() if not line.startswith(("prompts", "budget")))
     text = text.replace("keep: [0.5]", "keep: [0.5], candidates: 6").replace(*ANY_TEXT)
-    config = ["steer", "--config", _config(tmp_path, text, model=tiny_folder)]
+    config = ["steer", "--config", config_file(tmp_path, text, model=tiny_folder)]
     assert main([*config, "--prompt", "a red circle: small", "--prompt=a ring"]) == 0
     found = tmp_path / "found"
-    first, second = _rows(found)
+    first, second = scores_in(found)
     assert (first["prompt"], second["prompt"]) == ("a red circle: small", "a ring")
     best = [first["scores"]["partial"], *(one["scores"]["partial"] for one in first["top"])]
     assert len(best) == 3 and best == sorted(best, reverse=True)  # three are left of six
@@ -135,7 +119,7 @@ def test_steer_wants_a_file_of_prompts_or_texts(
 ) -> None:
     without = "\n".join(line for line in STEER.splitlines() if not line.startswith("prompts"))
     for text, more in ((STEER, ["--prompt", "a ring"]), (without, [])):
-        assert main(["steer", "--config", _config(tmp_path, text, model=tiny_folder), *more]) == 2
+        assert main(["steer", "--config", config_file(tmp_path, text, model=tiny_folder), *more]) == 2
         assert "give either prompts, a file as in --prompts prompts.txt, or texts" in capsys.readouterr().err
 
 
@@ -143,7 +127,7 @@ def test_steer_names_a_reward_that_never_scores(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = STEER.replace("class_path: rewards.shapes.ShapesReward", "class_path: tests.genalign.cli.test_steer.Raises")
-    assert main(["steer", "--config", _config(tmp_path, text, model=tiny_folder)]) == 2
+    assert main(["steer", "--config", config_file(tmp_path, text, model=tiny_folder)]) == 2
     assert "reward 'partial' failed on a first batch: KeyError: 'color' (test_steer.py:" in capsys.readouterr().err
     assert not (tmp_path / "found").exists()
 
@@ -157,7 +141,7 @@ class Raises:
 
 def test_steer_shows_its_phases_in_a_log(tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="genalign"):
-        assert main(["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)]) == 0
+        assert main(["steer", "--config", config_file(tmp_path, STEER, model=tiny_folder)]) == 0
     phases = [record.message for record in caplog.records if record.name == "genalign.runtime.progress"]
     assert phases[0] == "loading" and phases[1] == "searching 0/2 prompts"
 
@@ -168,61 +152,7 @@ def test_no_character_of_a_prompt_ends_a_search(
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
     text = "\n".join(line for line in STEER.splitlines() if not line.startswith("prompts"))
-    config = ["steer", "--config", _config(tmp_path, text.replace(*ANY_TEXT), model=tiny_folder)]
+    config = ["steer", "--config", config_file(tmp_path, text.replace(*ANY_TEXT), model=tiny_folder)]
     assert entry([*config, "--prompt", "café 猫"]) == 0
     ascii_only.flush()
     assert b"caf\\xe9 \\u732b: partial" in ascii_only.buffer.getvalue()
-
-
-def test_prices_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
-    reward = "--rewards.partial.function=rewards.shapes.ShapesReward"
-    small = ["--prompts", "shapes:val", "--batch_size", "2", "--repeats", "1", "--sampling.num_steps", "3"]
-    path = tmp_path / "prices.json"
-    assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), reward, *small]) == 0
-    prices = json.loads(path.read_text())
-    assert set(prices) == {"nfe", "decode", "reward/partial"} and min(prices.values()) > 0
-    options = [reward, *small, "--gradients", "true"]  # the verifier has none
-    assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), *options]) == 0
-    assert set(json.loads(path.read_text())) == {*prices, "nfe backward", "decode backward"}
-
-
-@pytest.mark.parametrize(
-    "student",
-    [
-        "LatentImageDistilled\n  init_args: {channels: 4, scale: 4, width: 16, depth: 1, lora_rank: 2}",
-        "SelfDistilled\n  init_args: {lora_rank: 2}",
-    ],
-    ids=["latents", "samples"],
-)
-def test_train_noise_aware_then_steer(
-    tiny_folder: Path, tmp_path: Path, student: str, error: Callable[..., str]
-) -> None:
-    assert main(["train-noise-aware", "--config", _config(tmp_path, AWARE, model=tiny_folder, student=student)]) == 0
-    made = tmp_path / "aware" / "scorer.safetensors"
-    scorer = f"{{class_path: rewards.noise_aware.load_scorer, init_args: {{path: {made}, least_tau: -1.0}}}}"
-    steer = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder), f"--strategy.scorer={scorer}"]
-    assert main([*steer, REWARD]) == 0
-    (first, _) = _rows(tmp_path / "found")
-    assert first["calls"]["reward/noise-aware"] > 0
-    message = error(*steer, f"--output={tmp_path}/other")
-    assert (
-        "selects by 'partial', rewards.shapes.ShapesReward, and the scorer was trained for rewards.clip.Clip" in message
-    )
-
-
-def test_a_student_of_two_rewards_is_refused(tiny_folder: Path, tmp_path: Path, error: Callable[..., str]) -> None:
-    config = _config(tmp_path, AWARE, model=tiny_folder, student="SelfDistilled")
-    message = error("train-noise-aware", "--config", config, "--rewards.strict.function=rewards.shapes.ShapesReward")
-    assert "a student predicts one reward, not partial, strict: give one, and train a student of each" in message
-
-
-def test_train_noise_aware_is_deterministic(tiny_folder: Path, tmp_path: Path) -> None:
-    student = "SelfDistilled\n  init_args: {lora_rank: 2}"
-    weights = []
-    for seed in (0, 0, 1):
-        folder = tmp_path / str(len(weights))
-        folder.mkdir()
-        config = _config(folder, AWARE, model=tiny_folder, student=student)
-        assert main(["train-noise-aware", "--config", config, "--seed", str(seed)]) == 0
-        weights.append((folder / "aware" / "scorer.safetensors").read_bytes())
-    assert weights[0] == weights[1] != weights[2]

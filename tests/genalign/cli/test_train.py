@@ -19,11 +19,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from genalign.cli import config
 from genalign.cli import train as train_module
 from genalign.cli.main import main
+from genalign.cli.model_settings import Model
 from genalign.cli.parsing import parse
 from genalign.cli.run_prompts import RunPrompts
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Lora
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.metrics.intervals import Estimate
@@ -107,7 +108,7 @@ def test_the_prompts_that_choose_the_weights_are_not_those_of_their_gain(
     assert described["before_after"]["suite"] == "prompts (held out), half for before_after"
     assert warning not in caplog.text
     shared = [f"--{name}.prompts={tmp_path / 'prompts.txt'}" for name in ("held_out", "before_after")]
-    settings, _ = parse(config.Train, [*arguments[1:], *halves, *shared], "train")
+    settings, _ = parse(Train, [*arguments[1:], *halves, *shared], "train")
     RunPrompts.read(settings).warn()
     assert f"20 {warning}" in caplog.text
 
@@ -316,13 +317,11 @@ def test_a_run_says_when_and_by_which_command_it_began(
 @pytest.mark.parametrize(
     ("model", "advice"),
     [
-        (config.Model("x", compiled=True), r"model\.compiled: leave it out"),
-        (config.Model("x", memory=Memory(quantization="int8")), r"model\.memory\.quantization: leave it out"),
+        (Model("x", compiled=True), r"model\.compiled: leave it out"),
+        (Model("x", memory=Memory(quantization="int8")), r"model\.memory\.quantization: leave it out"),
     ],
 )
-def test_fsdp_refuses_what_it_was_not_tested_with(
-    monkeypatch: pytest.MonkeyPatch, model: config.Model, advice: str
-) -> None:
+def test_fsdp_refuses_what_it_was_not_tested_with(monkeypatch: pytest.MonkeyPatch, model: Model, advice: str) -> None:
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
     settings: Any = SimpleNamespace(model=model, lora=Lora(), training=TrainerSettings())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from genalign.cli.config import Model
+from genalign.cli.model_settings import Model
 from genalign.cli.train import _sharding
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.algorithms.recipes import dragon, flow_grpo, prdp
-from genalign.cli.config import Train
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
+from genalign.cli.train_settings import Train
 from genalign.metrics.intervals import Estimate
 from genalign.training.checkpointing import Checkpoints
 from genalign.training.panel import PanelMeasures, PanelSnapshot

@@ -12,7 +12,7 @@ from torch import nn
 
 from genalign import assets
 from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
-from genalign.cli import config
+from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import kernel_per_step, rollout
 from genalign.training.trainer import Trainer
@@ -54,7 +54,7 @@ def test_the_calls_of_a_configuration_are_those_of_its_settings() -> None:
     assert flops.published_calls() == flops.Calls(2 * (10 + 2 * 9), 2 * 9)
 
 
-def _round(settings: config.Train, blocks: int) -> float:
+def _round(settings: Train, blocks: int) -> float:
     """The FLOPs of an image in a small round that the trainer's own code runs on the meta device."""
     pipeline = flops.model_on_meta(settings, blocks)
     policy = Policy(pipeline.denoiser, None, has_adapter=True)

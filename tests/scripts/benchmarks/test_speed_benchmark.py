@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from genalign.algorithms.step_schedules import AllSteps
-from genalign.cli.config import RewardChoice
+from genalign.cli.generation_settings import RewardChoice
 from genalign.scoring.score import NamedReward
 from genalign.types import Prompt
 from scripts.benchmarks import speed_benchmark

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.cli.config import Train
 from genalign.cli.parsing import parse
+from genalign.cli.train_settings import Train
 from genalign.evaluation.benchmarks.tifa import TifaReward, questions
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.types import Prompt, Reward
