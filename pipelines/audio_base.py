@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor
 
-from pipelines.base import DiffusersPipeline, Options
+from pipelines.base import DiffusersPipeline
+from pipelines.options import Options
 
 
 class AudioPipeline(DiffusersPipeline):

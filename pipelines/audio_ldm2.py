@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.audio_base import AudioPipeline
-from pipelines.base import Options
 from pipelines.noise_schedules import ScheduledPipeline, VPSchedule
+from pipelines.options import Options
 
 
 class AudioLDM2(AudioPipeline, ScheduledPipeline):

@@ -12,10 +12,11 @@ from genalign import assets
 from genalign.runtime.hub import DEFAULT_ACCESS, HubAccess
 from pipelines.ace_step import AceStep
 from pipelines.audio_ldm2 import AudioLDM2
-from pipelines.base import DiffusersPipeline, Options, hub_access
+from pipelines.base import DiffusersPipeline
 from pipelines.checkpoint_files import model_index
 from pipelines.flux import Flux
 from pipelines.flux2 import Flux2Klein
+from pipelines.options import Options, hub_access
 from pipelines.qwen_image import QwenImage
 from pipelines.qwen_image21 import QwenImage21
 from pipelines.sana import Sana

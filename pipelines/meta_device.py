@@ -19,7 +19,7 @@ from genalign.runtime.memory_options import Memory
 from genalign.runtime.text_files import read_json
 from genalign.training.memory_estimate import NetworkSize, Outline
 from pipelines.auto import family_of
-from pipelines.base import DiffusersPipeline, Options, hub_access
+from pipelines.base import DiffusersPipeline
 from pipelines.checkpoint_files import (
     absent_components,
     component_file,
@@ -28,6 +28,7 @@ from pipelines.checkpoint_files import (
     require_components,
 )
 from pipelines.checkpoint_settings import check_index, is_component
+from pipelines.options import Options, hub_access
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from pipelines.base import unscale
+from pipelines.family import unscale
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 
 

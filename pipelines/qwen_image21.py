@@ -11,7 +11,7 @@ from diffusers import QwenImage21Pipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipelines.base import unscale
+from pipelines.family import unscale
 from pipelines.flows import FlowPipeline, by_text_length, even_sigmas
 
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from pipelines.base import Options
 from pipelines.noise_schedules import EDM_SCHEDULERS, EDMSchedule, NoiseSchedule, ScheduledPipeline, VPSchedule
+from pipelines.options import Options
 
 
 class UNetPipeline(ScheduledPipeline):

@@ -76,13 +76,14 @@ def first_sentence(component: Any) -> str:
 
 def settings_of(component: Any, prefix: str = "") -> Iterator[dict[str, Any]]:
     """Describe every setting of a function or class, those of its parts after it."""
-    hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    is_dataclass = dataclasses.is_dataclass(component)  # whose bases resolve their types in their own modules
+    hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) and not is_dataclass else component)
     texts = descriptions(component)
     for name, parameter in inspect.signature(component).parameters.items():
         if name in ("self", "args", "kwargs") or name not in hints:
             continue
         default = parameter.default
-        if dataclasses.is_dataclass(component):
+        if is_dataclass:
             default = _field_default(component, name)
         yield from _setting(f"{prefix}{name}", hints[name], default, texts.get(name, ""))
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from genalign.evaluation.scorers import Scorer
     from genalign.search.noise_aware import NoiseAware
     from genalign.training.memory_estimate import Outline
-    from pipelines.base import Options
+    from pipelines.options import Options
 
 
 def load_model(model: Model) -> Checkpoint:
@@ -81,7 +81,7 @@ def require_model(model: Model) -> None:
 def _options(model: Model) -> Options:
     import torch
 
-    from pipelines.base import Options
+    from pipelines.options import Options
 
     options = {name: getattr(model, name) for name in Options.__annotations__}
     autocast = getattr(torch, model.autocast) if model.autocast else None

@@ -29,7 +29,7 @@ from genalign.search.strategy import Previews, StandaloneScorer
 from genalign.types import Prompt, RewardFunction
 from pipelines.ace_step import normalize_peak
 from pipelines.audio_ldm2 import decode_spectrogram
-from pipelines.base import unscale
+from pipelines.family import unscale
 from pipelines.flux2 import decode_tokens
 from pipelines.qwen_image21 import on_white
 from pipelines.steering.batches import denoiser_of

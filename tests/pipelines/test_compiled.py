@@ -173,7 +173,7 @@ def test_a_quantized_base_is_compiled(
 ) -> None:
     float8 = pytest.importorskip("torchao.float8", reason="the extra genalign[memory] is not installed")
     rowwise = float8.Float8LinearConfig.from_recipe_name("rowwise")
-    monkeypatch.setattr("pipelines.base.require_quantization", lambda *_: None)
+    monkeypatch.setattr("pipelines.loading.require_quantization", lambda *_: None)
     monkeypatch.setattr(rowwise.__class__, "from_recipe_name", lambda _: float8.Float8LinearConfig(emulate=True))
     memory = Memory(quantization=quantization)
     tiny = SD3.load(tiny_folder, compiled=True, memory=memory, autocast=torch.bfloat16)

@@ -12,6 +12,7 @@ import torch
 import pipelines
 from genalign.cli.model_settings import Model
 from genalign.diffusion.policy import Lora, Policy
+from genalign.runtime.hub import HubAccess
 from pipelines.checkpoint_files import model_index, require_weights
 from pipelines.meta_device import outline
 from tests.hub_stand_in import StandInHub, stand_in_hub
@@ -74,15 +75,15 @@ def test_a_revision_that_is_cached_is_opened_offline(
     from genalign.runtime.hub import hub_answers
 
     hub.repositories[NAME] = {"v1": sd15}
-    assert model_index(NAME, pipelines.base.HubAccess("v1"))["_class_name"] == "StableDiffusionPipeline"
+    assert model_index(NAME, HubAccess("v1"))["_class_name"] == "StableDiffusionPipeline"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub_answers.cache_clear()
     count = len(hub.seen)
-    assert model_index(NAME, pipelines.base.HubAccess("v1"))["_class_name"] == "StableDiffusionPipeline"
+    assert model_index(NAME, HubAccess("v1"))["_class_name"] == "StableDiffusionPipeline"
     with pytest.raises(
         FileNotFoundError, match=r"not in the local cache at revision 'v2', and the Hub did not give it"
     ):
-        model_index(NAME, pipelines.base.HubAccess("v2"))
+        model_index(NAME, HubAccess("v2"))
     assert len(hub.seen) == count
 
 

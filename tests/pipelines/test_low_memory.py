@@ -79,7 +79,7 @@ def test_float8_needs_a_gpu_that_has_it(tiny_folder: Path, monkeypatch: pytest.M
 
 
 def test_float8_needs_bfloat16(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.base.require_quantization", lambda *_: None)
+    monkeypatch.setattr("pipelines.loading.require_quantization", lambda *_: None)
     with pytest.raises(ValueError, match=r"'fp8' returns bfloat16: set model\.autocast"):
         SD3.load(tiny_folder, memory=Memory(quantization="fp8"))
 
