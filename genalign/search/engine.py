@@ -153,8 +153,8 @@ class SearchRun:
         return len(self.grid)
 
     @property
-    def given_rewards(self) -> tuple[NamedReward, ...]:
-        """The rewards as the run was given them, whose calls are not counted."""
+    def unmetered_rewards(self) -> tuple[NamedReward, ...]:
+        """The rewards themselves: their calls are not counted in the ledger."""
         return self._unmetered[1]
 
     def afresh(self) -> SearchRun:

@@ -172,9 +172,10 @@ class FKSteering:
     def _advance(
         self, run: SearchRun, particles: Particles, to: int, kernel: Kernel
     ) -> tuple[Particles, Tensor | None, Tensor | None]:
-        """Return the particles after ``to`` steps, log p - log q (N,) of guided moves, and scores that the guide has.
+        """Return the particles after ``to`` steps, log p - log q (N,) of their moves, and the guide's scores (N, K).
 
-        Scores (N, K) are of the previews; without a guide there are neither.
+        The scores are of the particles' previews, or None where the guide did not score all of them. Without
+        a guide both are None.
         """
         if self.guide is None:
             return run.advance(particles, to, kernel), None, None
@@ -195,8 +196,8 @@ class FKSteering:
             parts.append(part)
             log_ratios.append(log_ratio)
             scored += [] if scores is None else [scores]
-        scores_NK = torch.cat(scored) if len(scored) == len(parts) else None
-        return concatenate(parts), torch.cat(log_ratios), scores_NK
+        guide_scores = torch.cat(scored) if len(scored) == len(parts) else None
+        return concatenate(parts), torch.cat(log_ratios), guide_scores
 
 
 def require_stochastic(kernel: Kernel, grid: Grid) -> None:

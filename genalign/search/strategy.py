@@ -202,7 +202,7 @@ def previews_of(run: SearchRun, candidates: Particles) -> Previews:
         latents=candidates.preview,
         prompts=run.prompts_of(candidates),
         noise_share=float(run.grid.noise_share[candidates.steps_done - 1]),
-        rewards=run.given_rewards,
+        rewards=run.unmetered_rewards,
         decode=run.pipeline.decode,
         metered=run.metered,
         batch_size=run.batch_size,
