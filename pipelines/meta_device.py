@@ -17,7 +17,7 @@ from transformers import BatchEncoding, PreTrainedModel, ProcessorMixin
 from genalign.runtime.hub import HubAccess
 from genalign.runtime.memory_options import Memory
 from genalign.runtime.text_files import read_json
-from genalign.training.memory_estimate import NetworkSize, Outline
+from genalign.training.outline import NetworkSize, Outline
 from pipelines.auto import family_of
 from pipelines.base import DiffusersPipeline
 from pipelines.checkpoint_files import (

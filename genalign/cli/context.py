@@ -28,7 +28,7 @@ from genalign.runtime.progress import Progress
 from genalign.runtime.prompt_files import load_prompts
 from genalign.scoring.score import NamedReward
 from genalign.search.noise_aware import NoiseAware
-from genalign.training.memory_estimate import Outline
+from genalign.training.outline import Outline
 from genalign.training.run_folder import WeightStore
 from genalign.types import Pipeline, PromptSet
 from genalign.worlds.registry import world_of

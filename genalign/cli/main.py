@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from genalign.evaluation.geneval.judge import Judge
     from genalign.evaluation.scorers import Scorer
     from genalign.search.noise_aware import NoiseAware
-    from genalign.training.memory_estimate import Outline
+    from genalign.training.outline import Outline
     from pipelines.options import Options
 
 

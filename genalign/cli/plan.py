@@ -19,7 +19,9 @@ from genalign.evaluation.evaluate import plan_samples
 from genalign.runtime.distributed import ProcessGroup
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
-from genalign.training.memory_estimate import CONTEXT, GeneratedSamples, MemoryEstimate, Outline, estimate_memory
+from genalign.training.memory_estimate import CONTEXT, MemoryEstimate, estimate_memory
+from genalign.training.meta_round import GeneratedSamples
+from genalign.training.outline import Outline
 from genalign.training.settings import FittedSettings
 from genalign.types import Prompt, PromptSet
 

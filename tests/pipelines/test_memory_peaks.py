@@ -21,7 +21,9 @@ from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
-from genalign.training.memory_estimate import GeneratedSamples, MemoryEstimate, Outline, estimate_memory
+from genalign.training.memory_estimate import MemoryEstimate, estimate_memory
+from genalign.training.meta_round import GeneratedSamples
+from genalign.training.outline import Outline
 from genalign.training.settings import FittedSettings
 from genalign.training.trainer import Trainer
 from pipelines import meta_device

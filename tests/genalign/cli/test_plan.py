@@ -22,7 +22,8 @@ from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.training import dry_run as counting
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
-from genalign.training.memory_estimate import GeneratedSamples, MemoryEstimate, estimate_memory
+from genalign.training.memory_estimate import MemoryEstimate, estimate_memory
+from genalign.training.meta_round import GeneratedSamples
 from genalign.training.settings import FittedSettings, TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.worlds import shapes
@@ -167,8 +168,8 @@ def test_networks_that_wait_are_counted_where_they_are_used(tiny_folder: Path) -
 def test_the_held_weights_are_those_of_the_method(tiny_folder: Path) -> None:
     lora, whole = (_estimate(tiny_folder, lora=one, recipe=nft())["rank 0"].always for one in (Lora(2, 4), None))
     assert lora["optimizer"] == 2 * lora["trained weights"]
-    assert lora["copies of them"] == 2 * lora["trained weights"]  # the average and the lagging weights
-    assert whole["copies of them"] == 0 and "transformer" not in whole
+    assert lora["copies of trained weights"] == 2 * lora["trained weights"]  # the average and the lagging weights
+    assert whole["copies of trained weights"] == 0 and "transformer" not in whole
     settings = replace(FITTED, optimizer="adamw8bit")
     assert _estimate(tiny_folder, settings=settings)["rank 0"].always["optimizer"] == lora["trained weights"] / 2
     quantized = _estimate(tiny_folder, Memory(quantization="int8"))["rank 0"].always["transformer"]
