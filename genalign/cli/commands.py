@@ -66,7 +66,7 @@ COMMANDS = {
         Command(
             "demo",
             "train an embedded model in minutes: genalign demo [shapes | tones]",
-            f"{_CLI}.train:demo_command",
+            f"{_CLI}.demo:demo_command",
             f"{_CLI}.train_settings:Train",
             "world",
         ),

@@ -1,4 +1,4 @@
-"""``genalign train`` and ``genalign demo``."""
+"""``genalign train``: from a configuration to a finished run, or on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,27 +7,18 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from genalign.algorithms.interfaces import half_micro_batch, with_stronger_kl
+from genalign.algorithms.interfaces import half_micro_batch
 from genalign.cli import parsing
 from genalign.cli.checks import training_checks
-from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
-from genalign.cli.evaluate import build_evaluator
-from genalign.cli.evaluate_settings import EvaluationSize
+from genalign.cli.context import CommandContext
 from genalign.cli.family_defaults import with_family_defaults
 from genalign.cli.resume import (
-    EncoderCache,
-    InputFingerprint,
     TrackerRun,
     checkpoint_in,
     flat,
@@ -35,16 +26,9 @@ from genalign.cli.resume import (
     train_request,
 )
 from genalign.cli.run_prompts import RunPrompts
-from genalign.cli.train_settings import BeforeAfter, HeldOut, Train
-from genalign.diffusion.policy import Policy
-from genalign.diffusion.rollout import OdeSamples
-from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
-from genalign.evaluation.folder import EvaluationFolder
-from genalign.evaluation.paired import effect_sizes, gain, gain_record, pairs_by_gain, task_gains, turned_right
+from genalign.cli.train_settings import Train
+from genalign.cli.training_run import TrainingRun
 from genalign.evaluation.report import write_report
-from genalign.evaluation.report.words import gain_verdict, gained_tasks, turned_right_words
-from genalign.evaluation.scorers import Scorer
 from genalign.runtime.distributed import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -56,21 +40,10 @@ from genalign.runtime.distributed import (
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.runtime.progress import SILENT, Progress
-from genalign.runtime.state import Generators, PerRankState, Stateful
-from genalign.scoring.score import probe
-from genalign.scoring.score_log import ScoreLog
-from genalign.training.best_weights import BestWeights, HeldOutScores, deciding_weights, sum_name
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.out_of_memory import is_out_of_memory
-from genalign.training.panel import PanelMeasures, PanelSnapshot
-from genalign.training.reward_hacking import HackingGuard
-from genalign.training.round_log import SampleGridWriter
-from genalign.training.run import RoundMonitors, Terminated, WeightFiles, terminable, train
+from genalign.training.run import Terminated, WeightFiles, terminable, train
 from genalign.training.run_folder import RunFolder, adapter_writer
-from genalign.training.time_budget import RoundFitter
-from genalign.training.trainer import Trainer
-from genalign.types import Prompt
-from genalign.worlds.registry import world_of
 
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -206,222 +179,6 @@ def run_training(
     return 0
 
 
-class TrainingRun:
-    """The model, rewards and trainer of a run, and the measurements before, during and after training.
-
-    Args:
-        context: The pipelines and rewards.
-        settings: The configuration.
-        prompts: The prompts of the run.
-        folder: The folder of the run.
-        sharding: FSDP settings; None for a copy of the network on every rank.
-        progress: Shows what is generated.
-
-    Raises:
-        ValueError: The model, the rewards and the settings do not go together.
-    """
-
-    def __init__(
-        self,
-        context: CommandContext,
-        settings: Train,
-        prompts: RunPrompts,
-        folder: RunFolder,
-        sharding: Sharding | None,
-        progress: Progress = SILENT,
-    ) -> None:
-        self.context, self.settings, self.prompts = context, settings, prompts
-        self.folder, self.processes, self.progress = folder, folder.processes, progress
-        self.sampling = settings.evaluation or settings.sampling  # of everything but the training samples
-
-        # Load the model and the rewards, and try them on two samples
-        self.pipeline, self.rewards = context.load(settings.model), named_rewards(settings.rewards)
-        rewards = self.rewards
-        require_rate(settings, self.pipeline.sample_rate)
-        self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
-        first = prompts.training.prompts[:2]
-        probe(rewards, self._generate(first, [0] * len(first), settings.sampling, 2), first)
-
-        # Prepare the trained weights (a new adapter, the adapter init_lora, or the whole network) and the trainer
-        if settings.init_lora is not None:
-            self.pipeline.load_lora(settings.init_lora)
-        seed, has_adapter = settings.training.seed, settings.init_lora is not None
-        self.policy = Policy(
-            self.pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, self.processes, sharding
-        )
-        self.best = BestWeights(self.policy)
-        self.score_log, suspects = ScoreLog(), folder.path / "suspects"
-        self.trainer = Trainer(
-            self.pipeline,
-            self.policy,
-            self.score_log.logged(rewards),
-            prompts.training,
-            settings.recipe,
-            settings.training,
-            settings.sampling,
-            suspects / f"process-{self.processes.rank}" if self.processes.rank else suspects,
-        )
-
-        # Prepare the measurements
-        hacking, held_out, before_after = settings.reward_hacking, settings.held_out, settings.before_after
-        if hacking.on_red.raise_kl is not None:
-            with_stronger_kl(settings.recipe.objective, hacking.on_red.raise_kl)  # refuses an objective without a KL
-        self.guard: HackingGuard | None = None
-        if hacking.every:
-            monitored = prompts.evaluations["reward_hacking"]
-            self.hacking_jobs = plan_samples(monitored, hacking.samples_per_task, hacking.seeds)
-            self.hacking_rewards = hacking.rewards or {reward.name: reward for reward in rewards if not reward.weight}
-            names = tuple(self.hacking_rewards)
-            self.guard = HackingGuard(self.hacking_snapshot, names, hacking.limits, hacking.on_red, hacking.every)
-        own = {reward.name: reward for reward in rewards}
-        self.held_out = self._evaluator("held_out", held_out, held_out.scorers, own) if held_out.is_on else None
-        self.before_after = self._evaluator("before_after", before_after, own) if before_after else None
-
-    def stateful_parts(self, prompts: RunPrompts) -> dict[str, Stateful]:
-        """Collect what a checkpoint holds, by name."""
-        return {
-            "inputs": InputFingerprint(self.pipeline.fingerprint, suite_hash(prompts.training)),
-            "trainer": self.trainer,
-            "best": self.best,
-            "texts": EncoderCache(self.pipeline),
-            **({"guard": self.guard} if self.guard else {}),
-            "generators": PerRankState(Generators(), self.processes),
-        }
-
-    def monitors(self) -> RoundMonitors:
-        """Collect what is measured during training."""
-        grid, held_out = self.settings.sample_grid, self.settings.held_out
-        writer = SampleGridWriter(self.sample_grid, self.pipeline.sample_rate, grid.every) if grid.every else None
-        evaluate = self.evaluate_held_out if self.held_out else None
-        return RoundMonitors(evaluate, held_out.every, held_out.every_seconds, self.guard, writer)
-
-    def round_fitter(self) -> RoundFitter:
-        """Prepare to fit the number of rounds to the time budget of the command."""
-        settings, started = self.settings, self.context.started
-        sections = settings.held_out, settings.reward_hacking, settings.sample_grid
-        every = [section.every for section in sections if section.every]
-        afterwards = EvaluationFolder(self.folder.path / "before").cost().get("seconds", 0.0)
-        record, by_time = self.folder.record_rounds, settings.held_out.every_seconds
-        return RoundFitter(settings.time_budget, started, afterwards, every, record, by_time)
-
-    def evaluate_held_out(self) -> HeldOutScores:
-        """Score the averaged weights on held-out prompts."""
-        assert self.held_out is not None, "held_out.every or held_out.every_seconds is set"
-        with self.policy.averaged(), self.progress.phase("held-out"):
-            evaluation = self.held_out(progress=self.progress)
-        weights = deciding_weights(evaluation.score_names, self.rewards)
-        decision = evaluation.weighted_sum(weights) if weights else None
-        return HeldOutScores(evaluation.overall, evaluation.protocol.suite, sum_name(weights), decision)
-
-    def evaluate_before(self) -> None:
-        """Evaluate the untrained model, if configured, into the folder before/."""
-        if self.before_after is not None:
-            start = time.monotonic()
-            with self.progress.phase("before"):
-                self.before_after(self.folder.path / "before", self.progress)
-            if self.processes.is_main:
-                write_json(self.folder.path / "before" / "cost.json", {"seconds": time.monotonic() - start})
-
-    def evaluate_after(self) -> None:
-        """Evaluate the best weights, if configured, into the folder after/, and write and print the gains."""
-        if self.before_after is None:
-            return
-        with self.best.weights(), self.progress.phase("after"):
-            after = self.before_after(self.folder.path / "after", self.progress)
-        if self.processes.is_main:
-            if self.best.round:
-                self.best.round.write(self.folder.path / "after")
-            before = load_evaluation(self.folder.path / "before")
-            write_json(self.folder.path / "gain.json", gain_record(before, after))
-            print_gains(before, after)
-
-    def hacking_snapshot(self) -> PanelSnapshot:
-        """Measure the averaged weights for the monitor of reward hacking.
-
-        All ranks share the samples, and the main rank measures them for all, since a reward may return something else
-        on another.
-        """
-        tensors: dict[str, Tensor] = {}
-        hacking, prompts = self.settings.reward_hacking, [job.prompt for job in self.hacking_jobs]
-        with self.policy.averaged(), self.progress.phase("reward hacking"):
-            seeds = [job.seed for job in self.hacking_jobs]
-            samples = self._generate(prompts, seeds, self.sampling, self._batch_size(hacking), shared=True)
-        if self.processes.is_main:
-            measures = PanelMeasures(self.hacking_rewards, hacking.features, hacking.diagnostics)
-            tensors = measures(samples, prompts).tensors()
-        return PanelSnapshot.from_tensors(self.processes.broadcast(tensors))
-
-    def sample_grid(self) -> Tensor | None:
-        """Generate samples of evenly spaced training prompts; None on ranks that do not write them."""
-        if not (self.processes.is_main or self.policy.sharded):
-            return None
-        training = self.prompts.training.prompts
-        count = min(self.settings.sample_grid.count, len(training))
-        prompts = [training[number * len(training) // count] for number in range(count)]
-        with self.policy.averaged(), self.pipeline.separate_encoding(), self.progress.phase("sample grid"):
-            samples = self._generate(prompts, range(count), self.sampling, self.trainer.settings.batch_size)
-        return samples if self.processes.is_main else None
-
-    def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        batch_size: int,
-        shared: bool = False,
-    ) -> Tensor:
-        """Generate one sample per prompt and seed, without noise after the first level.
-
-        Args:
-            prompts: The prompts.
-            seeds: The seeds of the first noises.
-            sampling: Steps and guidance.
-            batch_size: Samples per batch.
-            shared: Whether the ranks take the batches in turn, so that all must call this; else each makes all.
-        """
-        processes = replace(self.processes, in_step=self.policy.sharded) if shared else SINGLE_PROCESS
-        grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
-        source = OdeSamples(self.pipeline, [prompt.text for prompt in prompts], seeds, grid, guidance, batch_size)
-        sizes, own = [len(part) for part in source.parts], list[Tensor]()
-        with self.progress.phase("sampling", len(prompts)) as advance:
-            for number in processes.batch_numbers(len(source)):
-                batch = source.batch(number % len(source))
-                if number < len(source):
-                    own.append(batch)
-                    advance(len(batch) * processes.world_size)
-        shape = processes.all_gather_object(list(own[0].shape[1:]) if own else None)[0]
-        return processes.interleaved(own or [torch.empty(0, *shape)], sizes)  # there may be fewer batches than ranks
-
-    def _batch_size(self, size: EvaluationSize) -> int:
-        """Return the batch size of an evaluation, by default that of the training samples."""
-        return size.batch_size or self.trainer.settings.batch_size
-
-    def _evaluator(
-        self,
-        name: str,
-        amount: HeldOut | BeforeAfter,
-        scorers: Mapping[str, Scorer],
-        otherwise: Mapping[str, Scorer] | None = None,
-    ) -> Callable[..., Evaluation]:
-        """Bind an evaluation of the section ``name`` to the model.
-
-        Args:
-            name: The section, whose prompts are in ``self.prompts``.
-            amount: The size of the evaluation, and the source of its prompts.
-            scorers: Rewards beside the verifier of the prompts' world.
-            otherwise: Rewards where there are neither.
-        """
-        source, prompts = amount.prompts or self.settings.prompts, self.prompts.evaluations[name]
-        world, batch_size = world_of(source), self._batch_size(amount)
-        size = EvaluationSize(amount.samples_per_task, amount.seeds, batch_size)
-        if world is None:  # of a user's prompts, each has ``seeds`` noises, however few they are
-            most = max(len({prompt.text for prompt in task}) for task in prompts.by_task().values())
-            size = replace(size, samples_per_task=min(size.samples_per_task, most * size.seeds))
-        scorers = self.context.scorers_for(source, scorers) or otherwise or {}
-        model, processes = self.settings.model, replace(self.processes, in_step=self.policy.sharded)
-        return build_evaluator(self.pipeline, model, self.sampling, size, prompts, scorers, world, processes)
-
-
 def _sharding(settings: Train, processes: ProcessGroup) -> Sharding | None:
     """Read the launcher's FSDP settings. Raises ValueError if the training settings do not work with them."""
     sharding = sharding_from_environment(os.environ, processes.world_size)
@@ -464,45 +221,3 @@ def trackers(names: Sequence[str], folder: Path, run: str, plain: Mapping[str, A
     }
     accelerator.init_trackers("genalign", scalars, own)
     return list(accelerator.trackers)
-
-
-def print_gains(before: Evaluation, after: Evaluation) -> None:
-    """Print before, after and gain with intervals: the first score by task if there are several, and all overall.
-
-    Then a line on each score, one on the tasks that gained, and one on the pairs that turned right.
-    """
-    first, overall, by_task = before.score_names[0], gain(before, after), task_gains(before, after)
-    estimates = [
-        (task, before.tasks[task][first], after.tasks[task][first], gains[first])
-        for task, gains in by_task.items()
-        if len(by_task) > 1
-    ]
-    estimates += [
-        ("overall" if score == first else f"overall: {score}", before.overall[score], after.overall[score], difference)
-        for score, difference in overall.items()
-    ]
-    rows = [
-        (name, f"{old.mean:.3f}", f"{new.mean:.3f}", gained.text("+.3f"), str(gained.n))
-        for name, old, new, gained in estimates
-    ]
-    heading = ("task", "before", "after", "gain (95% interval)", "prompts")
-    print_table(heading, rows, f"{before.protocol.suite}: {first}")
-    for score, effect in effect_sizes(before, after).items():
-        print(f"{score}: {gain_verdict(overall[score], effect).text}")
-    if len(by_task) > 1:
-        print(gained_tasks(first, by_task))
-    if right := turned_right(pairs_by_gain(before, after)):
-        print(turned_right_words(right))
-
-
-_DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}
-
-
-def demo_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign demo [shapes | tones]``: training of an embedded model with a shipped configuration."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    world, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in _DEMOS else ("shapes", arguments)
-    if rest and not rest[0].startswith("-"):
-        raise ValueError(f"there is no demo of {rest[0]!r}: choose from {', '.join(_DEMOS)}")
-    shipped = str(files("genalign.assets").joinpath(_DEMOS[world]))
-    return train_command(context, ["--config", shipped, *rest])

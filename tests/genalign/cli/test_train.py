@@ -25,6 +25,7 @@ from genalign.cli.model_settings import Model
 from genalign.cli.parsing import parse
 from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train_settings import Train
+from genalign.cli.training_run import TrainingRun
 from genalign.diffusion.policy import Lora
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.metrics.intervals import Estimate
@@ -118,10 +119,10 @@ def test_the_best_weights_are_evaluated_and_named_in_the_last_line(
 ) -> None:
     means = iter((0.2, 0.4, 0.3))
 
-    def held_out(run: train_module.TrainingRun) -> HeldOutScores:
+    def held_out(run: TrainingRun) -> HeldOutScores:
         return HeldOutScores({}, "val", "red", Estimate(mean := next(means), mean - 0.1, mean + 0.1, 8))
 
-    monkeypatch.setattr(train_module.TrainingRun, "evaluate_held_out", held_out)
+    monkeypatch.setattr(TrainingRun, "evaluate_held_out", held_out)
     three = ["--held_out.every=1", "--before_after.seeds=1", "--training.rounds=3", "--checkpoint.keep=3"]
     assert main([*arguments, *three]) == 0
     run, name = tmp_path / "run", "lora/pytorch_lora_weights.safetensors"
@@ -258,7 +259,7 @@ def test_a_signal_while_nothing_is_trained_is_one_line(
     def interrupted(*_: object) -> None:
         signal.raise_signal(number)
 
-    monkeypatch.setattr(train_module.TrainingRun, "evaluate_before" if begun else "__init__", interrupted)
+    monkeypatch.setattr(TrainingRun, "evaluate_before" if begun else "__init__", interrupted)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
     try:
         assert main(arguments) == status

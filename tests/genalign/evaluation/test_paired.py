@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from genalign.cli.train import print_gains
+from genalign.cli.training_run import print_gains
 from genalign.evaluation.evaluate import Evaluation, SampleRecord
 from genalign.evaluation.paired import (
     compare_models,
