@@ -201,7 +201,7 @@ class DiffusersPipeline(Family):
         return self._embeddings.encoded
 
     def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
-        """Encode the texts of each batch, those of ``encoded`` of an earlier process, together when one is needed."""
+        """Encode the texts of each batch (``encoded`` of an earlier process) together, as soon as one is needed."""
         self._embeddings.encode_together(batches)
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
@@ -277,10 +277,10 @@ class DiffusersPipeline(Family):
         return self.postprocess(decoded)
 
     def compile_blocks(self, batch_sizes: Sequence[int] = ()) -> None:
-        """Compile the blocks of the denoiser, if ``compiled`` is on; ``genalign.train`` and the commands do.
+        """Compile the blocks of the denoiser, if ``compiled`` is on.
 
-        Call this after the adapter is on. Calls for fewer samples are padded to the next larger of ``batch_sizes``, or
-        of the batches so far, since each batch size compiles its own graphs.
+        ``genalign.train`` and the commands call this, after the adapter is on. Batches are padded to the next larger of
+        ``batch_sizes``, or of the batches so far, since each batch size compiles graphs of its own.
         """
         if self.compiled:
             self._blocks = CompiledBlocks(self.denoiser) if self._blocks is None else self._blocks
@@ -304,7 +304,7 @@ class DiffusersPipeline(Family):
         self.denoiser.load_state_dict(type(self.denoiser).from_pretrained(directory).state_dict())
 
     def save_denoiser(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the network's weights, or ``state`` where they are sharded, and configuration, in diffusers' format."""
+        """Write the network's configuration and weights, or ``state`` where these are sharded, in diffusers' format."""
         network = self.denoiser
         if state is not None:
             with torch.device("meta"):

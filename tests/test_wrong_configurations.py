@@ -163,7 +163,8 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "FlowSDE(noise_level=0.7): recipe.window is 9 steps, but only steps [0] of 3 can be trained: use a smaller"
      " window or more sampling steps"),
     ("held-out reward that is trained", (*TRAIN, "--reward_hacking.rewards", '{{"red": "mine.redness"}}'),
-     "reward_hacking.rewards.red is trained on, and would see nothing: name another reward"),
+     "reward_hacking.rewards.red is trained on, so it cannot show reward hacking: name another"
+     " reward"),
     ("two limits", (*SEARCH, "genalign.BestOfN", "--budget.nfe", "50", "--budget.seconds", "3"),
      "give one positive limit, nfe, cost or seconds, not Budget(nfe=50.0, cost=None, seconds=3.0,"
      " prices=None)"),

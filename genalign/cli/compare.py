@@ -52,7 +52,7 @@ class Compare:
         if not self.runs or not self.seeds:
             raise ValueError("a comparison needs at least one entry in runs and one in seeds")
         if wrong := [name for name in (*self.runs, *self.variants) if not re.fullmatch(r"[\w+-][\w .+-]*", name)]:
-            raise ValueError(f"runs has a name that is no folder's: {wrong[0]!r}; use letters, digits, _, -, + and .")
+            raise ValueError(f"{wrong[0]!r} cannot name a run's folder: use letters, digits, _, -, + and .")
         if unknown := set(self.once) - set(self.runs):
             raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
 

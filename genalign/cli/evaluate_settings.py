@@ -52,7 +52,7 @@ class SetScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The samples that an evaluation makes, or finds on disk, and what is measured on them.
+    """The samples of an evaluation, from a model or from a folder, and what is measured on them.
 
     Args:
         output: Folder of the evaluation.
@@ -61,7 +61,7 @@ class Evaluate:
         samples: A folder of another program's samples, which are scored in place of a model's. They have GenEval's
             layout, or a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each; or the folder of a
             finished evaluation.
-        rewards: Rewards by name; the first one leads on the page.
+        rewards: Rewards by name; the report shows the first one first.
         set_rewards: Scores of all samples at once, by name.
         sampling: Sampling settings.
         seeds: Number of initial noises per prompt.
@@ -89,7 +89,9 @@ class Evaluate:
         own = self.__dataclass_fields__["model"]
         preset = own.default_factory() if callable(own.default_factory) else None
         if self.samples is not None and (self.lora is not None or self.model not in (None, preset)):
-            raise ValueError("samples are another program's, and model and lora make new ones: leave one of them out")
+            raise ValueError(
+                "samples is a folder to score, but model or lora asks for new samples: give one or the other"
+            )
         if self.model is None and self.samples is None:
             raise ValueError(
                 "model.path is missing: name a model, as in --model.path shapes-sd3, or a folder of another program's"

@@ -30,7 +30,8 @@ class Model:
         max_sequence_length: Maximum number of text tokens, for families that let it be set.
         distilled_guidance: Guidance scale that a guidance-distilled model (FLUX.1-dev) receives as an input.
         compiled: Compile the denoiser's blocks by torch.compile. This takes minutes at the start, and again for a
-            larger batch or another guidance; many of these end the run. Sampling and training run the same graphs.
+            larger batch or another guidance; too many recompilations end the run. Sampling and training run the same
+            graphs.
         memory: Options that hold less memory.
         revision: Branch, tag or commit of a Hub id; null takes the default branch.
         variant: Variant of the weights, such as fp16; null takes the plain ones, or the only one of a folder.
@@ -63,8 +64,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.token is not None and (self.token.startswith("hf_") or not self.token.isidentifier()):
             raise ValueError(
-                "model.token is the name of an environment variable, as the token itself would be in config.json: set"
-                " the variable, and write its name"
+                "model.token is the name of an environment variable, since the token itself would be written into"
+                " config.json: set the variable, and write its name"
             )
 
 

@@ -39,10 +39,10 @@ class TrainNoiseAware(Generation):
         output: Folder of the recordings and the trained network.
         model: The generator whose trajectories are recorded.
         prompts: Prompts of the recorded trajectories.
-        held_out: Prompts of the trajectories for validation.
-        student: The network that is made of the reward and trained, as in rewards.noise_aware.SelfDistilled.
+        held_out: Prompts of the recorded trajectories for validation.
+        student: Builds the network to train from the reward, as in rewards.noise_aware.SelfDistilled.
         rewards: The reward, one by its name.
-        steps: Network evaluations at which a trajectory is recorded.
+        steps: Indices of the sampling steps whose previews are recorded.
         count: Number of trajectories of each prompt.
         limit: Number of prompts.
         distillation: Optimizer settings.

@@ -25,8 +25,9 @@ class HeldOut(EvaluationSize):
     Args:
         prompts: Held-out prompts, a file or a split of a world; null takes ``held_out_fraction`` of the training
             prompts, which are then not trained on.
-        every: Number of rounds between two evaluations; 0 turns those by rounds off.
-        every_seconds: Seconds of training, without evaluations, between two of them; null makes none by time.
+        every: Number of rounds between two evaluations; 0 evaluates by time alone, or never.
+        every_seconds: Seconds of training, without the time of evaluations, between two evaluations; null evaluates by
+            rounds alone.
         scorers: Rewards by name, in addition to the verifier of the prompts' world; without either, the rewards of the
             run.
     """
@@ -41,7 +42,9 @@ class HeldOut(EvaluationSize):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every_seconds is not None and not self.every_seconds > 0:
-            raise ValueError(f"held_out.every_seconds must be positive, not {self.every_seconds}; null makes none")
+            raise ValueError(
+                f"held_out.every_seconds must be positive, not {self.every_seconds}; null evaluates by rounds alone"
+            )
 
     @property
     def is_on(self) -> bool:
@@ -95,7 +98,7 @@ class Hacking(EvaluationSize):
 
     @property
     def is_on(self) -> bool:
-        """Whether the monitor makes reports."""
+        """Whether the monitor runs."""
         return bool(self.every)
 
 
@@ -113,8 +116,8 @@ class Train(Generation):
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.
         training: Geometry of a round, optimizer, and reaction to faults.
-        max_seconds: Seconds of training, without evaluations, with whose round the run ends, if that comes first; null
-            for no limit.
+        max_seconds: Seconds of training, without the time of evaluations, after which the run ends with its current
+            round; null for no limit.
         time_budget: Time to which the number of rounds is fitted, where ``training.rounds`` is null.
         lora: The adapter that is trained; null trains the whole network.
         init_lora: An adapter to continue from, with its own rank and layers, in place of a new one.
@@ -156,7 +159,8 @@ class Train(Generation):
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
         if trained := [name for name in self.reward_hacking.rewards if name in weighted]:
             raise ValueError(
-                f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward"
+                f"reward_hacking.rewards.{trained[0]} is trained on, so it cannot show reward hacking: name"
+                " another reward"
             )
 
     def evaluation_prompts(self) -> dict[str, str | None]:

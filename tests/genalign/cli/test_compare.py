@@ -179,7 +179,7 @@ variants:
         settings.require_equal_budgets(runs)
 
 
-OUTSIDE = [({name: {}}, [], "runs has a name that is no folder's") for name in ("../x", "/x", "..", "a/b", "")]
+OUTSIDE = [({name: {}}, [], "cannot name a run's folder") for name in ("../x", "/x", "..", "a/b", "")]
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_incomplete_settings_are_refused(tiny_folder: Path, error: Callable[...,
         "evaluate", "prompts", *model, *prompts, *reward, *output, "--seeds", "0"
     )
     both = [*model, "--samples", "mine", *prompts, *reward, *output]
-    assert "samples are another program's, and model and lora make new ones" in error("evaluate", "prompts", *both)
+    assert "samples is a folder to score, but model or lora asks for new samples" in error("evaluate", "prompts", *both)
     shapes = ["evaluate", "shapes", "--samples", "mine", *output]
     assert "leave one of them out" in error(*shapes, "--lora", "my_lora") and "mine" in error(*shapes)
     twice = ["--prompts", "shapes:comp", "--rewards.strict.function", "my_scores.redness"]
