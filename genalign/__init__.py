@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import guard_grpo as guard_grpo
     from genalign.algorithms.recipes import mix_grpo as mix_grpo
     from genalign.algorithms.recipes import nft as nft
+    from genalign.algorithms.recipes import ngrpo as ngrpo
     from genalign.algorithms.recipes import prdp as prdp
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import with_credit as with_credit
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_grpo guard_grpo mix_grpo"
-    " nft prdp tempflow_grpo with_credit",
+    " nft ngrpo prdp tempflow_grpo with_credit",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

@@ -21,6 +21,12 @@ Std = Literal["group", "global"]
 
 _RELATIVE_RESOLUTION = 1e-7  # scores are float32: a smaller relative spread is rounding
 _STEP_RESOLUTION = 1e-5  # a step's gain is a difference of scores: a smaller fraction of their spread is rounding
+_RANGE_TOLERANCE = 1e-6  # a weighted sum in float32 may exceed the range of scores by this fraction of it
+_LARGEST_LOG_WEIGHT = math.log(1e6)  # of BNPO's 1 / f(p), as in its code
+
+
+class UnsuitableScoresError(ValueError):
+    """The scores of a round are outside the range that a credit takes, or too few in every group."""
 
 
 def group_advantages(
@@ -55,11 +61,9 @@ def group_advantages(
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, not {ddof}")
     groups = _group_statistics(scores, group, ddof)
-    scale = groups.std[groups.index] if std == "group" else _global_std(scores, ddof)
+    scale = groups.std[groups.index] if std == "group" else global_std(scores, ddof)
     advantages = (scores.double() - groups.mean[groups.index]) / (scale.clamp(min=least_std) + epsilon)
-    counted = groups.live[groups.index] & ~scores.isnan()
-    advantages = torch.where(counted, advantages, 0.0)
-    return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
+    return _where_live(advantages, scores, groups, clip)
 
 
 def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip: float | None = 5.0) -> Tensor:
@@ -81,7 +85,7 @@ def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip:
     """
     if gains.ndim != 2 or not floor >= 0:
         raise ValueError(f"gains must be (B, S) and floor 0 or more, not {tuple(gains.shape)} and {floor}")
-    spread = float(_global_std(gains.sum(1), ddof=0))
+    spread = float(global_std(gains.sum(1), ddof=0))
     columns = []
     for column in gains.unbind(1):
         groups = _group_statistics(column, group, ddof=0)
@@ -95,7 +99,7 @@ def gdpo(scores_BK: Tensor, group: Tensor, weights: Sequence[float], epsilon: fl
 
     The weighted sum is divided by its standard deviation over the batch, and clipped to +-5. A NaN adds nothing. A
     sample without any score is not counted and gets 0; so does, exactly, a sample whose rewards all lack spread in its
-    group.
+    group. A reward of weight 0 changes nothing.
 
     Args:
         scores_BK: Scores (B, K).
@@ -108,7 +112,8 @@ def gdpo(scores_BK: Tensor, group: Tensor, weights: Sequence[float], epsilon: fl
     """
     weight = weights_of_columns(scores_BK, weights)
     total = (_normalized_columns(scores_BK, group, epsilon) * weight).sum(1)
-    scale = _global_std(torch.where(scores_BK.isnan().all(dim=1), math.nan, total), ddof=0) + epsilon
+    unscored = (scores_BK.isnan() | (weight == 0)).all(dim=1)
+    scale = global_std(torch.where(unscored, math.nan, total), ddof=0) + epsilon
     # There is no mean to subtract: the advantages of each reward sum to 0 within every group.
     return torch.where(total == 0, 0.0, total / scale).clamp(-5.0, 5.0).float()
 
@@ -116,7 +121,8 @@ def gdpo(scores_BK: Tensor, group: Tensor, weights: Sequence[float], epsilon: fl
 def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-6, clip: float | None = 5.0) -> Tensor:
     """NGRPO's advantages (arXiv 2509.18851): z-scores with a virtual sample of the best possible score in each group.
 
-    A group whose samples all failed gets negative advantages instead of 0. NaN is treated as in ``group_advantages``.
+    A group of G samples without spread below ``best`` gets -1 / sqrt(G + 1) instead of 0. NaN, and a group with fewer
+    than two scores, are treated as in ``group_advantages``.
 
     Args:
         scores: Scores (B,).
@@ -127,11 +133,168 @@ def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-
 
     Returns:
         Advantages (B,).
+
+    Raises:
+        UnsuitableScoresError: A score is above ``best``.
     """
-    _require_grouped(scores, group)
+    groups = _group_statistics(scores, group, ddof=1)
+    highest = float(scores.nan_to_num(-math.inf).max())
+    if highest > best + _RANGE_TOLERANCE * abs(best):
+        raise UnsuitableScoresError(f"score {highest:g} is above best = {best:g}: set best to the highest possible one")
     keys = torch.unique(group)
     joined = torch.cat([scores, scores.new_full((len(keys),), best)])
-    return group_advantages(joined, torch.cat([group, keys]), epsilon, ddof=1, clip=clip)[: len(scores)]
+    advantages = group_advantages(joined, torch.cat([group, keys]), epsilon, ddof=1, clip=clip)[: len(scores)]
+    return torch.where(groups.count[groups.index] >= 2, advantages, 0.0)
+
+
+def beta_normalized(
+    scores: Tensor, group: Tensor, low: float = 0.0, high: float = 1.0, clip: float | None = 5.0
+) -> Tensor:
+    """BNPO's advantages A = (s - p) / f(p) (arXiv 2506.02864): s is the score in [0, 1], p the mean of its group.
+
+    f is a Beta density that follows the distribution of the groups' means, of mean m and variance v: with
+    c = m (1 - m) / v - 1 its parameters are alpha = 1 + c m / 3 and beta = 1 + c (1 - m) / 3, at least 1. So the
+    groups of a round depend on each other. For alpha = beta = 1, as where all groups have one mean, A = s - p.
+
+    NaN, and groups with fewer than two scores or without spread, are treated as in ``group_advantages``.
+
+    Args:
+        scores: Scores (B,).
+        group: Prompt indices (B,).
+        low: The lowest possible score.
+        high: The highest possible score.
+        clip: The largest absolute advantage; None for no limit.
+
+    Returns:
+        Advantages (B,).
+
+    Raises:
+        UnsuitableScoresError: A score is outside [``low``, ``high``].
+    """
+    if not low < high:
+        raise ValueError(f"low must be less than high, not {low:g} and {high:g}")
+    unit = (scores.double() - low) / (high - low)
+    if bool(((unit < -_RANGE_TOLERANCE) | (unit > 1 + _RANGE_TOLERANCE)).any()):
+        valid = scores[~scores.isnan()]
+        raise UnsuitableScoresError(
+            f"scores from {float(valid.min()):g} to {float(valid.max()):g} are outside [{low:g}, {high:g}]: set low"
+            " and high to the range of the reward"
+        )
+    unit = unit.clamp(0.0, 1.0)
+    groups = _group_statistics(unit, group, ddof=0)
+    means = groups.mean[groups.count > 0]
+    variance = means.var(correction=1) if len(means) > 1 else means.new_zeros(())
+    alpha = beta = torch.ones_like(variance)
+    if variance > _RELATIVE_RESOLUTION**2:
+        mean = means.mean()
+        concentration = mean * (1 - mean) / variance - 1
+        alpha, beta = (1 + concentration * part / 3 for part in (mean, 1 - mean))
+    density = torch.distributions.Beta(alpha.clamp(min=1.0), beta.clamp(min=1.0))
+    log_weight = -density.log_prob(torch.where(groups.live, groups.mean, 0.5))
+    weight = log_weight.clamp(max=_LARGEST_LOG_WEIGHT).exp()
+    return _where_live(weight[groups.index] * (unit - groups.mean[groups.index]), scores, groups, clip)
+
+
+def best_of_n(scores: Tensor, group: Tensor, n: int) -> Tensor:
+    """Best-of-n credit (B,): the expected amount by which a sample beats the best of n - 1 others of its group.
+
+    For a group of m with scores r_1 <= ... <= r_m it is the sum over j < i of C(j - 1, n - 2) (r_i - r_j), divided by
+    C(m - 1, n - 1): exact over all subsets. n times the mean of credit times grad log p is an unbiased estimate of the
+    gradient of E[best of n]. The form is ours; InfAlign (arXiv 2412.19792) has the same aim by another way.
+
+    It is in units of the score, 0 or more, and unclipped; 0 for a NaN, and in a group with fewer than n scores or
+    without spread.
+    """
+    if n < 2:
+        raise ValueError(f"n must be 2 or more, not {n}: the best of 1 is the sample itself")
+    groups = _group_statistics(scores, group, ddof=0)
+    credit = scores.new_zeros(len(scores), dtype=torch.float64)
+    for key in torch.nonzero(groups.live & (groups.count >= n))[:, 0]:
+        rows = torch.nonzero((groups.index == key) & ~scores.isnan())[:, 0]
+        values, order = torch.sort(scores[rows].double())
+        subsets = math.comb(len(rows) - 1, n - 1)
+        share = values.new_tensor([math.comb(lower, n - 2) / subsets for lower in range(len(rows))])
+        credit[rows[order]] = (values[:, None] - values[None, :]).clamp(min=0.0) @ share
+    return credit.float()
+
+
+def gaussian_ranks(scores: Tensor, group: Tensor) -> Tensor:
+    """G2RPO's advantages (B,) (arXiv 2604.08539): quantiles of the standard normal distribution by rank in the group.
+
+    The r-th lowest of m scores gets Phi^-1((r - 1/2) / m); tied scores share the mean of theirs. So an outlier and the
+    scale of the reward do not count. The published code then maps the advantages of all samples of a task once more,
+    which gives credit to groups without spread; this is left out.
+
+    NaN, and groups with fewer than two scores or without spread, are treated as in ``group_advantages``.
+    """
+    groups = _group_statistics(scores, group, ddof=0)
+    advantages = scores.new_zeros(len(scores), dtype=torch.float64)
+    for key in torch.nonzero(groups.live)[:, 0]:
+        rows = torch.nonzero((groups.index == key) & ~scores.isnan())[:, 0]
+        values, place, ties = torch.unique(scores[rows], return_inverse=True, return_counts=True)
+        quantiles = torch.special.ndtri((torch.arange(len(rows)).to(advantages) + 0.5) / len(rows))
+        sums = quantiles.new_zeros(len(values)).index_add(0, place.sort().values, quantiles)
+        advantages[rows] = (sums / ties)[place]
+    return advantages.float()
+
+
+def task_normalized(
+    scores: Tensor, group: Tensor, task: Tensor, epsilon: float = 1e-4, clip: float | None = 5.0
+) -> Tensor:
+    """GoLongRL's advantages (arXiv 2605.19577): (score - mean of its group) / (scale of its task + epsilon).
+
+    The scale of a task is the root mean square of the standard deviations (ddof 1) of its groups with two scores or
+    more. So tasks of different scales count the same, while a group of little spread counts less than others of its
+    task. Groups of one task depend on each other. NaN, and groups with fewer than two scores or without spread, are
+    treated as in ``group_advantages``.
+
+    Args:
+        scores: Scores (B,).
+        group: Prompt indices (B,).
+        task: Task indices (B,) long; the samples of a group have the same.
+        epsilon: The number added to the scale.
+        clip: The largest absolute advantage; None for no limit.
+
+    Returns:
+        Advantages (B,).
+    """
+    groups = _group_statistics(scores, group, ddof=1)
+    _require_grouped(scores, task)
+    variance = torch.where(groups.count >= 2, groups.std.square(), math.nan)
+    scale = _group_statistics(variance, _task_of_groups(groups, task), ddof=0).mean.sqrt()
+    task_index = torch.unique(task, return_inverse=True)[1]
+    advantages = (scores.double() - groups.mean[groups.index]) / (scale[task_index] + epsilon)
+    return _where_live(advantages, scores, groups, clip)
+
+
+def difficulty_weights(
+    scores: Tensor, group: Tensor, task: Tensor, strength: float = 1.0, group_share: float = 0.8
+) -> tuple[Tensor, Tensor]:
+    """GoLongRL's weights (arXiv 2605.19577) of positive and of negative credit, each (B,), by the group's success rate.
+
+    A rare success and a rare failure count more: for a success rate p the weights are exp(strength (1/2 - p)) and
+    exp(strength (p - 1/2)). A success is a score above ``group_share`` of the group's mean and the rest of the mean of
+    the groups of its task; with scores of 0 and 1 it is a 1. NaN is left out; its weights are those of its group.
+
+    Args:
+        scores: Scores (B,).
+        group: Prompt indices (B,).
+        task: Task indices (B,) long; the samples of a group have the same.
+        strength: How much the weights depend on the success rate; 0 for weights of 1.
+        group_share: The share of the group's own mean in what a success must exceed.
+
+    Returns:
+        The weights (B,) of positive and of negative credit, float32.
+    """
+    groups = _group_statistics(scores, group, ddof=0)
+    _require_grouped(scores, task)
+    means = torch.where(groups.count > 0, groups.mean, math.nan)
+    tasks = _group_statistics(means, _task_of_groups(groups, task), ddof=0)
+    level = group_share * groups.mean + (1 - group_share) * tasks.mean[tasks.index]
+    success = (scores.double() > level[groups.index]).double()
+    rate = torch.zeros_like(level).index_add(0, groups.index, success) / groups.count.clamp(min=1)
+    exponent = strength * (0.5 - rate[groups.index])
+    return exponent.exp().float(), (-exponent).exp().float()
 
 
 def log_tamed(scores_BK: Tensor, epsilon: float = 0.0) -> Tensor:
@@ -188,10 +351,15 @@ def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
     spread.
     """
     groups = _group_statistics(scores, group, ddof=0)
-    count = torch.bincount(groups.index[~scores.isnan()], minlength=len(groups.mean))[groups.index]
-    factor = count / (count - 1).clamp(min=1)
-    advantages = (scores.double() - groups.mean[groups.index]) * factor
-    return torch.where(groups.live[groups.index] & ~scores.isnan(), advantages, 0.0).float()
+    factor = groups.count / (groups.count - 1).clamp(min=1)
+    return _where_live((scores.double() - groups.mean[groups.index]) * factor[groups.index], scores, groups, None)
+
+
+def global_std(scores: Tensor, ddof: int = 0) -> Tensor:
+    """Standard deviation () of all scores, in float64; NaN is left out, and no score at all has 0."""
+    values = scores[~scores.isnan()].double()
+    variance = (values - values.mean()).square().sum() / max(len(values) - ddof, 1)
+    return variance.sqrt()
 
 
 def zero_std_share(scores: Tensor, group: Tensor) -> float:
@@ -203,6 +371,7 @@ def zero_std_share(scores: Tensor, group: Tensor) -> float:
 class _GroupStatistics:
     """Statistics (P,) of the groups, ``live`` where a group has spread; ``index`` (B,) maps samples to groups."""
 
+    count: Tensor
     mean: Tensor
     std: Tensor
     live: Tensor
@@ -223,13 +392,18 @@ def _group_statistics(scores: Tensor, group: Tensor, ddof: int) -> _GroupStatist
     deviation = torch.where(valid, values - mean[index], 0.0)
     std = (total(deviation * deviation) / (count - ddof).clamp(min=1)).sqrt()
     size = (total(values * values) / count.clamp(min=1)).sqrt()
-    return _GroupStatistics(mean, std, live=(count >= 2) & (std > _RELATIVE_RESOLUTION * size), index=index)
+    return _GroupStatistics(count, mean, std, live=(count >= 2) & (std > _RELATIVE_RESOLUTION * size), index=index)
 
 
-def _global_std(scores: Tensor, ddof: int) -> Tensor:
-    values = scores[~scores.isnan()].double()
-    variance = (values - values.mean()).square().sum() / max(len(values) - ddof, 1)
-    return variance.sqrt()
+def _where_live(advantages: Tensor, scores: Tensor, groups: _GroupStatistics, clip: float | None) -> Tensor:
+    """Set advantages (B,) to 0 for NaN scores and for groups without spread, and clip them to +-``clip``."""
+    advantages = torch.where(groups.live[groups.index] & ~scores.isnan(), advantages, 0.0)
+    return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
+
+
+def _task_of_groups(groups: _GroupStatistics, task: Tensor) -> Tensor:
+    """Return the task (P,) of each group, from the task (B,) of each sample."""
+    return task.new_zeros(len(groups.mean)).index_put((groups.index,), task)
 
 
 def _require_table(scores_BK: Tensor) -> None:

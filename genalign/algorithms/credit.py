@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import Std, gdpo, group_advantages, stepwise_advantages
+from genalign.algorithms.advantages import (
+    Std,
+    UnsuitableScoresError,
+    best_of_n,
+    beta_normalized,
+    difficulty_weights,
+    gaussian_ranks,
+    gdpo,
+    global_std,
+    group_advantages,
+    leave_one_out,
+    ngrpo,
+    stepwise_advantages,
+    task_normalized,
+)
 from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.preference_pairs import (
     Criterion,
@@ -18,7 +33,7 @@ from genalign.algorithms.preference_pairs import (
 )
 from genalign.metrics.set_metric import with_quality
 from genalign.scoring.score import combine
-from genalign.types import SetReward
+from genalign.types import AnyCallable, SetReward
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,123 @@ class NormalizedSum:
 
     def __call__(self, scores: RoundScores) -> Tensor:
         return gdpo(scores.scores, scores.group, scores.weights)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """RLOO's advantages (B,) times ``scale``, clipped to +-5: the weighted sum minus the mean of the group's others.
+
+    They are not divided by a standard deviation, which would undo a reward that is bounded or saturates, such as a
+    sigmoid, a ceiling or a log-sigmoid: where all samples of a group are near the bound, their advantages fade.
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        return (self.scale * leave_one_out(scores.combined, scores.group)).clamp(-5.0, 5.0)
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """Credit (B,) for the best of ``n`` samples, for a model whose samples will be searched by ``search.BestOfN``.
+
+    It is the expected amount by which a sample's weighted sum beats the best of n - 1 others of its group, over the
+    standard deviation of all scores of the round, and clipped to 5, see ``advantages.best_of_n``. No sample gets
+    negative credit.
+    """
+
+    n: int = 4
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        largest = int(torch.unique(scores.group, return_counts=True)[1].max())
+        if largest < self.n:
+            raise UnsuitableScoresError(
+                f"BestOfN needs groups of n = {self.n} samples or more, not of {largest}: lower n, or raise group_size"
+            )
+        std = global_std(scores.combined) + 1e-4
+        return (best_of_n(scores.combined, scores.group, self.n) / std).clamp(max=5.0).float()
+
+
+@dataclass(frozen=True)
+class BetaNormalized:
+    """BNPO's advantages (B,) of each reward, times its weight, summed: see ``advantages.beta_normalized``.
+
+    Made for rewards of 0 and 1: the less usual the success rate of a group in the round, the more the group counts.
+    ``low`` and ``high`` are the range of every reward. A missing score adds nothing.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        total = torch.zeros(len(scores.group))
+        for column, weight in zip(scores.scores.unbind(1), scores.weights, strict=True):
+            if weight:
+                total += weight * beta_normalized(column, scores.group, self.low, self.high)
+        return total
+
+
+@dataclass(frozen=True)
+class VirtualBest:
+    """NGRPO's advantages (B,): group advantages where each group has one more, virtual sample of the score ``best``.
+
+    So a group whose samples all failed gets negative credit, where others get none. ``best`` is the largest possible
+    weighted sum of the rewards. The recipe ``ngrpo`` adds the unequal clipping of the paper.
+    """
+
+    best: float = 1.0
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        return ngrpo(scores.combined, scores.group, self.best)
+
+
+@dataclass(frozen=True)
+class GaussianRank:
+    """G2RPO's advantages (B,): quantiles of the standard normal distribution by the rank of the weighted sum.
+
+    Outliers and the scale of a reward do not count, see ``advantages.gaussian_ranks``.
+    """
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        return gaussian_ranks(scores.combined, scores.group)
+
+
+@dataclass(frozen=True)
+class TaskNormalized:
+    """Advantages (B,) normalized by the task of the prompts, for tasks whose scores have different scales.
+
+    ``center`` "group" subtracts the mean of the group and divides by the scale of the task, as GoLongRL does, see
+    ``advantages.task_normalized``. "task" takes the mean and the standard deviation of all samples of the task, in the
+    form of QwenLong-L1.5: there a group without spread, or of one sample, gets credit too. The task of a prompt is its
+    GenEval tag; without tags all prompts are one task.
+    """
+
+    center: Literal["group", "task"] = "group"
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        if self.center == "task":
+            return group_advantages(scores.combined, _task(scores), ddof=1)
+        if self.center == "group":
+            return task_normalized(scores.combined, scores.group, _task(scores))
+        raise ValueError(f'center must be "group" or "task", not {self.center!r}')
+
+
+@dataclass(frozen=True)
+class DifficultyWeighted:
+    """``credit`` times a weight by the success rate of the group: rare successes and rare failures count more.
+
+    The weights are GoLongRL's, see ``advantages.difficulty_weights``, from exp(-strength / 2) to exp(strength / 2).
+    ``credit`` is any ``genalign.algorithms.interfaces.Credit``; with ``TaskNormalized`` this is its TMN-Reweight.
+    """
+
+    credit: AnyCallable
+    strength: float = 1.0
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        positive, negative = difficulty_weights(scores.combined, scores.group, _task(scores), self.strength)
+        credit: Tensor = self.credit(scores)
+        per_sample = (-1, *[1] * (credit.ndim - 1))
+        return credit * torch.where(credit > 0, positive.view(per_sample), negative.view(per_sample))
 
 
 @dataclass(frozen=True)
@@ -116,3 +248,8 @@ class SetContrast:
         swap = greedy_swap(*sets, reward, self.criterion).to(first.device)
         pairs = PreferencePairs(torch.where(swap, second, first), torch.where(swap, first, second))
         return pairs.signs(len(scores.group))
+
+
+def _task(scores: RoundScores) -> Tensor:
+    """Return the task index (B,) of each sample's prompt; all are of one task where none is given."""
+    return torch.zeros_like(scores.group) if scores.task is None else scores.task

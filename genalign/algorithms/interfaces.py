@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from genalign.algorithms.losses import clip_fraction
+from genalign.algorithms.losses import ClipRange, clip_fraction
 from genalign.diffusion.paths import promote
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
@@ -34,6 +34,7 @@ class RoundScores:
         stepwise: Scores (B, S + 1, K) of the ODE completions of the states before the first stored step, between stored
             steps, and after the last; None without a ``completion`` of the recipe.
         features: Features (B, d) of the samples; None without ``features`` of the recipe.
+        task: The task index (B,) long of each sample's prompt; None counts all prompts as one task.
     """
 
     scores: Tensor
@@ -41,6 +42,7 @@ class RoundScores:
     group: Tensor
     stepwise: Tensor | None = None
     features: Tensor | None = None
+    task: Tensor | None = None
 
     @property
     def combined(self) -> Tensor:
@@ -187,7 +189,7 @@ class UpdateContext:
         with torch.no_grad(), self.policy.reference():
             return self.replay(batch, pairs)
 
-    def add_ratio_metrics(self, batch: UpdateBatch, replayed: ReplayedStep, clip_range: float | None) -> None:
+    def add_ratio_metrics(self, batch: UpdateBatch, replayed: ReplayedStep, clip_range: ClipRange | None) -> None:
         """Add the clip fraction and, on-policy, the largest |log-ratio| of replayed transitions to the metrics."""
         log_ratio = replayed.log_ratio.detach()
         if clip_range is not None:

@@ -17,8 +17,11 @@ from genalign.types import NoiseStep
 
 KLForm = Literal["exact", "no_dt", "x", "v"]
 
+ClipRange = float | tuple[float, float]
+"""The range of ratios: e for [1 - e, 1 + e], or (low, high) for [1 - low, 1 + high]; all in (0, 1)."""
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: ClipRange) -> Tensor:
     """PPO's clipped loss max(-A r, -A clip(r, 1 - e, 1 + e)) with r = exp(log_ratio) (arXiv 1707.06347, eq. 7).
 
     Flow-GRPO (arXiv 2505.05470, section 4.1) applies it to each stored transition. The logarithm is clipped instead of
@@ -28,7 +31,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
     Args:
         log_ratio: Log r (N,) of new to old density.
         advantages: A (N,).
-        clip_range: The range e in (0, 1).
+        clip_range: The range e, or (low, high) for different ranges below and above 1, as NGRPO has them.
 
     Returns:
         The loss (N,).
@@ -39,8 +42,8 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
     return -advantages * pessimistic.exp()
 
 
-def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
-    """Fraction () of the ratios (N,) outside [1 - e, 1 + e], for any advantage."""
+def clip_fraction(log_ratio: Tensor, clip_range: ClipRange) -> Tensor:
+    """Fraction () of the ratios (N,) outside the clip range, for any advantage."""
     low, high = _log_bounds(clip_range)
     return ((log_ratio < low) | (log_ratio > high)).float().mean()
 
@@ -121,15 +124,17 @@ def mean_square(value: Tensor, reference: Tensor) -> Tensor:
     return (value - reference).square().flatten(1).mean(1)
 
 
-def require_clip_range(clip_range: float) -> None:
-    """Raise ValueError for a clip range outside (0, 1)."""
-    if not 0 < clip_range < 1:
+def clip_sides(clip_range: ClipRange) -> tuple[float, float]:
+    """Return the ranges below and above 1. Raises ValueError for one outside (0, 1)."""
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if not (0 < low < 1 and 0 < high < 1):
         raise ValueError(f"clip_range must be in (0, 1), not {clip_range}")
+    return low, high
 
 
-def _log_bounds(clip_range: float) -> tuple[float, float]:
-    require_clip_range(clip_range)
-    return math.log1p(-clip_range), math.log1p(clip_range)
+def _log_bounds(clip_range: ClipRange) -> tuple[float, float]:
+    low, high = clip_sides(clip_range)
+    return math.log1p(-low), math.log1p(high)
 
 
 def require_per_sample(count: int, **tensors: Tensor) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from genalign.algorithms.advantages import Std
-from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast
+from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast, VirtualBest
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
@@ -168,6 +168,33 @@ def dense_grpo(
     """
     base = flow_grpo(kernel, window, window_reach, clip_range, kl, shared_noise=shared_noise)
     return replace(base, credit=RewardGain(floor), completion=Completion(completion_steps))
+
+
+def ngrpo(
+    kernel: Kernel | None = None,
+    window: int | None = None,
+    window_reach: float = 0.5,
+    best: float = 1.0,
+    clip_range: float = 1e-4,
+    kl: float = 0.0,
+) -> Recipe:
+    """NGRPO (arXiv 2509.18851): Flow-GRPO that also learns from groups whose samples all failed.
+
+    Each group has one more, virtual sample of the best possible score, and ratios are clipped to
+    [1 - 0.8 clip_range, 1 + 1.2 clip_range]. Use it with rewards of few levels, under which many groups have equal
+    scores. All samples of a failed group are pushed away from, so watch the variety of samples, or set ``kl``.
+
+    Args:
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        best: The best possible score, the largest weighted sum of the rewards.
+        clip_range: The clip range of the ratio of new to old density, before the factors 0.8 and 1.2.
+        kl: The weight of the distance from the reference policy.
+    """
+    base = flow_grpo(kernel, window, window_reach)
+    objective = PolicyGradient(ClippedSurrogate((0.8 * clip_range, 1.2 * clip_range)), kl)
+    return replace(base, credit=VirtualBest(best), objective=objective)
 
 
 def guard_grpo(

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
+    ClipRange,
     KLForm,
+    clip_sides,
     clipped_surrogate,
     dppo_mask,
     guarded_log_ratio,
     kl_penalty,
-    require_clip_range,
     require_per_sample,
 )
 from genalign.diffusion.paths import expand
@@ -38,7 +39,7 @@ class StepLoss(Protocol):
     """A loss (N,) of N replayed transitions, from their credit (N,)."""
 
     @property
-    def clip_range(self) -> float | None: ...
+    def clip_range(self) -> ClipRange | None: ...
 
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor: ...
 
@@ -51,10 +52,10 @@ StepWeights = Callable[[Kernel, Grid, Sequence[int]], Tensor]
 class ClippedSurrogate:
     """PPO's clipped surrogate, the loss of Flow-GRPO: see ``losses.clipped_surrogate``."""
 
-    clip_range: float
+    clip_range: ClipRange
 
     def __post_init__(self) -> None:
-        require_clip_range(self.clip_range)
+        clip_sides(self.clip_range)
 
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
         return clipped_surrogate(replayed.log_ratio, credit, self.clip_range)
@@ -128,7 +129,8 @@ class PolicyGradient:
 
     @property
     def clip_range(self) -> float | None:
-        return self.loss.clip_range
+        """The clip range of the loss, the smaller one where it has two."""
+        return None if self.loss.clip_range is None else min(clip_sides(self.loss.clip_range))
 
     def with_stronger_kl(self, minimum: float) -> PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
@@ -176,7 +178,7 @@ class PolicyGradient:
                 unmeasured = False
             torch.autograd.backward(total)
             context.metrics.add("loss", losses)
-            context.add_ratio_metrics(batch, replayed, self.clip_range)
+            context.add_ratio_metrics(batch, replayed, self.loss.clip_range)
 
     def _distance(
         self, context: UpdateContext, batch: UpdateBatch, pairs: ReplayBatch, replayed: ReplayedStep
@@ -228,7 +230,7 @@ class PRDPLoss:
     steps: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        require_clip_range(self.clip_range)
+        clip_sides(self.clip_range)
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
         if self.steps not in ("mean", "sum"):

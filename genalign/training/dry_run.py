@@ -12,7 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from genalign.algorithms.credit import SetContrast
+from genalign.algorithms.advantages import UnsuitableScoresError
+from genalign.algorithms.credit import GroupRelative, SetContrast
+from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
@@ -70,13 +72,29 @@ class ToyPipeline:
         return latents
 
 
+@dataclass(frozen=True)
+class _CreditOfToyScores:
+    """A credit, or GRPO's (B,) where it refuses scores that have not the range or the groups of the run's own."""
+
+    credit: Credit
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        try:
+            return self.credit(scores)
+        except UnsuitableScoresError:
+            return GroupRelative()(scores)
+
+
 def without_networks(recipe: Recipe) -> Recipe:
-    """Replace what needs weights: the features of samples by their first number, and the reward of a set by a mean."""
+    """Replace what needs weights or real scores.
+
+    The features of samples become their first number, the reward of a set a mean, and the credit takes any scores.
+    """
     if recipe.features:
         recipe = replace(recipe, features=lambda samples: samples.flatten(1)[:, :1])
     if isinstance(recipe.credit, SetContrast):
         recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
-    return recipe
+    return replace(recipe, credit=_CreditOfToyScores(recipe.credit))
 
 
 @dataclass(frozen=True)

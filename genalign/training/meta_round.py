@@ -169,7 +169,7 @@ class MemoryCounter:
             # Learn
             rollout = _first_transition(batch.rollout)
             part = replace(batch, rollout=next(rollout.split(micro_batch)))
-            scores = _first_scores(trainer.gather_scores(batches, len(prompts)), micro_batch)
+            scores = _first_scores(trainer.gather_scores(batches, prompts), micro_batch)
             trainer.batch_sizes, trainer.micro_batch = (micro_batch,), micro_batch
             before = memory.live
             _make_gradients(self.policy)  # as the earlier micro-batches have
@@ -286,7 +286,8 @@ def _first_scores(scores: RoundScores, count: int) -> RoundScores:
     """Return the scores of the first ``count`` samples, as of one stored step."""
     stepwise = None if scores.stepwise is None else scores.stepwise[:count, [0, -1]]
     features = None if scores.features is None else scores.features[:count]
-    return RoundScores(scores.scores[:count], scores.weights, scores.group[:count], stepwise, features)
+    task = None if scores.task is None else scores.task[:count]
+    return RoundScores(scores.scores[:count], scores.weights, scores.group[:count], stepwise, features, task)
 
 
 class _EightBit(torch.optim.Optimizer):

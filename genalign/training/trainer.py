@@ -149,7 +149,7 @@ class Trainer:
         start, billed = time.perf_counter(), self.ledger.copy()
         factor = self.settings.rate_factor(index, self.ledger.nfe)
         batches = self.sample(index, prompts, progress)
-        scores = self.gather_scores(batches, len(prompts))
+        scores = self.gather_scores(batches, prompts)
         reward_metrics = self._update_rewards(batches, prompts)
         sums = self.learn(index, prompts, batches, scores, progress, factor)
         if self.old is not None and self.recipe.lag is not None:
@@ -173,15 +173,18 @@ class Trainer:
             name = f"{self.settings.seed}/{index}"
             return list(self.sampler(self.recipe, steps, prompts, name, self.processes, progress))
 
-    def gather_scores(self, batches: Sequence[SampledBatch], prompts: int) -> RoundScores:
+    def gather_scores(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt]) -> RoundScores:
         """Gather the scores of all ranks' batches in the order of the round, and check them."""
         gathered: dict[str, Tensor] = {}
         for name in ("scores", "stepwise", "features"):
             tensors = [tensor for batch in batches if (tensor := getattr(batch, name)) is not None]
             if tensors:
                 gathered[name] = self.processes.interleaved(tensors, self.batch_sizes)
-        group = torch.arange(prompts).repeat_interleave(self.settings.group_size)
-        scores = RoundScores(weights=tuple(reward.weight for reward in self.rewards), group=group, **gathered)
+        tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
+        of_prompts = torch.tensor([(number, tasks.index(prompt.task)) for number, prompt in enumerate(prompts)])
+        group, task = of_prompts.repeat_interleave(self.settings.group_size, dim=0).unbind(1)
+        weights = tuple(reward.weight for reward in self.rewards)
+        scores = RoundScores(weights=weights, group=group, task=task, **gathered)
         if self.samples == 0:
             self.monitor.compare(self.rewards, scores.scores)
         self.monitor.see(scores.scores, zero_std_share(scores.combined, scores.group) == 1.0)

@@ -121,7 +121,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
     trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)
     prompts = next(trainer.prompts.rounds())
     parts = trainer.sample(0, prompts)
-    outcome = trainer.gather_scores(parts, len(prompts))
+    outcome = trainer.gather_scores(parts, prompts)
     sampled = parts[0].rollout
     inputs = [bare_inputs(trainer, sampled, stored) for stored in range(len(sampled.steps))]
 
@@ -232,7 +232,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
         prompts = next(trainer.prompts.rounds())
         parts = trainer.sample(0, prompts)
-        run = functools.partial(trainer.learn, 0, prompts, parts, trainer.gather_scores(parts, len(prompts)))
+        run = functools.partial(trainer.learn, 0, prompts, parts, trainer.gather_scores(parts, prompts))
         before = trainer.ledger.copy()
         run()
         spent = trainer.ledger.since(before).counts

@@ -168,6 +168,7 @@ def channels(samples: Tensor) -> Tensor:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "flow_grpo": lambda: recipes.flow_grpo(window=1, kl=0.01),
     "dense_grpo": lambda: recipes.dense_grpo(window=1),
+    "ngrpo": lambda: recipes.ngrpo(window=1, best=10.0),
     "guard_grpo": lambda: recipes.guard_grpo(window=1),
     "mix_grpo": lambda: recipes.mix_grpo(CPS(), window=1),
     "tempflow_grpo": recipes.tempflow_grpo,

@@ -322,7 +322,7 @@ def test_one_step_of_training_lowers_the_loss(
     rewards, own = [NamedReward("bright", brightness)], RECIPES[recipe](_kernel(ours))
     trainer = Trainer(ours, policy, rewards, prompts, own, settings, Sampling(STEPS, guidance=1.0))
     parts = trainer.sample(0, prompts.prompts)
-    outcome = trainer.gather_scores(parts, len(PROMPTS))
+    outcome = trainer.gather_scores(parts, prompts.prompts)
     batch = UpdateBatch(parts[0].rollout, own.credit(outcome), outcome.group, False)
     sizes: list[Tensor] = []
 

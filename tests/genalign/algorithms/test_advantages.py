@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -7,15 +8,23 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import (
+    UnsuitableScoresError,
+    best_of_n,
+    beta_normalized,
     correlation_weighted,
+    difficulty_weights,
+    gaussian_ranks,
     gdpo,
     group_advantages,
     leave_one_out,
     log_tamed,
     ngrpo,
     stepwise_advantages,
+    task_normalized,
     zero_std_share,
 )
+from genalign.algorithms.credit import BestOfN, BetaNormalized, LeaveOneOut, TaskNormalized
+from genalign.algorithms.interfaces import RoundScores
 from genalign.scoring.score import combine
 
 FIRST, SECOND = [1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.3]
@@ -104,12 +113,35 @@ def columns(*rewards: list[float]) -> Tensor:
     return torch.tensor(rewards).T
 
 
+TWO = torch.arange(8) // 4
 ONE, RISING = one_group(4), columns(FIRST, [2.0, 4.0, 6.0, 12.0], [3.0, 1.0, 2.0, 0.0])
 WORKED = {
     "gdpo": (gdpo(columns(FIRST, SECOND), ONE, [1, 1], 1e-6), [-0.83890298, -0.56654175, -0.29418052, 1.69962525]),
     "ngrpo, none good": (ngrpo(torch.zeros(4), ONE), [-0.4472126] * 4),
     "ngrpo, one good": (ngrpo(torch.eye(4)[0], ONE), [1.09544312, -0.73029541, -0.73029541, -0.73029541]),
     "ngrpo, all good": (ngrpo(torch.ones(4), ONE), [0.0] * 4),
+    "ngrpo, eight, none good": (ngrpo(torch.zeros(8), one_group(8)), [-0.3333323333] * 8),
+    "beta, partial credit": (
+        beta_normalized(torch.tensor([0.2, 0.4, 0.9, 0.5, 1.0, 0.75, 0.5, 0.25]), TWO),
+        [-0.1182766414, -0.0394255471, 0.1577021885, 0.0, 0.1483617504, 0.0494539168, -0.0494539168, -0.1483617504],
+    ),
+    "beta, two rates": (
+        beta_normalized(torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]), TWO),
+        [*[-0.2388688105] * 3, 0.7166064314, *[0.2388688105] * 3, -0.7166064314],
+    ),
+    "beta, another range": (
+        beta_normalized(torch.tensor([-6.0, -2.0, 8.0, 0.0, 10.0, 5.0, 0.0, -5.0]), TWO, -10.0, 10.0),
+        [-0.1182766414, -0.0394255471, 0.1577021885, 0.0, 0.1483617504, 0.0494539168, -0.0494539168, -0.1483617504],
+    ),
+    "best of 2": (best_of_n(torch.tensor(FIRST), ONE, 2), [0.0, 1 / 3, 1.0, 4.0]),
+    "best of 3": (best_of_n(torch.tensor(FIRST), ONE, 3), [0.0, 0.0, 1 / 3, 10 / 3]),
+    "best of 4": (best_of_n(torch.tensor(FIRST), ONE, 4), [0.0, 0.0, 0.0, 3.0]),
+    "best of 5": (best_of_n(torch.tensor(FIRST), ONE, 5), [0.0] * 4),
+    "best of 4 with ties": (
+        best_of_n(torch.tensor([0.0, 0.0, 0.5, 1.0, 2.0, 2.0, 0.0, 0.5]), one_group(8), 4),
+        [0.0, 0.0, 0.0142857143, 0.1571428571, 0.7285714286, 0.7285714286, 0.0, 0.0142857143],
+    ),
+    "Gaussian ranks": (gaussian_ranks(torch.tensor([2.0, 1.0]), one_group(2)), [0.67448975, -0.67448975]),
     "correlation": (correlation_weighted(RISING, ONE), [0.75903594, -0.46831406, 0.33913281, -0.62985469]),
     "correlation of one": (correlation_weighted(RISING[:, :1], ONE), [-1.06904497, -0.53452248, 0.0, 1.60356745]),
     "leave one out": (
@@ -122,6 +154,87 @@ WORKED = {
 @pytest.mark.parametrize(("advantages", "expected"), WORKED.values(), ids=WORKED)
 def test_worked_numbers_of_the_variants(advantages: Tensor, expected: list[float]) -> None:
     assert advantages.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_beta_normalization_is_reinforce_or_grpo_for_special_densities() -> None:
+    scores = torch.tensor([0.2, 0.4, 0.9, 0.1])
+    torch.testing.assert_close(beta_normalized(scores, one_group(4)), scores - scores.mean())  # alpha = beta = 1
+    for offset in (0.0, 1e-9):  # the means of two groups that differ by rounding only
+        again = torch.cat([scores, scores.flip(0) + offset])
+        torch.testing.assert_close(beta_normalized(again, TWO)[:4], scores - scores.mean())
+    means = torch.tensor([0.5 - 1 / math.sqrt(32), 0.5 + 1 / math.sqrt(32)], dtype=torch.float64)  # variance 1/16
+    spread = torch.tensor([-0.1, 0.1], dtype=torch.float64)
+    binary_std = (means * (1 - means)).sqrt()  # GRPO's, of scores of 0 and 1
+    advantages = beta_normalized((means[:, None] + spread).flatten(), torch.arange(4) // 2)  # alpha = beta = 3/2
+    expected = (math.pi / 8 * spread / binary_std[:, None]).flatten().float()
+    torch.testing.assert_close(advantages, expected)
+
+
+def test_best_of_n_credit_is_the_mean_over_all_subsets() -> None:
+    scores = torch.rand(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(8).round() / 8
+    for n in range(2, 8):
+        for i in range(7):
+            others = itertools.combinations([*scores[:i].tolist(), *scores[i + 1 :].tolist()], n - 1)
+            gains = [max(0.0, float(scores[i]) - max(subset)) for subset in others]
+            credit = best_of_n(scores, one_group(7), n)
+            assert float(credit[i]) == pytest.approx(sum(gains) / len(gains), abs=1e-6)
+
+
+def test_best_of_n_credit_is_the_gradient_of_the_best_of_n() -> None:
+    """For scores 0 and 1 with P(1) = p, E[best of n] = 1 - (1 - p)^n, of which all outcomes of a group are summed."""
+    p, n, size = 0.3, 3, 5
+    slope = 0.0
+    for outcome in itertools.product([0.0, 1.0], repeat=size):
+        scores = torch.tensor(outcome, dtype=torch.float64)
+        probability = math.prod(p if score else 1 - p for score in outcome)
+        score_function = scores / p - (1 - scores) / (1 - p)
+        slope += probability * n * float((best_of_n(scores, one_group(size), n) * score_function).mean())
+    assert slope == pytest.approx(n * (1 - p) ** (n - 1), abs=1e-6)
+
+
+def test_ranks_do_not_depend_on_the_scale_or_the_shape_of_scores() -> None:
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    group = torch.arange(12) % 2
+    ranks = gaussian_ranks(scores, group)
+    assert torch.equal(gaussian_ranks(torch.exp(3 * scores), group), ranks)
+    assert float(ranks[group == 0].sum()) == pytest.approx(0, abs=1e-6)
+    assert torch.equal(gaussian_ranks(-scores, group), -ranks)
+
+
+def test_a_task_of_one_group_is_normalized_by_the_group() -> None:
+    scores, group = torch.randn(12, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    expected = group_advantages(scores, group, ddof=1)
+    torch.testing.assert_close(task_normalized(scores, group, group.add(5)), expected)
+
+
+def test_hard_tasks_and_scales_of_tasks() -> None:
+    scores = torch.tensor([0.0, 0.0, 0.0, 10.0, 1.0, 1.0, 1.0, 0.0])
+    positive, negative = difficulty_weights(scores, TWO, TWO)
+    assert positive.tolist() == pytest.approx([math.exp(0.25)] * 4 + [math.exp(-0.25)] * 4)
+    torch.testing.assert_close(positive * negative, torch.ones(8))
+    assert torch.equal(difficulty_weights(scores, TWO, TWO, strength=0.0)[0], torch.ones(8))
+    # Scores of 0.6 are no successes where the level is half the mean of the group, 0.6, and half that of the task, 0.8
+    partial = torch.tensor([0.6, 0.6, 0.6, 0.6, 1.0, 1.0, 1.0, 1.0])
+    rates = [difficulty_weights(partial, TWO, one_group(8), group_share=share)[0][0] for share in (0.5, 1.0)]
+    assert rates == pytest.approx([math.exp(0.5)] * 2)
+    assert float(difficulty_weights(partial, TWO, one_group(8), group_share=0.5)[0][4]) == pytest.approx(math.exp(-0.5))
+
+
+def test_a_bounded_reward_fades_without_the_standard_deviation() -> None:
+    near_the_bound = torch.tensor([0.9992475374, 0.9997229827, 0.9998980637, 0.9999624960])
+    advantages = leave_one_out(near_the_bound, ONE)
+    expected = [-0.0006136434, 0.0000202837, 0.0002537250, 0.0003396348]
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-6)
+    assert float(group_advantages(near_the_bound, ONE).abs().max()) > 1
+    scores = RoundScores(near_the_bound[:, None], (1.0,), ONE)
+    assert LeaveOneOut(1e6)(scores)[0] == -5.0  # clipped
+
+
+def test_a_missing_reward_leaves_out_its_own_advantages_only() -> None:
+    scores = RoundScores(columns([0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, math.nan]), (1.0, 2.0), ONE)
+    expected = beta_normalized(scores.scores[:, 0], ONE)
+    assert float(BetaNormalized()(scores)[3]) == float(expected[3]) == 0.5
+    assert BetaNormalized()(scores)[2] == expected[2] + 2 * beta_normalized(scores.scores[:, 1], ONE)[2]
 
 
 def test_gdpo_leaves_out_what_is_missing() -> None:
@@ -233,6 +346,12 @@ FOUR, PAIRS = torch.tensor(FIRST), torch.rand(4, 2)
         (lambda: combine(PAIRS, [1.0]), "one weight per column"),
         (lambda: combine(PAIRS, [math.nan, 1.0]), "finite"),
         (lambda: gdpo(PAIRS, ONE, [1.0, 1.0, 1.0]), "one weight per column"),
+        (lambda: ngrpo(FOUR, ONE, best=5.0), "score 6 is above best = 5"),
+        (lambda: beta_normalized(FOUR, ONE), r"scores from 1 to 6 are outside \[0, 1\]: set low"),
+        (lambda: beta_normalized(FOUR, ONE, 2.0, 2.0), "low must be less than high"),
+        (lambda: best_of_n(FOUR, ONE, 1), "n must be 2 or more"),
+        (lambda: BestOfN(5)(RoundScores(PAIRS, (1.0, 1.0), ONE)), "groups of n = 5 samples or more, not of 4"),
+        (lambda: TaskNormalized("mean")(RoundScores(PAIRS, (1.0, 1.0), ONE)), "center must be"),  # type: ignore[arg-type]
         (lambda: log_tamed(FOUR), r"scores must be \(B, K\)"),
         (lambda: correlation_weighted(FOUR, ONE), r"scores must be \(B, K\)"),
         (lambda: correlation_weighted(PAIRS, ONE[:3]), "scores and group"),
@@ -242,3 +361,10 @@ FOUR, PAIRS = torch.tensor(FIRST), torch.rand(4, 2)
 def test_inputs_are_checked(call: Callable[[], object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_rounding_errors_of_a_sum_are_within_the_range() -> None:
+    above = torch.tensor([0.0, 1.0000001])
+    assert ngrpo(above, one_group(2)).isfinite().all() and beta_normalized(above, one_group(2)).isfinite().all()
+    with pytest.raises(UnsuitableScoresError):
+        ngrpo(torch.tensor([0.0, 1.0001]), one_group(2))

@@ -48,6 +48,17 @@ def test_gradient_is_the_advantage_on_policy_and_zero_beyond_the_range() -> None
     assert slope.tolist() == pytest.approx([-2.0, 2.0, 0.0, 2 * up, -2 * down, 0.0])
 
 
+def test_a_range_may_have_two_sides() -> None:
+    log_ratio = torch.tensor([-0.9e-3, -0.7e-3, 1.1e-3, 1.3e-3], requires_grad=True)
+    for advantage, moves in ((1.0, [True, True, True, False]), (-1.0, [False, True, True, True])):
+        loss = clipped_surrogate(log_ratio, torch.full((4,), advantage), (0.8e-3, 1.2e-3))
+        assert (gradient(loss, log_ratio) != 0).tolist() == moves
+    loss = clipped_surrogate(log_ratio.detach(), torch.tensor([-1.0, -1.0, 1.0, 1.0]), (0.8e-3, 1.2e-3))
+    assert loss[0].item() == pytest.approx(math.exp(-0.0008003202)) and loss[3].item() == pytest.approx(-1.0012)
+    assert clip_fraction(log_ratio.detach(), (0.8e-3, 1.2e-3)).item() == 0.5
+    assert clip_fraction(log_ratio.detach(), (0.95e-3, 1.2e-3)).item() == 0.25
+
+
 def test_ranges_near_the_resolution_of_float32() -> None:
     log_ratio = torch.tensor([0.9e-7, 1.1e-7], requires_grad=True)
     slope = gradient(clipped_surrogate(log_ratio, torch.ones(2), 1e-7), log_ratio)
@@ -106,7 +117,7 @@ def test_a_deterministic_step_has_only_the_distances() -> None:
 def test_inputs_are_checked() -> None:
     with pytest.raises(ValueError, match="one entry per sample"):
         clipped_surrogate(torch.zeros(3), torch.zeros(3, 1), 0.2)
-    for clip_range in (0.0, 1.0, -0.1):
+    for clip_range in (0.0, 1.0, -0.1, (0.1, 1.0), (0.0, 0.1)):
         with pytest.raises(ValueError, match="clip_range"):
             clip_fraction(torch.zeros(3), clip_range)
     with pytest.raises(ValueError, match="form must be"):

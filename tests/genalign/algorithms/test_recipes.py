@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.credit import NormalizedSum
+from genalign.algorithms.credit import DifficultyWeighted, NormalizedSum, TaskNormalized
+from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, NoisedSamples, RewardWeightedLoss
 from genalign.algorithms.recipes import (
     Lag,
@@ -27,9 +28,12 @@ from genalign.algorithms.recipes import (
     matching,
     mix_grpo,
     nft,
+    ngrpo,
     prdp,
     tempflow_grpo,
+    with_credit,
 )
+from genalign.algorithms.trajectory import PolicyGradient
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch
 from genalign.diffusion.sampling import Sampling
@@ -107,6 +111,32 @@ def test_the_reward_rises(tiny_folder: Path, name: str) -> None:
     assert last > first + 0.5 * spread
     assert all(result.log_ratio_max == 0.0 for result in results)
     assert results[-1].kl > 0 and bool(torch.tensor([result.loss for result in results]).isfinite().all())
+
+
+def test_a_credit_knows_the_tasks_of_the_prompts(tiny_folder: Path) -> None:
+    tiny, seen = SD3.load(tiny_folder, height=32, width=32), list[RoundScores]()
+    texts = {"a circle": "color", "two squares": "count", "three squares": "count"}
+    prompts = PromptSet("three", tuple(Prompt(text, {"tag": tag}) for text, tag in texts.items()))
+
+    def credit(scores: RoundScores) -> Tensor:
+        seen.append(scores)
+        return DifficultyWeighted(TaskNormalized())(scores)
+
+    settings = TrainerSettings(rounds=1, prompts_per_round=3, group_size=2, batch_size=6, updates_per_round=1)
+    recipe = with_credit(flow_grpo(KERNEL, window=1), credit)
+    policy = Policy(tiny.denoiser, Lora(rank=4), seed=0)
+    trainer = Trainer(tiny, policy, [NamedReward("red", redness)], prompts, recipe, settings, SAMPLING)
+    (result,) = trainer.rounds()
+    round_prompts = next(trainer.prompts.rounds())
+    assert seen[0].task is not None and result.grad_norm > 0
+    same = [[a.task == b.task for b in round_prompts] for a in round_prompts]
+    assert torch.equal(seen[0].task[::2, None] == seen[0].task[None, 1::2], torch.tensor(same))
+
+
+def test_ngrpo_clips_unequally() -> None:
+    objective = ngrpo(best=2.0, clip_range=1e-3, kl=0.1).objective
+    assert isinstance(objective, PolicyGradient) and objective.kl == 0.1
+    assert objective.loss.clip_range == (0.8e-3, 1.2e-3) and objective.clip_range == 0.8e-3
 
 
 def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:

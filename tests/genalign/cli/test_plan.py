@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import pipelines
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
+from genalign.algorithms.credit import BestOfN, BetaNormalized, VirtualBest
+from genalign.algorithms.interfaces import Credit
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp, with_credit
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
@@ -68,6 +70,13 @@ def test_a_dry_run_counts_what_a_run_bills(tiny: SD3, name: str, guidance: float
     assert dict(planned.first.counts) == rounds[0]
     assert dict(planned.total.counts) == rounds[-1]
     assert planned.rounds == len(rounds) == 2
+
+
+@pytest.mark.parametrize("credit", [VirtualBest(best=-9.0), BetaNormalized(20.0, 30.0), BestOfN(n=9)])
+def test_a_dry_run_takes_scores_that_do_not_suit_the_credit(tiny: SD3, credit: Credit) -> None:
+    base = flow_grpo(window=1)
+    planned = _planned(tiny, with_credit(base, credit), Sampling(4))
+    assert planned.total.counts == _planned(tiny, base, Sampling(4)).total.counts
 
 
 def test_max_nfe_ends_a_dry_run_and_a_run_after_the_same_round(tiny: SD3) -> None:

@@ -60,6 +60,7 @@ SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
 GRID: Mapping[str, Callable[[], Recipe]] = {
     "flow_grpo": lambda: recipes.flow_grpo(window=1, kl=0.01),
     "dense_grpo": lambda: recipes.dense_grpo(window=1),
+    "ngrpo": lambda: recipes.ngrpo(window=1, best=10.0),
     "guard_grpo": lambda: recipes.guard_grpo(window=1),
     "mix_grpo": lambda: recipes.mix_grpo(window=1, rounds_each=1),
     "tempflow_grpo": recipes.tempflow_grpo,
