@@ -188,9 +188,10 @@ def beta_normalized(
     if variance > _RELATIVE_RESOLUTION**2:
         mean = means.mean()
         concentration = mean * (1 - mean) / variance - 1
-        alpha, beta = (1 + concentration * part / 3 for part in (mean, 1 - mean))
-    density = torch.distributions.Beta(alpha.clamp(min=1.0), beta.clamp(min=1.0))
-    log_weight = -density.log_prob(torch.where(groups.live, groups.mean, 0.5))
+        alpha, beta = ((1 + concentration * part / 3).clamp(min=1.0) for part in (mean, 1 - mean))
+    p = torch.where(groups.live, groups.mean, 0.5)
+    log_beta = alpha.lgamma() + beta.lgamma() - (alpha + beta).lgamma()
+    log_weight = log_beta - (alpha - 1) * p.log() - (beta - 1) * (-p).log1p()  # of 1 / f(p)
     weight = log_weight.clamp(max=_LARGEST_LOG_WEIGHT).exp()
     return _where_live(weight[groups.index] * (unit - groups.mean[groups.index]), scores, groups, clip)
 
@@ -261,9 +262,9 @@ def task_normalized(
     groups = _group_statistics(scores, group, ddof=1)
     _require_grouped(scores, task)
     variance = torch.where(groups.count >= 2, groups.std.square(), math.nan)
-    scale = _group_statistics(variance, _task_of_groups(groups, task), ddof=0).mean.sqrt()
-    task_index = torch.unique(task, return_inverse=True)[1]
-    advantages = (scores.double() - groups.mean[groups.index]) / (scale[task_index] + epsilon)
+    tasks = _group_statistics(variance, _task_of_groups(groups, task), ddof=0)
+    scale = tasks.mean.sqrt()[tasks.index]
+    advantages = (scores.double() - groups.mean[groups.index]) / (scale[groups.index] + epsilon)
     return _where_live(advantages, scores, groups, clip)
 
 
@@ -291,6 +292,7 @@ def difficulty_weights(
     means = torch.where(groups.count > 0, groups.mean, math.nan)
     tasks = _group_statistics(means, _task_of_groups(groups, task), ddof=0)
     level = group_share * groups.mean + (1 - group_share) * tasks.mean[tasks.index]
+    level = level + _RELATIVE_RESOLUTION * level.abs()
     success = (scores.double() > level[groups.index]).double()
     rate = torch.zeros_like(level).index_add(0, groups.index, success) / groups.count.clamp(min=1)
     exponent = strength * (0.5 - rate[groups.index])

@@ -180,9 +180,9 @@ class Trainer:
             tensors = [tensor for batch in batches if (tensor := getattr(batch, name)) is not None]
             if tensors:
                 gathered[name] = self.processes.interleaved(tensors, self.batch_sizes)
+        group = torch.arange(len(prompts)).repeat_interleave(self.settings.group_size)
         tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
-        of_prompts = torch.tensor([(number, tasks.index(prompt.task)) for number, prompt in enumerate(prompts)])
-        group, task = of_prompts.repeat_interleave(self.settings.group_size, dim=0).unbind(1)
+        task = torch.tensor([tasks.index(prompt.task) for prompt in prompts])[group]
         weights = tuple(reward.weight for reward in self.rewards)
         scores = RoundScores(weights=weights, group=group, task=task, **gathered)
         if self.samples == 0:

@@ -351,7 +351,7 @@ FOUR, PAIRS = torch.tensor(FIRST), torch.rand(4, 2)
         (lambda: beta_normalized(FOUR, ONE, 2.0, 2.0), "low must be less than high"),
         (lambda: best_of_n(FOUR, ONE, 1), "n must be 2 or more"),
         (lambda: BestOfN(5)(RoundScores(PAIRS, (1.0, 1.0), ONE)), "groups of n = 5 samples or more, not of 4"),
-        (lambda: TaskNormalized("mean")(RoundScores(PAIRS, (1.0, 1.0), ONE)), "center must be"),  # type: ignore[arg-type]
+        (lambda: TaskNormalized("mean")(RoundScores(PAIRS, (1.0, 1.0), ONE)), "center must be"),
         (lambda: log_tamed(FOUR), r"scores must be \(B, K\)"),
         (lambda: correlation_weighted(FOUR, ONE), r"scores must be \(B, K\)"),
         (lambda: correlation_weighted(PAIRS, ONE[:3]), "scores and group"),
