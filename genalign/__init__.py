@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import dense_grpo as dense_grpo
     from genalign.algorithms.recipes import dragon as dragon
     from genalign.algorithms.recipes import dragon_set as dragon_set
+    from genalign.algorithms.recipes import flow_dppo as flow_dppo
     from genalign.algorithms.recipes import flow_grpo as flow_grpo
     from genalign.algorithms.recipes import guard_grpo as guard_grpo
     from genalign.algorithms.recipes import mix_grpo as mix_grpo
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import ngrpo as ngrpo
     from genalign.algorithms.recipes import prdp as prdp
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
+    from genalign.algorithms.recipes import turning_point as turning_point
+    from genalign.algorithms.recipes import vgpo as vgpo
+    from genalign.algorithms.recipes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipes import with_credit as with_credit
     from genalign.diffusion.policy import Lora as Lora
     from genalign.diffusion.policy import Policy as Policy
@@ -58,8 +62,8 @@ if TYPE_CHECKING:
     from genalign.types import PromptSet as PromptSet
 
 _PUBLIC = {
-    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_grpo guard_grpo mix_grpo"
-    " nft ngrpo prdp tempflow_grpo with_credit",
+    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo flow_grpo"
+    " guard_grpo mix_grpo nft ngrpo prdp tempflow_grpo turning_point vgpo with_chi_squared with_credit",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

@@ -1,4 +1,4 @@
-"""Credits: rules from the scores of a round to the credit of each sample (B,), or of each stored step (B, S)."""
+"""Credits: rules from the scores of a round to the credit of each sample (B,); ``step_credit`` has those of steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from genalign.algorithms.advantages import (
     group_advantages,
     leave_one_out,
     ngrpo,
-    stepwise_advantages,
     task_normalized,
 )
 from genalign.algorithms.interfaces import RoundScores
@@ -32,7 +31,6 @@ from genalign.algorithms.preference_pairs import (
     paired_halves,
 )
 from genalign.metrics.set_metric import with_quality
-from genalign.scoring.score import combine
 from genalign.types import AnyCallable, SetReward
 
 
@@ -169,25 +167,6 @@ class DifficultyWeighted:
         credit: Tensor = self.credit(scores)
         per_sample = (-1, *[1] * (credit.ndim - 1))
         return credit * torch.where(credit > 0, positive.view(per_sample), negative.view(per_sample))
-
-
-@dataclass(frozen=True)
-class RewardGain:
-    """DenseGRPO's advantages (B, S): each step's gain in the reward of the ODE completion, normalized in the group.
-
-    A gain is the score after a step minus the score before it (arXiv 2601.20218, eq. 7).
-
-    ``floor`` is the lower bound of the standard deviation of a step's gains, see ``advantages.stepwise_advantages``.
-    """
-
-    floor: float
-
-    def __call__(self, scores: RoundScores) -> Tensor:
-        if scores.stepwise is None:
-            raise ValueError("RewardGain needs scores of every stored state: give the recipe a completion")
-        samples, boundaries, rewards = scores.stepwise.shape
-        combined = combine(scores.stepwise.reshape(-1, rewards), scores.weights).view(samples, boundaries)
-        return stepwise_advantages(combined.diff(dim=1), scores.group, self.floor)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from genalign.algorithms.losses import ClipRange, clip_fraction
 from genalign.diffusion.paths import promote
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
@@ -48,6 +47,14 @@ class RoundScores:
     def combined(self) -> Tensor:
         """Weighted sum (B,) of the rewards."""
         return combine(self.scores, self.weights)
+
+    @property
+    def combined_stepwise(self) -> Tensor:
+        """Weighted sums (B, S + 1) of the rewards of the completions. Raises ValueError if there are none."""
+        if self.stepwise is None:
+            raise ValueError("credit per step needs scores of every stored state: give the recipe a completion")
+        samples, states, rewards = self.stepwise.shape
+        return combine(self.stepwise.reshape(-1, rewards), self.weights).view(samples, states)
 
 
 class Credit(Protocol):
@@ -189,13 +196,12 @@ class UpdateContext:
         with torch.no_grad(), self.policy.reference():
             return self.replay(batch, pairs)
 
-    def add_ratio_metrics(self, batch: UpdateBatch, replayed: ReplayedStep, clip_range: ClipRange | None) -> None:
-        """Add the clip fraction and, on-policy, the largest |log-ratio| of replayed transitions to the metrics."""
-        log_ratio = replayed.log_ratio.detach()
-        if clip_range is not None:
-            self.metrics.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
+    def add_ratio_metrics(self, batch: UpdateBatch, replayed: ReplayedStep, clip_fraction: Tensor | None) -> None:
+        """Add the clip fraction () and, on-policy, the largest |log-ratio| of replayed transitions to the metrics."""
+        if clip_fraction is not None:
+            self.metrics.add("clip_fraction", clip_fraction.reshape(1))
         if batch.on_policy:
-            self.metrics.add_log_ratios(log_ratio)
+            self.metrics.add_log_ratios(replayed.log_ratio)
 
 
 @dataclass(frozen=True)

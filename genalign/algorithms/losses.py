@@ -16,6 +16,7 @@ from genalign.diffusion.transitions import Transition
 from genalign.types import NoiseStep
 
 KLForm = Literal["exact", "no_dt", "x", "v"]
+_LARGEST_EXPONENT = 20.0
 
 ClipRange = float | tuple[float, float]
 """The range of ratios: e for [1 - e, 1 + e], or (low, high) for [1 - low, 1 + high]; all in (0, 1)."""
@@ -114,6 +115,27 @@ def kl_penalty(
     if form == "v":
         return mean_square(prediction, reference_prediction)
     raise ValueError(f'form must be "exact", "no_dt", "x" or "v", not {form!r}')
+
+
+def chi_squared(kl: Tensor, sharpness: float) -> Tensor:
+    """Chi-squared penalty (N,) of a divergence: expm1(2 k KL) / (2 k), and the KL itself for k = 0.
+
+    The chi-squared divergence of two Gaussians of equal std, the regularizer of arXiv 2403.03185, is expm1(2 KL) with
+    the KL summed over dimensions. The KL here is a mean over D dimensions, so that k = D is that divergence over 2 D;
+    smaller k lie between it and the KL (ours). The penalty grows fastest where a transition is far from the reference
+    policy: choose k so that 2 k KL is about 1 at the largest KL that is acceptable.
+
+    Args:
+        kl: KL divergences (N,), means over dimensions.
+        sharpness: The sharpness k, 0 or more.
+    """
+    return capped_expm1(2 * sharpness * kl) / (2 * sharpness) if sharpness else kl
+
+
+def capped_expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, continued as a straight line above x = 20, where neither it nor its gradient overflows."""
+    capped = x.clamp(max=_LARGEST_EXPONENT)
+    return capped.expm1() + math.exp(_LARGEST_EXPONENT) * (x - capped)
 
 
 def mean_square(value: Tensor, reference: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ terms of a loss and B the samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
-from genalign.algorithms.losses import mean_square, require_per_sample
+from genalign.algorithms.losses import capped_expm1, mean_square, require_per_sample
 from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.paths import expand
@@ -225,10 +226,66 @@ class MatchingObjective:
         return _Noising(x0, path.add_noise(x0, eps, level), level, path.prediction(x0, eps, level), conditioning)
 
 
-def dpo_loss(better: Tensor, better_reference: Tensor, worse: Tensor, worse_reference: Tensor, beta: float) -> Tensor:
-    """Diffusion-DPO's loss -log sigmoid(-beta / 2 ((e - e_ref)_better - (e - e_ref)_worse)) (arXiv 2311.12908, eq. 14).
+Link = Callable[[Tensor], Tensor]
+"""An increasing function of gains (N,), 0 with slope 1 at a gain of 0, that a preference loss compares."""
 
-    The loss is log 2 at the reference policy.
+
+@dataclass(frozen=True)
+class ChiSquaredLink:
+    """chi-PO's link z + log z of the ratio z to the reference policy (arXiv 2407.13399), for gains g, in our form.
+
+    It is (g + expm1(k g) / k) / 2, where k g stands for log z: a gain of the better sample is worth more the larger it
+    is, which holds back the other way to widen a pair, a loss of the worse sample. The paper's clipping is left out.
+
+    Args:
+        sharpness: The factor k, above 0; towards 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
+    """
+
+    sharpness: float
+
+    def __post_init__(self) -> None:
+        _require_positive("sharpness", self.sharpness)
+
+    def __call__(self, gains: Tensor) -> Tensor:
+        return (gains + capped_expm1(self.sharpness * gains) / self.sharpness) / 2
+
+
+@dataclass(frozen=True)
+class AlphaLink:
+    """AlphaPO's reward shape (1 - z^-a) / a (arXiv 2501.03884), for gains g in place of log z (our form).
+
+    It is -expm1(-a g) / a, so that a loss of the worse sample is worth more the larger it is, and a gain of the better
+    one less.
+
+    Args:
+        alpha: The exponent a, above 0; towards 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _require_positive("alpha", self.alpha)
+
+    def __call__(self, gains: Tensor) -> Tensor:
+        return -capped_expm1(-self.alpha * gains) / self.alpha
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, not {value}")
+
+
+def dpo_loss(
+    better: Tensor,
+    better_reference: Tensor,
+    worse: Tensor,
+    worse_reference: Tensor,
+    beta: float,
+    link: Link | None = None,
+) -> Tensor:
+    """Diffusion-DPO's loss -log sigmoid(beta / 2 (g_better - g_worse)) of the gains g = -(e - e_ref).
+
+    See arXiv 2311.12908, eq. 14. With a link f the loss compares f(g). It is log 2 at the reference policy.
 
     Args:
         better: Errors e (N,) of the current policy on the preferred samples.
@@ -237,12 +294,15 @@ def dpo_loss(better: Tensor, better_reference: Tensor, worse: Tensor, worse_refe
         worse_reference: Errors (N,) of the reference policy on the other samples.
         beta: The strength, as in the public code. On flows a constant works, where the beta (1 - t)^2 of the derivation
             does not (arXiv 2501.13918, section 4).
+        link: The link f; None compares the gains themselves.
 
     Returns:
         The loss (N,).
     """
-    inside: Tensor = -0.5 * beta * ((better - better_reference) - (worse - worse_reference))
-    return -F.logsigmoid(inside)
+    better, worse = better_reference - better, worse_reference - worse
+    if link is not None:
+        better, worse = link(better), link(worse)
+    return -F.logsigmoid(0.5 * beta * (better - worse))
 
 
 def kto_loss(errors: Tensor, reference_errors: Tensor, desirable: Tensor, beta: float) -> Tensor:
@@ -328,6 +388,7 @@ class DPOLoss(_CreditedSamples):
 
     unit: ClassVar[Unit] = "group"
     beta: float
+    link: Link | None = None
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -340,7 +401,7 @@ class DPOLoss(_CreditedSamples):
         pairs = sign_pairs(credit, group)
         errors, reference = noised.error, mean_square(noised.reference, noised.target)
         better, worse = noised.on_device(pairs.winners), noised.on_device(pairs.losers)
-        return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta)
+        return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta, self.link)
 
 
 @dataclass(frozen=True)

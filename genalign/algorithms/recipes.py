@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from genalign.algorithms.advantages import Std
-from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast, VirtualBest
+from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, SetContrast, VirtualBest
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
 from genalign.algorithms.preference_pairs import Criterion
+from genalign.algorithms.step_credit import Reduction, RewardGain, TurningPoint, ValueAnchored
 from genalign.algorithms.step_schedules import AllSteps, NoSteps, Pace, RandomWindow, SlidingWindow, StepSchedule
 from genalign.algorithms.trajectory import (
     ClippedSurrogate,
     CoupledObjective,
     GuardedSurrogate,
+    MaskedSurrogate,
     PolicyGradient,
     PRDPLoss,
     noise_weighted,
@@ -103,6 +105,21 @@ def with_credit(recipe: Recipe, credit: AnyCallable) -> Recipe:
         credit: The rule from the scores of a round to advantages.
     """
     return replace(recipe, credit=credit)
+
+
+def with_chi_squared(recipe: Recipe, sharpness: float) -> Recipe:
+    """Replace the KL penalty of a recipe by a chi-squared penalty, which punishes large distances more.
+
+    It is the regularizer of arXiv 2403.03185, per transition, see ``losses.chi_squared``. Use it where few transitions
+    move far, which the mean of their KL hides.
+
+    Args:
+        recipe: A recipe that learns from stored steps, with a ``kl`` above 0.
+        sharpness: The sharpness k: with 2 k KL about 1 at the largest KL per dimension that is acceptable.
+    """
+    if not isinstance(recipe.objective, PolicyGradient) or not recipe.objective.kl:
+        raise ValueError("with_chi_squared needs a recipe with a KL penalty, such as flow_grpo: set its kl above 0")
+    return replace(recipe, objective=replace(recipe.objective, kl_sharpness=sharpness))
 
 
 def flow_grpo(
@@ -197,6 +214,92 @@ def ngrpo(
     return replace(base, credit=VirtualBest(best), objective=objective)
 
 
+def vgpo(
+    kernel: Kernel | None = None,
+    window: int | None = None,
+    window_reach: float = 0.5,
+    clip_range: float = 1e-4,
+    kl: float = 0.0,
+    discount: float = 0.9,
+    anchor: float = 0.0,
+    reduction: Reduction = "sum",
+) -> Recipe:
+    """VGPO (arXiv 2512.12387, eq. 10-13, in our form): advantages from the values of steps, by one-step completions.
+
+    The value of a step is the discounted sum of the rewards of what follows it. Use it with rewards of 0 or more that
+    read blurry samples well; it costs no NFE beyond Flow-GRPO's.
+
+    Args:
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        clip_range: The clip range of the ratio of new to old density.
+        kl: The weight of the distance from the reference policy.
+        discount: The discount of later rewards, see ``step_credit.ValueAnchored``.
+        anchor: The weight of the absolute term, off by default: it has no expected gradient, as ``ValueAnchored`` says.
+        reduction: "sum" for the discounted sum, "min" for the lowest of the rewards that follow.
+    """
+    base = flow_grpo(kernel, window, window_reach, clip_range, kl)
+    return replace(base, credit=ValueAnchored(discount, anchor, reduction=reduction), completion=Completion(1))
+
+
+def turning_point(
+    kernel: Kernel | None = None,
+    window: int | None = None,
+    window_reach: float = 0.5,
+    clip_range: float = 1e-4,
+    kl: float = 0.0,
+    completion_steps: int | None = None,
+    floor: float = 0.01,
+    balanced: bool = True,
+) -> Recipe:
+    """TurningPoint-GRPO (arXiv 2602.06422), as its launch script runs it: DenseGRPO that credits turning points.
+
+    A step after which the reward turns to where it ends is credited with the gain of the rest of the trajectory, all
+    others with their own gain. Use it where a step's worth shows later than in the next completion.
+
+    Args:
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        clip_range: The clip range of the ratio of new to old density.
+        kl: The weight of the distance from the reference policy.
+        completion_steps: ODE steps from each latent to its sample; None takes all remaining steps of the grid.
+        floor: The lower bound of the standard deviation of a step's gains (not in the paper), see
+            ``advantages.stepwise_advantages``.
+        balanced: Whether as many turning points of samples that gained as of samples that lost count, see
+            ``step_credit.turning_gains``.
+    """
+    base = dense_grpo(kernel, window, window_reach, clip_range, kl, completion_steps, floor)
+    return replace(base, credit=TurningPoint(balanced=balanced, floor=floor))
+
+
+def flow_dppo(
+    kernel: Kernel | None = None,
+    window: int | None = None,
+    window_reach: float = 0.5,
+    limit: float = 1e-5,
+    kl: float = 0.0,
+    std: Std = "global",
+) -> Recipe:
+    """Flow-DPPO (arXiv 2606.11025): Flow-GRPO with a trust region in KL in place of the clip range.
+
+    A transition further than the limit from the sampling policy is left out where its gradient would move it further
+    away. Use it with several updates a round (``training.updates_per_round`` or ``training.epochs``): in the first
+    update nothing has moved yet. The metric ``clip_fraction`` is the fraction of transitions beyond the limit.
+
+    Args:
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        limit: The limit of a transition's KL, a mean over dimensions.
+        kl: The weight of the distance from the reference policy.
+        std: Whether advantages are divided by the "group" or the "global" standard deviation.
+    """
+    base = flow_grpo(kernel, window, window_reach, std=std)
+    return replace(base, objective=PolicyGradient(MaskedSurrogate(limit), kl))
+
+
 def guard_grpo(
     kernel: Kernel | None = None,
     window: int | None = None,
@@ -246,19 +349,32 @@ def tempflow_grpo(
     kernel: Kernel | None = None,
     clip_range: float = 1e-4,
     completion_steps: int | None = None,
+    branching: bool = False,
 ) -> Recipe:
-    """TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, section 4.2, eq. 8) on DenseGRPO's advantages per step.
+    """TempFlow-GRPO (arXiv 2508.04324): noise-aware weights of steps, on advantages per step or on branches.
 
-    Use it where late steps, which change little, should count less. The paper's branching from the deterministic
-    trajectory at every step is not implemented.
+    The weights (section 4.2, eq. 8) are a step's noise over the mean of all trainable steps: late steps, which change
+    little, count less. Without ``branching`` every step is trained, with DenseGRPO's advantages. With it (section 4.1)
+    the samples of a group share an ODE trajectory up to the one step of the round, drawn anew each round, where each
+    draws its own noise; the ODE completes them, and the reward of the sample is the credit of that step. Then a round's
+    weight scales its whole update, which a learning rate of "auto" undoes: set ``training.learning_rate`` to a number.
 
     Args:
         kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
         clip_range: The clip range of the ratio of new to old density.
         completion_steps: The number of steps by which a stored state is completed to a sample; None takes all that are
-            left.
+            left, as branches always do.
+        branching: Whether to branch at one step a round instead of completing a state for every step.
     """
-    base = dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
+    if branching and completion_steps is not None:
+        raise ValueError(
+            "recipe.completion_steps is for stored states, of which branching completes none: leave it out"
+        )
+    base = (
+        flow_grpo(kernel, window=1, window_reach=1.0, clip_range=clip_range)
+        if branching
+        else dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
+    )
     return replace(base, objective=PolicyGradient(ClippedSurrogate(clip_range), weights=noise_weighted))
 
 
@@ -336,6 +452,7 @@ def dragon(
     pairs: int = 1,
     anchor: float = 0.0,
     low: float = 0.02,
+    link: AnyCallable | None = None,
 ) -> Recipe:
     """DRAGON (arXiv 2504.15217) for rewards of single samples: the best sample of each prompt against the worst.
 
@@ -350,8 +467,13 @@ def dragon(
         pairs: The number of pairs per prompt: the best and the worst, the second best and the second worst, ...
         anchor: The weight of the distance from the reference policy.
         low: The lowest noise level, as a fraction of the path's range. High levels decide the content of a sample.
+        link: The function of the gains that the loss "dpo" compares, for example ``matching.ChiSquaredLink`` of chi-PO
+            or ``matching.AlphaLink`` of AlphaPO; None compares the gains themselves.
     """
-    objective = MatchingObjective(_PREFERENCE_LOSSES[loss](beta), draws, low, anchor=anchor)
+    if link is not None and loss != "dpo":
+        raise ValueError(f'recipe.link belongs to the loss "dpo", not to {loss!r}: leave one of them out')
+    preference = _PREFERENCE_LOSSES[loss](beta) if link is None else DPOLoss(beta, link)
+    objective = MatchingObjective(preference, draws, low, anchor=anchor)
     return matching(BestAndWorst(tolerance, pairs), objective)
 
 

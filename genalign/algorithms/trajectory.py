@@ -9,6 +9,7 @@ graph of one network call, whatever the number of stored steps. Transitions with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
@@ -20,6 +21,8 @@ from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Uni
 from genalign.algorithms.losses import (
     ClipRange,
     KLForm,
+    chi_squared,
+    clip_fraction,
     clip_sides,
     clipped_surrogate,
     dppo_mask,
@@ -29,7 +32,7 @@ from genalign.algorithms.losses import (
 )
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
-from genalign.diffusion.transitions import Kernel, Transition
+from genalign.diffusion.transitions import Kernel, Transition, trainable_steps
 from genalign.types import Grid
 
 _DISTANCE_TARGET = 0.05  # nats
@@ -39,7 +42,11 @@ class StepLoss(Protocol):
     """A loss (N,) of N replayed transitions, from their credit (N,)."""
 
     @property
-    def clip_range(self) -> ClipRange | None: ...
+    def clip_range(self) -> ClipRange:
+        """The range of ratios that sampling and replay are compared by, see ``Objective``."""
+
+    def clip_fraction(self, replayed: ReplayedStep) -> Tensor:
+        """Fraction () of the transitions that are too far from the sampling policy, for any credit; detached."""
 
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor: ...
 
@@ -57,6 +64,9 @@ class ClippedSurrogate:
     def __post_init__(self) -> None:
         clip_sides(self.clip_range)
 
+    def clip_fraction(self, replayed: ReplayedStep) -> Tensor:
+        return clip_fraction(replayed.log_ratio.detach(), self.clip_range)
+
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
         return clipped_surrogate(replayed.log_ratio, credit, self.clip_range)
 
@@ -73,15 +83,30 @@ class GuardedSurrogate(ClippedSurrogate):
 
 @dataclass(frozen=True)
 class MaskedSurrogate:
-    """Flow-DPPO (arXiv 2606.11025): the unclipped surrogate -A r of the transitions in ``losses.dppo_mask``."""
+    """Flow-DPPO (arXiv 2606.11025): the surrogate -A r of the transitions in ``losses.dppo_mask``, without clipping.
 
+    ``limit`` is the trust region in KL, a mean over dimensions. The loss of a transition outside the mask is exactly 0,
+    and so is its gradient, whatever its ratio.
+    """
+
+    clip_range: ClassVar[float] = 1e-4  # clips nothing: the usual range, which sampling and replay are compared by
     limit: float = 1e-5
-    clip_range: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.limit >= 0:
+            raise ValueError(f"limit must be a KL divergence of 0 or more, not {self.limit}")
+
+    def clip_fraction(self, replayed: ReplayedStep) -> Tensor:
+        with torch.no_grad():
+            return (replayed.new.kl(replayed.old) > self.limit).float().mean()
 
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
+        log_ratio = replayed.log_ratio
         with torch.no_grad():
-            mask = dppo_mask(replayed.log_ratio, replayed.new.kl(replayed.old), credit, self.limit)
-        return -credit * replayed.log_ratio.exp() * mask
+            mask = dppo_mask(log_ratio, replayed.new.kl(replayed.old), credit, self.limit)
+        # Twice: an infinite ratio times the gradient 0 of the outer one would be NaN
+        ratio = torch.where(mask, log_ratio, 0.0).exp()
+        return torch.where(mask, -credit * ratio, 0.0)
 
 
 def transition_divergence(context: UpdateContext, batch: UpdateBatch) -> Distance:
@@ -102,9 +127,12 @@ def transition_divergence(context: UpdateContext, batch: UpdateBatch) -> Distanc
 
 
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
-    """TempFlow-GRPO's weights (S,) of the trained steps, std / mean(std) (arXiv 2508.04324, eq. 8)."""
-    std = kernel(grid[torch.tensor(steps)]).s
-    return std / std.mean()
+    """TempFlow-GRPO's weights (S,) of steps, std / mean(std) (arXiv 2508.04324, eq. 8).
+
+    The mean is over all trainable steps of the grid: a step's weight does not depend on the others of its round.
+    """
+    std = kernel(grid[torch.arange(len(grid))]).s
+    return std[list(steps)] / std[list(trainable_steps(kernel, grid))].mean()
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,8 @@ class PolicyGradient:
         kl: The weight of the mean distance from the reference policy, which is added to the loss; 0 for none.
         kl_form: The form of this distance, see ``losses.kl_penalty``.
         weights: The weights of the steps' losses; None weights all steps by 1.
+        kl_sharpness: The sharpness of the penalty, see ``losses.chi_squared``; 0 for the distance itself, which is what
+            the metrics show for any sharpness.
     """
 
     distance_target: ClassVar[float] = _DISTANCE_TARGET
@@ -126,11 +156,16 @@ class PolicyGradient:
     kl: float = 0.0
     kl_form: KLForm = "exact"
     weights: StepWeights | None = None
+    kl_sharpness: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kl_sharpness < math.inf:
+            raise ValueError(f"kl_sharpness must be a number of 0 or more, not {self.kl_sharpness}; 0 is the KL itself")
 
     @property
-    def clip_range(self) -> float | None:
+    def clip_range(self) -> float:
         """The clip range of the loss, the smaller one where it has two."""
-        return None if self.loss.clip_range is None else min(clip_sides(self.loss.clip_range))
+        return min(clip_sides(self.loss.clip_range))
 
     def with_stronger_kl(self, minimum: float) -> PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
@@ -173,12 +208,13 @@ class PolicyGradient:
             total = losses.sum() * scales.losses
             if self.kl or unmeasured:
                 distance = self._distance(context, batch, pairs, replayed)
-                penalty = self.kl * (advantages != 0).to(device, distance.dtype, non_blocking=True) * distance
+                sharpened = chi_squared(distance, self.kl_sharpness)
+                penalty = self.kl * (advantages != 0).to(device, distance.dtype, non_blocking=True) * sharpened
                 losses, total = losses + penalty, total + penalty.sum() * scales.distances
                 unmeasured = False
             torch.autograd.backward(total)
             context.metrics.add("loss", losses)
-            context.add_ratio_metrics(batch, replayed, self.loss.clip_range)
+            context.add_ratio_metrics(batch, replayed, self.loss.clip_fraction(replayed))
 
     def _distance(
         self, context: UpdateContext, batch: UpdateBatch, pairs: ReplayBatch, replayed: ReplayedStep
@@ -314,4 +350,5 @@ class CoupledObjective:
             replayed = context.replay(batch, pairs)
             slope = slopes[pairs.index_on(slopes.device)]
             torch.autograd.backward(scales.losses * (slope * replayed.log_ratio).sum())
-            context.add_ratio_metrics(batch, replayed, self.clip_range)
+            fraction = None if self.clip_range is None else clip_fraction(replayed.log_ratio, self.clip_range)
+            context.add_ratio_metrics(batch, replayed, fraction)
