@@ -234,8 +234,8 @@ Link = Callable[[Tensor], Tensor]
 class ChiSquaredLink:
     """chi-PO's link z + log z of the ratio z to the reference policy (arXiv 2407.13399), for gains g, in our form.
 
-    It is (g + expm1(k g) / k) / 2, where k g stands for log z: a gain of the better sample is worth more the larger it
-    is, which holds back the other way to widen a pair, a loss of the worse sample. The paper's clipping is left out.
+    It is (g + expm1(k g) / k) / 2, where k g stands for log z: a gain of the better sample counts more the larger it is,
+    and a loss of the worse one less. The paper's clipping is left out.
 
     Args:
         sharpness: The factor k, above 0; towards 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
@@ -254,8 +254,7 @@ class ChiSquaredLink:
 class AlphaLink:
     """AlphaPO's reward shape (1 - z^-a) / a (arXiv 2501.03884), for gains g in place of log z (our form).
 
-    It is -expm1(-a g) / a, so that a loss of the worse sample is worth more the larger it is, and a gain of the better
-    one less.
+    It is -expm1(-a g) / a: a loss of the worse sample counts more the larger it is, and a gain of the better one less.
 
     Args:
         alpha: The exponent a, above 0; towards 0 the link becomes the gain itself, and the loss Diffusion-DPO's.

@@ -136,7 +136,11 @@ def dry_run(
     Raises:
         ValueError: The recipe, its kernel and the settings do not fit together.
     """
-    rewards = [replace(r, function=lambda samples, _: samples[:, 0], weight=float(r.weight != 0)) for r in rewards]
+
+    def positive(samples: Tensor, _: object) -> Tensor:  # some credits need it
+        return samples[:, 0].exp()
+
+    rewards = [replace(r, function=positive, weight=float(r.weight != 0)) for r in rewards]
     recipe = without_networks(recipe)
     one_round = replace(settings, rounds=1, warmup_rounds=0, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(toy.steps), guidance=guidance)

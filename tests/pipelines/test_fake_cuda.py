@@ -172,6 +172,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "guard_grpo": lambda: recipes.guard_grpo(window=1),
     "mix_grpo": lambda: recipes.mix_grpo(CPS(), window=1),
     "tempflow_grpo": recipes.tempflow_grpo,
+    "vgpo": lambda: recipes.vgpo(window=1),
+    "turning_point": lambda: recipes.turning_point(window=2),
+    "flow_dppo": lambda: recipes.flow_dppo(window=1),
     "ddpo": lambda: recipes.ddpo(window=1),
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
@@ -179,6 +182,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(VendiReward(), channels, quality=0.5, loss="kto", draws=1),
     "nft": lambda: recipes.nft(draws=1),
     "awm": lambda: recipes.awm(draws=1),
+    "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
     "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),
 }

@@ -1,5 +1,6 @@
 """Losses of transitions against worked numbers, closed forms and identities."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from genalign.algorithms.losses import (
     KLForm,
+    chi_squared,
     clip_fraction,
     clipped_surrogate,
     dppo_mask,
@@ -16,7 +18,7 @@ from genalign.algorithms.losses import (
 )
 from genalign.algorithms.trajectory import noise_weighted
 from genalign.diffusion.paths import FlowPath
-from genalign.diffusion.transitions import ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
+from genalign.diffusion.transitions import ODE, DanceSDE, FlowSDE, Kernel, Transition, trainable_steps, transition
 from genalign.types import Grid, NoiseStep
 from tests.genalign.algorithms.updates import randn
 
@@ -153,9 +155,41 @@ def test_noise_weights_are_those_of_the_published_grid() -> None:
     sigma = torch.tensor(sigmas, dtype=torch.float64)
     grid = Grid(sigma[:-1], 1 - sigma, sigma)
     weights = noise_weighted(FlowSDE(0.7), grid, range(9))
+    weights = weights / weights.mean()  # the published mean is over all nine, of which eight are trainable here
     expected = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]
     assert weights.tolist() == pytest.approx(expected, abs=2e-3)
-    assert float(weights.mean()) == pytest.approx(1.0)
     torch.testing.assert_close(
         weights, 2.25 * FlowSDE(0.7)(grid[torch.arange(9)]).s, rtol=2e-3, atol=0.0
     )  # the published constant
+
+
+def test_noise_weights_have_mean_1_over_the_trainable_steps_whichever_are_trained() -> None:
+    sigma = torch.arange(8, -1, -1, dtype=torch.float64) / 8
+    grid, kernel = Grid(sigma[:-1], 1 - sigma, sigma), FlowSDE(0.9)
+    steps = trainable_steps(kernel, grid)
+    weights = noise_weighted(kernel, grid, steps)
+    expected = [1.8249311904, 1.7070668172, 1.117537558, 0.8329633157, 0.64521061, 0.4997779894, 0.3725125193]
+    assert weights.tolist() == pytest.approx(expected, abs=1e-8) and float(weights.mean()) == pytest.approx(1.0)
+    for step in steps:
+        assert torch.equal(noise_weighted(kernel, grid, (step,)), weights[step : step + 1])
+
+
+def test_worked_numbers_of_the_chi_squared_penalty() -> None:
+    kl = torch.tensor([0.0, 3.5e-4, 2e-3], dtype=torch.float64)
+    assert torch.equal(chi_squared(kl, 0.0), kl)
+    assert chi_squared(kl, 1024.0).tolist() == pytest.approx([0.0, 0.000511655, 0.0288571331], rel=1e-6)
+    # Two Gaussians in one dimension, where chi^2 is 3.770733182 by quadrature
+    gaussian = Transition(torch.tensor([[0.3]]).double(), torch.tensor(0.4).double())
+    divergence = gaussian.kl(Transition(torch.tensor([[-0.2]]).double(), gaussian.std))
+    assert float(2 * chi_squared(divergence, 1.0)) == pytest.approx(3.770733182, abs=1e-8)
+
+
+def test_a_sharper_penalty_is_larger_and_never_overflows() -> None:
+    kl = torch.linspace(0, 100, 1001).double().requires_grad_(True)
+    penalties = [chi_squared(kl, sharpness) for sharpness in (0.0, 0.1, 1.0, 1e3, 1e5)]
+    for milder, sharper in itertools.pairwise(penalties):
+        assert bool((sharper[1:] > milder[1:]).all())
+    for penalty in penalties:
+        slope = gradient(penalty, kl)
+        assert float(slope[0]) == pytest.approx(1.0) and bool(slope.isfinite().all())
+        assert bool((slope.diff() >= 0).all())  # also beyond the cap it pulls back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import TermScales, UpdateBatch
 from genalign.algorithms.matching import (
+    AlphaLink,
     AWMLoss,
+    ChiSquaredLink,
     DPOLoss,
     KTOLoss,
+    Link,
     MatchingLoss,
     MatchingObjective,
     NFTLoss,
@@ -163,6 +167,48 @@ def test_dpo_at_the_reference_and_swapped() -> None:
     torch.testing.assert_close(torch.exp(-moved) + torch.exp(-swapped), torch.ones(6, dtype=torch.float64))
     improved = dpo_loss(errors - 0.01, errors, other, other, 50.0)
     assert bool((improved < math.log(2)).all()) and bool((moved > math.log(2)).all())
+
+
+@pytest.mark.parametrize(
+    ("link", "inside"),
+    [
+        (None, 2.5),
+        (ChiSquaredLink(1e-9), 2.5),
+        (ChiSquaredLink(10.0), 2.4514613437),
+        (ChiSquaredLink(50.0), 2.4975758342),
+        (AlphaLink(1e-9), 2.5),
+        (AlphaLink(5.0), 50 * (0.0190325164 + 0.0323668485)),
+    ],
+)
+def test_worked_numbers_of_links(link: Link | None, inside: float) -> None:
+    reference = torch.tensor([0.5], dtype=torch.float64)
+    loss = dpo_loss(reference - 0.02, reference, reference + 0.03, reference, 100.0, link)
+    assert float(loss) == pytest.approx(math.log1p(math.exp(-inside)), rel=1e-6)
+    tied = dpo_loss(reference - 0.02, reference, reference - 0.02, reference, 100.0, link)
+    assert float(tied) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("link", [ChiSquaredLink(30.0), AlphaLink(30.0)])
+def test_a_link_increases_from_0_with_slope_1_and_never_overflows(link: Link) -> None:
+    gains = torch.cat([torch.linspace(-1, 1, 401), torch.tensor([-1e3, 1e3, 0.0])]).requires_grad_(True)
+    values = link(gains)
+    (slopes,) = torch.autograd.grad(values.sum(), gains)
+    assert bool((values[:401].diff() > 0).all()) and bool((slopes >= 0).all()) and bool(slopes.isfinite().all())
+    assert float(values[-1].detach()) == 0.0 and float(slopes[-1]) == pytest.approx(1.0)
+    loss = dpo_loss(gains.detach(), torch.zeros(404), -gains.detach(), torch.zeros(404), 100.0, link)
+    assert bool(loss.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ChiSquaredLink(0.0), "sharpness must be a positive number, not 0.0"),
+        (lambda: AlphaLink(-1.0), "alpha must be a positive number, not -1.0"),
+    ],
+)
+def test_settings_of_links_are_checked(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_kto_at_the_reference_and_of_one_kind() -> None:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from genalign.algorithms.credit import DifficultyWeighted, NormalizedSum, TaskNormalized
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, NoisedSamples, RewardWeightedLoss
+from genalign.algorithms.matching import (
+    AWMLoss,
+    ChiSquaredLink,
+    DPOLoss,
+    MatchingObjective,
+    NoisedSamples,
+    RewardWeightedLoss,
+)
 from genalign.algorithms.recipes import (
     Lag,
     Recipe,
@@ -23,6 +30,7 @@ from genalign.algorithms.recipes import (
     dense_grpo,
     dragon,
     dragon_set,
+    flow_dppo,
     flow_grpo,
     guard_grpo,
     matching,
@@ -31,6 +39,9 @@ from genalign.algorithms.recipes import (
     ngrpo,
     prdp,
     tempflow_grpo,
+    turning_point,
+    vgpo,
+    with_chi_squared,
     with_credit,
 )
 from genalign.algorithms.trajectory import PolicyGradient
@@ -51,7 +62,8 @@ KERNEL = FlowSDE(0.9)
 
 
 def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
+    """From 0 for cyan to 2 for red."""
+    return 1 + samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
 
 
 def color(samples: Tensor) -> Tensor:
@@ -84,12 +96,17 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "guard_grpo": lambda: guard_grpo(KERNEL, clip_range=1e-3),
     "mix_grpo": lambda: mix_grpo(KERNEL, window=2, rounds_each=3, clip_range=1e-2),
     "tempflow_grpo": lambda: tempflow_grpo(KERNEL, clip_range=1e-2),
+    "tempflow_grpo with branching": lambda: tempflow_grpo(KERNEL, clip_range=1e-2, branching=True),
+    "vgpo": lambda: vgpo(KERNEL, clip_range=1e-2),
+    "turning_point": lambda: turning_point(KERNEL, clip_range=1e-2),
+    "flow_dppo": lambda: flow_dppo(KERNEL, limit=1e-2),
     "ddpo": lambda: ddpo(clip_range=1e-2),
     "adv_grpo": lambda: replace(adv_grpo(window=3, clip_range=1e-2), shared_noise=False),
     "gdpo": lambda: replace(flow_grpo(KERNEL, clip_range=1e-2), credit=NormalizedSum()),
     "prdp": lambda: prdp(KERNEL, beta=1e-2, clip_range=1e-2),
     "dragon with dpo": lambda: dragon("dpo", beta=100.0),
     "dragon with kto": lambda: dragon("kto", beta=100.0),
+    "dragon with chi-PO": lambda: dragon("dpo", beta=100.0, link=ChiSquaredLink(10.0)),
     "dragon with a set reward": lambda: dragon_set(red_set, color, beta=100.0),
     "dragon with quality": lambda: dragon_set(green_set, color, quality=3.0, beta=100.0),
     "nft": lambda: nft(lag=Lag(slope=0.0)),
@@ -97,8 +114,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-FAST = ("dense_grpo", "tempflow_grpo", "prdp")
-"""Recipes that learn in half the rounds, of which the first two have the most costly ones."""
+FAST = ("dense_grpo", "tempflow_grpo", "turning_point", "prdp")
+"""Recipes that learn in half the rounds, of which all but the last have the most costly ones."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -229,3 +246,39 @@ def test_the_ratio_of_awm_is_to_the_weights_that_sampled_the_round(
     _train(tiny_folder, awm(draws=1), rounds=2, rate=1e-3, updates=2)
     updates = [distances[i : i + len(distances) // 4] for i in range(0, len(distances), len(distances) // 4)]
     assert [max(update) > 0 for update in updates] == [False, True, False, True]
+
+
+def test_the_samples_of_a_branched_group_part_at_the_one_step_of_the_round(tiny_folder: Path) -> None:
+    recipe = tempflow_grpo(KERNEL, branching=True)
+    settings = TrainerSettings(rounds=8, prompts_per_round=2, group_size=3, batch_size=6)
+    tiny = SD3.load(tiny_folder, height=32, width=32)
+    policy = Policy(tiny.denoiser, Lora(rank=4), seed=0)
+    trainer = Trainer(tiny, policy, [NamedReward("red", redness)], PROMPTS, recipe, settings, SAMPLING)
+    steps = set[tuple[int, ...]]()
+    for index in range(8):
+        (batch,) = trainer.sample(index, PROMPTS.prompts)
+        before, after = batch.rollout.states.unflatten(0, (2, 3)).unbind(2)
+        assert torch.equal(before, before[:, :1].expand_as(before))
+        assert not any(torch.equal(after[:, one], after[:, other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+        assert batch.stepwise is None
+        steps.add(batch.rollout.steps)
+    assert steps == {(0,), (1,), (2,)}  # of four, without the last
+
+
+def test_a_trust_region_in_kl_acts_from_the_second_update_on(tiny_folder: Path) -> None:
+    first, second = (_train(tiny_folder, flow_dppo(KERNEL, limit=1e-9), 1, 1e-2, updates)[0] for updates in (1, 2))
+    assert first.clip_fraction == 0.0 < second.clip_fraction
+
+
+def test_a_chi_squared_penalty_is_for_recipes_with_a_kl(tiny_folder: Path) -> None:
+    assert len(_train(tiny_folder, with_chi_squared(flow_grpo(KERNEL, kl=0.1), 50.0), rounds=1, rate=1e-3)) == 1
+    for recipe in (flow_grpo(), dragon(), prdp()):
+        with pytest.raises(ValueError, match="needs a recipe with a KL penalty, such as flow_grpo: set its kl above 0"):
+            with_chi_squared(recipe, 50.0)
+
+
+def test_arguments_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="branching completes none: leave it out"):
+        tempflow_grpo(completion_steps=2, branching=True)
+    with pytest.raises(ValueError, match='link belongs to the loss "dpo"'):
+        dragon("kto", link=ChiSquaredLink(10.0))

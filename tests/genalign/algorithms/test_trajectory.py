@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import TermCounts, TermScales, UpdateContext
+from genalign.algorithms.interfaces import MetricSums, TermCounts, TermScales, UpdateContext
 from genalign.algorithms.trajectory import (
     ClippedSurrogate,
     CoupledObjective,
@@ -205,3 +206,59 @@ def test_a_masked_surrogate_is_the_plain_one_inside_the_trust_region() -> None:
     torch.testing.assert_close(losses, -credit * ratio * inside)
     (slopes,) = torch.autograd.grad(losses.sum(), moved)
     torch.testing.assert_close(slopes[:, 0], -credit * ratio * (x_next[:, 0] - shift) * inside)
+
+
+def test_worked_numbers_of_the_masked_surrogate() -> None:
+    log_ratio = torch.tensor([2e-4, 2e-4, -2e-4, -2e-4, 2e-4], dtype=torch.float64)
+    kl = torch.tensor([2e-5, 2e-5, 2e-5, 2e-5, 5e-6], dtype=torch.float64)
+    credit = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    loss, replayed = MaskedSurrogate(1e-5), _replayed(log_ratio, kl)
+    expected = [0.0, 1.00020002, -0.99980002, 0.0, -1.00020002]
+    assert loss(replayed, credit).tolist() == pytest.approx(expected, abs=1e-8)
+    assert float(loss.clip_fraction(replayed)) == pytest.approx(0.8)  # for any credit
+    unlimited = MaskedSurrogate(math.inf)
+    torch.testing.assert_close(unlimited(replayed, credit), -credit * log_ratio.exp())
+    assert float(unlimited.clip_fraction(replayed)) == 0.0
+    on_policy = _replayed(torch.zeros(5), torch.zeros(5))
+    torch.testing.assert_close(MaskedSurrogate(0.0)(on_policy, credit), -credit)
+
+
+def test_a_masked_transition_has_a_gradient_of_exactly_zero_whatever_its_ratio() -> None:
+    log_ratio = torch.tensor([1e4, -1e4, 1e-4], requires_grad=True)
+    credit = torch.tensor([1.0, -1.0, 1.0])
+    loss = MaskedSurrogate(1e-5)(_replayed(log_ratio, torch.tensor([1.0, 1.0, 0.0])), credit)
+    (slope,) = torch.autograd.grad(loss.sum(), log_ratio)
+    assert loss[:2].tolist() == slope[:2].tolist() == [0.0, 0.0] and float(slope[2]) == pytest.approx(-1.0, abs=1e-3)
+
+
+def _replayed(log_ratio: Tensor, kl: Tensor) -> ReplayedStep:
+    """A stand-in for replayed transitions of which only the log-ratio and the KL are read."""
+    return cast(ReplayedStep, SimpleNamespace(log_ratio=log_ratio, new=SimpleNamespace(kl=lambda old: kl), old=None))
+
+
+def test_a_chi_squared_penalty_is_sharper_but_the_metric_stays_the_kl(tiny: SD3) -> None:
+    context = update_context(tiny, FlowSDE(0.7))
+    batch, gradients, distances = update_batch(context, STEPS), list[Tensor](), list[float]()
+    sharpness = 1.0
+    for objective in (
+        PolicyGradient(ClippedSurrogate(1e-3)),
+        PolicyGradient(ClippedSurrogate(1e-3), kl=1.0),
+        PolicyGradient(ClippedSurrogate(1e-3), kl=1.0, kl_sharpness=1e-6),
+        PolicyGradient(ClippedSurrogate(1e-3), kl=1.0, kl_sharpness=sharpness),
+    ):
+        context = replace(context, metrics=MetricSums())
+        objective.backward(context, batch, SUMS, 0)
+        gradients.append(flat_gradient(context))
+        distances.append(context.metrics.mean("kl"))
+    assert distances[1] == distances[2] == distances[3] > 0
+    plain, nearly, sharp = (gradient - gradients[0] for gradient in gradients[1:])
+    torch.testing.assert_close(nearly, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    assert sharp.norm() > plain.norm() > 0
+
+
+@pytest.mark.parametrize("sharpness", [-1.0, math.inf, math.nan])
+def test_settings_of_a_penalty_and_a_trust_region_are_checked(sharpness: float) -> None:
+    with pytest.raises(ValueError, match="kl_sharpness must be a number of 0 or more"):
+        PolicyGradient(ClippedSurrogate(1e-3), kl=1.0, kl_sharpness=sharpness)
+    with pytest.raises(ValueError, match="limit must be a KL divergence of 0 or more"):
+        MaskedSurrogate(-1e-5)

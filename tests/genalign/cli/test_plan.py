@@ -16,7 +16,19 @@ from torch import nn
 import pipelines
 from genalign.algorithms.credit import BestOfN, BetaNormalized, VirtualBest
 from genalign.algorithms.interfaces import Credit
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp, with_credit
+from genalign.algorithms.recipes import (
+    Recipe,
+    dense_grpo,
+    dragon,
+    flow_grpo,
+    mix_grpo,
+    nft,
+    prdp,
+    tempflow_grpo,
+    turning_point,
+    vgpo,
+    with_credit,
+)
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
@@ -41,6 +53,8 @@ RECIPES = {
     "flow_grpo with a distance": flow_grpo(kl=0.1, kl_form="exact"),
     "mix_grpo": mix_grpo(window=1, rounds_each=1),
     "dense_grpo": dense_grpo(),
+    "turning_point": turning_point(window=2),
+    "tempflow_grpo with branching": tempflow_grpo(branching=True),
     "prdp": prdp(),
     "dragon": dragon(),
     "nft": nft(),
@@ -77,6 +91,11 @@ def test_a_dry_run_takes_scores_that_do_not_suit_the_credit(tiny: SD3, credit: C
     base = flow_grpo(window=1)
     planned = _planned(tiny, with_credit(base, credit), Sampling(4))
     assert planned.total.counts == _planned(tiny, base, Sampling(4)).total.counts
+
+
+def test_a_dry_run_needs_no_scores_above_0(tiny: SD3) -> None:
+    planned = _planned(tiny, vgpo(window=2), Sampling(4))
+    assert planned.first.counts["nfe"] == _planned(tiny, flow_grpo(window=2), Sampling(4)).first.counts["nfe"]
 
 
 def test_max_nfe_ends_a_dry_run_and_a_run_after_the_same_round(tiny: SD3) -> None:

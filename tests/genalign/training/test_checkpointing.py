@@ -64,6 +64,9 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "guard_grpo": lambda: recipes.guard_grpo(window=1),
     "mix_grpo": lambda: recipes.mix_grpo(window=1, rounds_each=1),
     "tempflow_grpo": recipes.tempflow_grpo,
+    "vgpo": lambda: recipes.vgpo(window=1),
+    "turning_point": lambda: recipes.turning_point(window=2),
+    "flow_dppo": lambda: recipes.flow_dppo(window=1),
     "ddpo": lambda: recipes.ddpo(window=1),
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
@@ -71,6 +74,7 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(vendi_score, channels, quality=0.5),
     "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
     "awm": recipes.awm,
+    "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
 }
 
