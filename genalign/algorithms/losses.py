@@ -134,8 +134,8 @@ def chi_squared(kl: Tensor, sharpness: float) -> Tensor:
 
 def capped_expm1(x: Tensor) -> Tensor:
     """exp(x) - 1, continued as a straight line above x = 20, where neither it nor its gradient overflows."""
-    capped = x.clamp(max=_LARGEST_EXPONENT)
-    return capped.expm1() + math.exp(_LARGEST_EXPONENT) * (x - capped)
+    excess = torch.relu(x - _LARGEST_EXPONENT)
+    return x.clamp(max=_LARGEST_EXPONENT).expm1() + math.exp(_LARGEST_EXPONENT) * excess
 
 
 def mean_square(value: Tensor, reference: Tensor) -> Tensor:

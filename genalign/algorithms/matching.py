@@ -234,7 +234,7 @@ Link = Callable[[Tensor], Tensor]
 class ChiSquaredLink:
     """chi-PO's link z + log z of the ratio z to the reference policy (arXiv 2407.13399), for gains g, in our form.
 
-    It is (g + expm1(k g) / k) / 2, where k g stands for log z: a gain of the better sample counts more the larger it is,
+    It is (g + expm1(k g) / k) / 2, with k g for log z: a gain of the better sample counts more the larger it is,
     and a loss of the worse one less. The paper's clipping is left out.
 
     Args:

@@ -190,7 +190,7 @@ def test_worked_numbers_of_links(link: Link | None, inside: float) -> None:
 
 @pytest.mark.parametrize("link", [ChiSquaredLink(30.0), AlphaLink(30.0)])
 def test_a_link_increases_from_0_with_slope_1_and_never_overflows(link: Link) -> None:
-    gains = torch.cat([torch.linspace(-1, 1, 401), torch.tensor([-1e3, 1e3, 0.0])]).requires_grad_(True)
+    gains = torch.cat([torch.linspace(-0.4, 0.4, 401), torch.tensor([-1e3, 1e3, 0.0])]).requires_grad_(True)
     values = link(gains)
     (slopes,) = torch.autograd.grad(values.sum(), gains)
     assert bool((values[:401].diff() > 0).all()) and bool((slopes >= 0).all()) and bool(slopes.isfinite().all())

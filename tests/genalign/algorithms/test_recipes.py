@@ -182,8 +182,12 @@ def _all(self: object, credit: Tensor, *group: Tensor) -> Tensor:
     return torch.ones(len(credit), dtype=torch.bool)
 
 
-# KTO asks who has credit, not how much; DiffusionNFT, an anchor and set rewards take part of every sample
-WITHOUT_SKIPPING = ("awm", "dragon with kto", "nft", "dragon with a set reward", "dragon with quality")
+# KTO asks who has credit, not how much; DiffusionNFT, an anchor and set rewards take part of every sample; one step of a
+# batch is one network call
+WITHOUT_SKIPPING = (
+    *("awm", "dragon with kto", "nft", "dragon with a set reward", "dragon with quality"),
+    "tempflow_grpo with branching",
+)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_the_ratio_of_awm_is_to_the_weights_that_sampled_the_round(
 
 def test_the_samples_of_a_branched_group_part_at_the_one_step_of_the_round(tiny_folder: Path) -> None:
     recipe = tempflow_grpo(KERNEL, branching=True)
-    settings = TrainerSettings(rounds=8, prompts_per_round=2, group_size=3, batch_size=6)
+    settings = TrainerSettings(rounds=8, prompts_per_round=2, group_size=3, batch_size=6, updates_per_round=1)
     tiny = SD3.load(tiny_folder, height=32, width=32)
     policy = Policy(tiny.denoiser, Lora(rank=4), seed=0)
     trainer = Trainer(tiny, policy, [NamedReward("red", redness)], PROMPTS, recipe, settings, SAMPLING)
