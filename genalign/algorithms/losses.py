@@ -134,8 +134,9 @@ def chi_squared(kl: Tensor, sharpness: float) -> Tensor:
 
 def capped_expm1(x: Tensor) -> Tensor:
     """exp(x) - 1, continued as a straight line above x = 20, where neither it nor its gradient overflows."""
-    excess = torch.relu(x - _LARGEST_EXPONENT)
-    return x.clamp(max=_LARGEST_EXPONENT).expm1() + math.exp(_LARGEST_EXPONENT) * excess
+    above = x > _LARGEST_EXPONENT
+    line = math.expm1(_LARGEST_EXPONENT) + math.exp(_LARGEST_EXPONENT) * (x - _LARGEST_EXPONENT)
+    return torch.where(above, line, torch.where(above, 0.0, x).expm1())
 
 
 def mean_square(value: Tensor, reference: Tensor) -> Tensor:
