@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import vgpo as vgpo
     from genalign.algorithms.recipes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipes import with_credit as with_credit
+    from genalign.algorithms.recipes import with_recalibration as with_recalibration
     from genalign.diffusion.policy import Lora as Lora
     from genalign.diffusion.policy import Policy as Policy
     from genalign.diffusion.sampling import Sampling as Sampling
@@ -62,8 +63,9 @@ if TYPE_CHECKING:
     from genalign.types import PromptSet as PromptSet
 
 _PUBLIC = {
-    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo flow_grpo"
-    " guard_grpo mix_grpo nft ngrpo prdp tempflow_grpo turning_point vgpo with_chi_squared with_credit",
+    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo"
+    " flow_grpo guard_grpo mix_grpo nft ngrpo prdp tempflow_grpo"
+    " turning_point vgpo with_chi_squared with_credit with_recalibration",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

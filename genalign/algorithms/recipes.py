@@ -55,6 +55,27 @@ class Lag:
 
 
 @dataclass(frozen=True)
+class Recalibration:
+    """Noise levels that move as the policy does: DenseGRPO's calibration (arXiv 2601.20218, algorithm 1) in training.
+
+    After every ``every``-th round the levels move by the gains of that round's samples, which the credit per step has
+    scored already, see ``genalign.training.noise_calibration.moved_levels``. The paper calibrates; when to do so again
+    is our choice.
+
+    Args:
+        every: Number of rounds between two moves.
+        step: Move of a level, as a fraction of its first value.
+    """
+
+    every: int = 1
+    step: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 < self.step < 1:
+            raise ValueError(f"a recalibration needs every of 1 or more and a step in (0, 1), not {self}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training method.
 
@@ -70,6 +91,7 @@ class Recipe:
             scores per step.
         features: The feature function of the samples, for credit from set rewards; None for no features.
         lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
+        recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
     """
 
     kernel: Kernel | None
@@ -80,6 +102,14 @@ class Recipe:
     completion: Completion | None = None
     features: FeatureFunction | None = None
     lag: Lag | None = None
+    recalibration: Recalibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.recalibration and self.completion is None:
+            raise ValueError(
+                "a recalibration of the noise levels needs scores of every stored state: choose a recipe with a"
+                " completion, such as dense_grpo"
+            )
 
     def kernel_on(self, path: Path) -> Kernel:
         """Return the kernel for a model on ``path``."""
@@ -120,6 +150,17 @@ def with_chi_squared(recipe: Recipe, sharpness: float) -> Recipe:
     if not isinstance(recipe.objective, PolicyGradient) or not recipe.objective.kl:
         raise ValueError("with_chi_squared needs a recipe with a KL penalty, such as flow_grpo: set its kl above 0")
     return replace(recipe, objective=replace(recipe.objective, kl_sharpness=sharpness))
+
+
+def with_recalibration(recipe: Recipe, every: int = 1, step: float = 0.05) -> Recipe:
+    """Recalibrate the noise levels of a recipe with a completion, such as ``dense_grpo``, as the policy moves.
+
+    Args:
+        recipe: The recipe. Its kernel, a ``FlowSDE``, ``DanceSDE`` or ``CalibratedSDE``, gives the first levels.
+        every: The number of rounds between two moves of the levels.
+        step: The move of a level, as a fraction of its first value.
+    """
+    return replace(recipe, recalibration=Recalibration(every, step))
 
 
 def flow_grpo(

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.interfaces import RoundScores
+from genalign.algorithms.recipes import Recalibration, Recipe
 from genalign.diffusion.completion import Completion
-from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
+from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.files import write_json
+from genalign.runtime.state import State
 from genalign.runtime.text_files import read_json
 from genalign.scoring.score import combine
 from genalign.training.sampler import Sampler
@@ -52,8 +54,13 @@ class Calibration:
 
 def initial_levels(grid: Grid, noise_level: float = 0.7) -> Tensor:
     """Return the noise rates (T,) of ``FlowSDE(noise_level)``, float64."""
+    return noise_rates(FlowSDE(noise_level), grid)
+
+
+def noise_rates(kernel: Kernel, grid: Grid) -> Tensor:
+    """Return the noise rates (T,) s / sqrt(D) of a kernel, float64, for a step from sigma to sigma - D."""
     step = grid[torch.arange(len(grid))]
-    return FlowSDE(noise_level)(step).s / (step.sigma - step.sigma_next).sqrt()
+    return kernel(step).s / (step.sigma - step.sigma_next).sqrt()
 
 
 def calibrate(
@@ -85,11 +92,16 @@ def calibrate(
         noisy = replace(recipe, kernel=kernel, completion=Completion())
         batches = sampler(noisy, steps, prompts, f"calibration/{iteration}")
         scores = torch.cat([batch.stepwise for batch in batches if batch.stepwise is not None])
-        gains = combine(scores.flatten(0, 1), weights).view(scores.shape[:2]).diff(dim=1)
+        gains = combined_gains(scores, weights)
         levels = moved_levels(levels, first, steps, gains, settings)
         seen.append(levels)
         mean = torch.stack(seen[len(seen) // 2 :]).mean(0)
         yield replace(kernel, levels=tuple(mean.tolist()))
+
+
+def combined_gains(stepwise: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the gain (N, S) of the combined reward by every step, from scores (N, S + 1, K) of completed states."""
+    return combine(stepwise.flatten(0, 1), weights).view(stepwise.shape[:2]).diff(dim=1)
 
 
 def moved_levels(
@@ -110,6 +122,60 @@ def moved_levels(
     moved = levels.clone()
     moved[list(steps)] += settings.step * first[list(steps)] * direction
     return moved.clamp(first * settings.bounds[0], first * settings.bounds[1])
+
+
+class MovingNoise:
+    """The kernel of a run that is recalibrated, see ``recipes.Recalibration``; the same on all ranks.
+
+    Args:
+        settings: When the levels move, and how far.
+        kernel: The kernel that training begins with.
+        grid: The grid of the rollouts.
+        guidance: Their guidance scale.
+        rewards: The names of the rewards of non-zero weight.
+
+    Raises:
+        ValueError: The kernel has no noise rate that could move.
+    """
+
+    def __init__(
+        self, settings: Recalibration, kernel: Kernel, grid: Grid, guidance: float, rewards: Sequence[str]
+    ) -> None:
+        self.settings, self.grid, self.kernel = settings, grid, kernel
+        self.circumstances = tuple(grid.sigma.tolist()), guidance, tuple(rewards)
+        self.first = self.levels = noise_rates(kernel, grid)
+        step = grid[torch.arange(len(grid))]
+        if not torch.allclose(self._kernel(self.first)(step).c, kernel(step).c):
+            raise ValueError(
+                f"{kernel} has no noise rate to recalibrate: choose FlowSDE, DanceSDE or a calibrated kernel, or leave"
+                " the recalibration out"
+            )
+
+    def after_round(self, index: int, steps: Sequence[int], scores: RoundScores) -> dict[str, float]:
+        """Move the levels if that is due after round ``index``; return the levels of the stored ``steps`` as metrics.
+
+        A level does not rise to where its step could no longer be trained.
+        """
+        if (index + 1) % self.settings.every == 0 and scores.stepwise is not None:
+            gains = combined_gains(scores.stepwise, scores.weights)
+            moved = moved_levels(self.levels, self.first, steps, gains, Calibration(step=self.settings.step))
+            lost = list(set(steps).difference(trainable_steps(self._kernel(moved), self.grid)))
+            moved[lost] = self.levels[lost]
+            self.levels, self.kernel = moved, self._kernel(moved)
+        return {f"noise_level/{step}": float(self.levels[step]) for step in steps}
+
+    def _kernel(self, levels: Tensor) -> CalibratedSDE:
+        return CalibratedSDE(tuple(levels.tolist()), *self.circumstances)
+
+    def state(self) -> State:
+        """Return the current levels (T,)."""
+        return State({"levels": self.levels}, {"moved": self.kernel == self._kernel(self.levels)})
+
+    def restore(self, state: State) -> None:
+        """Restore the levels, and the kernel that has them; before the first move it is the recipe's own."""
+        self.levels = state.tensors["levels"]
+        if state.numbers["moved"]:
+            self.kernel = self._kernel(self.levels)
 
 
 def save_kernel(kernel: CalibratedSDE, path: Path) -> None:

@@ -37,16 +37,18 @@ from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
+from genalign.diffusion.transitions import Kernel
 from genalign.prompts import PromptSampler
 from genalign.runtime.determinism import deterministic, require_workspace
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import full_tensor
 from genalign.runtime.progress import SILENT, Progress
-from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
+from genalign.runtime.state import State, Stateful, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.epochs import Batches, updates_of_round
 from genalign.training.loss_scale import LossScale
+from genalign.training.noise_calibration import MovingNoise
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate
 from genalign.training.out_of_memory import PartSizes, free_memory, is_out_of_memory
 from genalign.training.round_result import RoundResult
@@ -105,7 +107,7 @@ class Trainer:
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
         self.grid = sampling.grid(pipeline)
-        self.guidance, self.kernel = sampling.guidance_scale(pipeline), recipe.kernel_on(pipeline.path)
+        self.guidance = sampling.guidance_scale(pipeline)
         if settings.deterministic:
             require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
@@ -113,8 +115,12 @@ class Trainer:
         self.sampler = Sampler(
             self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts
         )
-        self.kernel.check(self.guidance, [reward.name for reward in rewards if reward.weight])
-        recipe.steps(pipeline.path, self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
+        kernel, counted = recipe.kernel_on(pipeline.path), [reward.name for reward in rewards if reward.weight]
+        kernel.check(self.guidance, counted)
+        moving = recipe.recalibration
+        self.noise = MovingNoise(moving, kernel, self.grid, self.guidance, counted) if moving else None
+        self.stateful: dict[str, Stateful] = {"noise": self.noise} if self.noise else {}
+        self._steps(0)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         auto = settings.learning_rate == "auto"
         self.rates = RateController.of(settings.trust_region, recipe.objective) if auto else None
@@ -154,11 +160,17 @@ class Trainer:
         sums = self.learn(index, prompts, batches, scores, progress, factor)
         if self.old is not None and self.recipe.lag is not None:
             self.old.update(self.recipe.lag.decay(index))
+        noise_metrics = self.noise.after_round(index, self._steps(index), scores) if self.noise else {}
         self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
         self.rounds_done += 1
         self.samples += len(scores.scores)
         self.seconds += time.perf_counter() - start
-        return self._result(index, scores, sums, reward_metrics)
+        return self._result(index, scores, sums, reward_metrics | noise_metrics)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The stochastic sampler of the next round."""
+        return self.noise.kernel if self.noise else self.recipe.kernel_on(self.pipeline.path)
 
     def _set_rate(self, factor: float) -> None:
         """Set the learning rate to the highest, or that of the trust region, times ``factor``."""
@@ -168,10 +180,13 @@ class Trainer:
 
     def sample(self, index: int, prompts: Sequence[Prompt], progress: Progress = SILENT) -> list[SampledBatch]:
         """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
-        steps = self.recipe.steps(self.pipeline.path, self.grid, index, self.settings.seed)
+        recipe, name = replace(self.recipe, kernel=self.kernel), f"{self.settings.seed}/{index}"
         with contextlib.nullcontext() if self.old is None else self.policy.using(self.old):
-            name = f"{self.settings.seed}/{index}"
-            return list(self.sampler(self.recipe, steps, prompts, name, self.processes, progress))
+            return list(self.sampler(recipe, self._steps(index), prompts, name, self.processes, progress))
+
+    def _steps(self, index: int) -> tuple[int, ...]:
+        """Choose the steps to store and train in round ``index``."""
+        return self.recipe.steps(self.pipeline.path, self.grid, index, self.settings.seed)
 
     def gather_scores(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt]) -> RoundScores:
         """Gather the scores of all ranks' batches in the order of the round, and check them."""
@@ -407,6 +422,9 @@ class Trainer:
             tensors |= with_prefix("old.", self.old.state_dict())
         for place, reward in enumerate(self.trainable.values()):
             tensors |= with_prefix(f"reward.{place}.", reward.tensors())
+        states = {name: part.state() for name, part in self.stateful.items()}
+        for name, state in states.items():
+            tensors |= with_prefix(f"{name}.", state.tensors)
         numbers = {
             "rounds": self.rounds_done,
             "updates": self.policy.updates,
@@ -420,6 +438,7 @@ class Trainer:
             "loss_scale": vars(self.loss_scale),
             "learning_rate": self.rates.rate if self.rates else None,
             "raised_kl": list(self.kl_floors),
+            "stateful": {name: part.numbers for name, part in states.items()},
         }
         return State(tensors, numbers)
 
@@ -432,6 +451,8 @@ class Trainer:
             self.old.load_state_dict(without_prefix("old.", state.tensors))
         for place, reward in enumerate(self.trainable.values()):
             reward.load_tensors(without_prefix(f"reward.{place}.", state.tensors))
+        for name, part in self.stateful.items():
+            part.restore(State(without_prefix(f"{name}.", state.tensors), numbers["stateful"][name]))
         for least in numbers["raised_kl"]:
             self.raise_kl(least)
         self.rounds_done, self.samples, self.seconds = numbers["rounds"], numbers["samples"], numbers["seconds"]

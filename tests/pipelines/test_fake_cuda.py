@@ -184,6 +184,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "awm": lambda: recipes.awm(draws=1),
     "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
+    "with_recalibration": lambda: recipes.with_recalibration(recipes.dense_grpo(window=1)),
     "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),
 }
 OBJECTIVES = {  # a recipe of each family

@@ -76,6 +76,7 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "awm": recipes.awm,
     "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
+    "with_recalibration": lambda: recipes.with_recalibration(recipes.dense_grpo(window=1)),
 }
 
 

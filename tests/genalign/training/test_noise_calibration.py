@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import flow_grpo
-from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
+from genalign.algorithms.interfaces import RoundScores
+from genalign.algorithms.recipes import Recalibration, dense_grpo, flow_grpo, with_recalibration
+from genalign.diffusion.transitions import CPS, CalibratedSDE, DanceSDE, FlowSDE, trainable_steps
 from genalign.scoring.score import NamedReward
 from genalign.training.noise_calibration import (
     Calibration,
+    MovingNoise,
     calibrate,
     calibrated,
     initial_levels,
@@ -26,6 +28,7 @@ from genalign.training.sampler import Sampler
 from genalign.training.settings import TrainerSettings
 from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
+from tests.genalign.training.toy_runs import SAMPLING, SETTINGS, toy_trainer
 
 PROMPTS = (Prompt("a circle"), Prompt("two squares"))
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
@@ -73,6 +76,64 @@ def test_levels_move_by_the_balance_of_gains_and_losses() -> None:
 def test_without_gains_nothing_moves(tiny: SD3) -> None:
     last = _calibrated(tiny, lambda samples, _: torch.ones(len(samples)), 2)
     assert last.levels == pytest.approx(initial_levels(tiny.grid(4, SIGMAS)).tolist())
+
+
+def _stepwise(gains: Sequence[Sequence[float]]) -> RoundScores:
+    """The scores of a round by two rewards, of which the second only reports, with the ``gains`` (N, S) of the first."""
+    scores = torch.cat([torch.zeros(len(gains), 1), torch.tensor(gains).cumsum(1)], 1)
+    stepwise = torch.stack([scores, torch.randn(scores.shape)], 2)
+    return RoundScores(stepwise[:, -1], (2.0, 0.0), torch.zeros(len(gains)).long(), stepwise)
+
+
+def test_levels_move_after_every_nth_round_and_come_back_from_the_state(tiny: SD3) -> None:
+    grid = tiny.grid(4, SIGMAS)
+
+    def moving() -> MovingNoise:
+        return MovingNoise(Recalibration(every=2, step=0.25), DanceSDE(0.4), grid, 1.0, ("red",))
+
+    noise, scores = moving(), _stepwise([[1.0, 1.0], [-1.0, 2.0], [3.0, 1.0], [-2.0, 1.0]])
+    assert noise.after_round(0, (0, 2), scores) == pytest.approx({"noise_level/0": 0.4, "noise_level/2": 0.4})
+    assert noise.kernel == DanceSDE(0.4)  # not yet
+    restored = moving()
+    restored.restore(noise.state())
+    assert restored.kernel == DanceSDE(0.4)
+    assert noise.after_round(1, (0, 2), scores) == pytest.approx({"noise_level/0": 0.5, "noise_level/2": 0.3})
+    assert isinstance(noise.kernel, CalibratedSDE) and noise.kernel.levels == pytest.approx((0.5, 0.4, 0.3, 0.4))
+    restored.restore(noise.state())
+    assert restored.kernel == noise.kernel and torch.equal(restored.levels, noise.levels)
+    noise.kernel.check(1.0, ["red"])
+
+
+def test_a_level_does_not_rise_to_where_its_step_is_lost(tiny: SD3) -> None:
+    grid, first = tiny.grid(4, SIGMAS), FlowSDE(1.9)
+    noise = MovingNoise(Recalibration(step=0.9), first, grid, 1.0, ("red",))
+    trained = trainable_steps(first, grid)
+    for index in range(2):
+        noise.after_round(index, trained, _stepwise([[1.0] * len(trained), [-1.0] * len(trained)]))
+    assert trainable_steps(noise.kernel, grid) == trained
+    raised = noise.levels > noise.first
+    assert bool(raised.any()) and not bool(raised[list(trained)].all())
+
+
+def test_training_samples_with_the_moved_levels_at_no_cost(tiny: SD3) -> None:
+    recipe = dense_grpo(FlowSDE(0.9), window=2)
+    first, second = toy_trainer(tiny, with_recalibration(recipe, step=0.5)).rounds()
+    levels = [result.metrics[name] for result in (first, second) for name in result.metrics if "noise_level" in name]
+    rates = initial_levels(SAMPLING.grid(tiny), 0.9).tolist()
+    assert len(levels) == 4 and not {round(level, 9) for level in levels} <= {round(rate, 9) for rate in rates}
+    assert second.log_ratio_max == 0.0  # replayed with the kernel that sampled
+    plain, same = toy_trainer(tiny, recipe).rounds(), toy_trainer(tiny, with_recalibration(recipe, every=3)).rounds()
+    for expected, result in zip(plain, same, strict=True):
+        assert (result.loss, result.nfe, result.calls) == (expected.loss, expected.nfe, expected.calls)
+
+
+def test_a_recalibration_that_could_not_work_is_refused(tiny: SD3) -> None:
+    with pytest.raises(ValueError, match="choose a recipe with a completion, such as dense_grpo"):
+        with_recalibration(flow_grpo())
+    with pytest.raises(ValueError, match="every of 1 or more"):
+        with_recalibration(dense_grpo(), every=0)
+    with pytest.raises(ValueError, match=r"CPS\(eta=0\.8\) has no noise rate to recalibrate: choose FlowSDE"):
+        toy_trainer(tiny, with_recalibration(dense_grpo(CPS(0.8))), settings=SETTINGS)
 
 
 def test_a_kernel_comes_back_from_its_file_and_refuses_other_circumstances(tiny: SD3, tmp_path: Path) -> None:
