@@ -67,13 +67,15 @@ class Credit(Protocol):
 class UpdateBatch:
     """The samples of one update: whole groups, with their credit (B,) or (B, S) and prompt index ``group`` (B,).
 
-    ``on_policy`` says that the current weights sampled them.
+    ``on_policy`` says that the current weights sampled them. ``by_reward`` is the credit by each of K rewards alone,
+    (B, K) or (B, S, K), of a recipe that balances rewards.
     """
 
     rollout: Rollout
     credit: Tensor
     group: Tensor
     on_policy: bool
+    by_reward: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.credit)
@@ -86,7 +88,13 @@ class UpdateBatch:
 
     def select(self, rows: Tensor) -> UpdateBatch:
         """Copy the samples ``rows`` (N,)."""
-        return UpdateBatch(self.rollout.select(rows), self.credit[rows], self.group[rows], self.on_policy)
+        by_reward = None if self.by_reward is None else self.by_reward[rows]
+        return UpdateBatch(self.rollout.select(rows), self.credit[rows], self.group[rows], self.on_policy, by_reward)
+
+    def weighted(self, weights: Tensor) -> UpdateBatch:
+        """Replace the credit by the sum of the rewards' own credits, times ``weights`` (K,)."""
+        assert self.by_reward is not None, "the recipe balances rewards"
+        return replace(self, credit=(self.by_reward.double() @ weights).float())
 
     def to(self, device: torch.device) -> UpdateBatch:
         """Move the trajectories to ``device``; credit and prompt index stay on the CPU."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from genalign.algorithms.advantages import Std
+from genalign.algorithms.balance import Balance
 from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, SetContrast, VirtualBest
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
@@ -76,6 +77,28 @@ class Recalibration:
 
 
 @dataclass(frozen=True)
+class ElasticReset:
+    """Elastic Reset (arXiv 2312.07551): the policy returns to an average of its weights, and the average to the start.
+
+    Every ``every`` rounds the weights become an exponential moving average of themselves, apart from the one that is
+    evaluated and saved, and the average starts again from the first weights. The optimizer's moments stay, as in the
+    published code. That resets once in about 1.3 time constants of an average with decay 0.995; the defaults have the
+    same ratio for runs of about a hundred updates, which is our choice.
+
+    Args:
+        every: Number of rounds between two resets.
+        decay: Decay of the average, per optimizer step.
+    """
+
+    every: int = 15
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.decay < 1:
+            raise ValueError(f"an elastic reset needs every of 1 or more and a decay in [0, 1), not {self}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training method.
 
@@ -92,6 +115,8 @@ class Recipe:
         features: The feature function of the samples, for credit from set rewards; None for no features.
         lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
         recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
+        reset: When the weights return to their average; None never resets them.
+        balance: How rewards are weighted by their gradients; None weighs them as the credit does.
     """
 
     kernel: Kernel | None
@@ -103,6 +128,8 @@ class Recipe:
     features: FeatureFunction | None = None
     lag: Lag | None = None
     recalibration: Recalibration | None = None
+    reset: ElasticReset | None = None
+    balance: Balance | None = None
 
     def __post_init__(self) -> None:
         if self.recalibration and self.completion is None:
@@ -161,6 +188,33 @@ def with_recalibration(recipe: Recipe, every: int = 1, step: float = 0.05) -> Re
         step: The move of a level, as a fraction of its first value.
     """
     return replace(recipe, recalibration=Recalibration(every, step))
+
+
+def with_elastic_reset(recipe: Recipe, every: int = 15, decay: float = 0.95) -> Recipe:
+    """Reset the weights of a recipe to their average at intervals, against drift from the model that training began with.
+
+    Args:
+        recipe: The recipe.
+        every: The number of rounds between two resets.
+        decay: The decay of the average, per optimizer step.
+    """
+    return replace(recipe, reset=ElasticReset(every, decay))
+
+
+def with_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -> Recipe:
+    """Weigh the rewards of a recipe so that their gradients balance, in the form of MARBLE (arXiv 2605.06507).
+
+    Use it where a weighted sum follows one of several rewards. Of the rewards' own weights only the signs matter. The
+    step is taken with the sum of the rewards' credits times their factors, which is the published sum of their
+    gradients as long as no ratio is clipped; in between, the credits are weighted by the averaged weights.
+
+    Args:
+        recipe: The recipe, whose loss must not tie the samples of a group together.
+        every: The number of updates between two in which every reward's own gradient is computed, at the cost of as
+            many backward passes as there are rewards.
+        decay: The fraction of the averaged weights that such an update keeps.
+    """
+    return replace(recipe, balance=Balance(every, decay))
 
 
 def flow_grpo(

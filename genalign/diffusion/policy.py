@@ -256,6 +256,10 @@ class Policy:
             reshard(self.denoiser)
         self.average.update(min(self.ema_decay, (1 + self.updates) / (10 + self.updates)))
 
+    def set_weights(self, snapshot: WeightSnapshot) -> None:
+        """Copy ``snapshot`` into the weights, which are trained on from there."""
+        self._copy(snapshot.tensors)
+
     @torch.no_grad()
     def shorten_update(self, before: WeightSnapshot, fraction: float) -> None:
         """Keep a ``fraction`` of the step from the weights ``before`` to the current ones."""

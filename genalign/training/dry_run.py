@@ -122,8 +122,9 @@ def dry_run(
 ) -> DryRun:
     """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
 
-    A round of each set of trained steps is run by the real ``Trainer``; the other rounds repeat it. The sets of trained
-    steps are those of the first ``COUNTED_ROUNDS`` rounds, which the rest of a longer run repeats in their order.
+    A round of each set of trained steps is run by the real ``Trainer``, and one of each set in which a balance of rewards
+    is computed; the other rounds repeat it. The sets of trained steps are those of the first ``COUNTED_ROUNDS`` rounds,
+    which the rest of a longer run repeats in their order.
 
     Args:
         toy: The pipeline to run on.
@@ -142,33 +143,38 @@ def dry_run(
 
     rewards = [replace(r, function=positive, weight=float(r.weight != 0)) for r in rewards]
     recipe = without_networks(recipe)
-    one_round = replace(settings, rounds=1, warmup_rounds=0, max_nfe=None, optimizer="adamw")
+    one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(toy.steps), guidance=guidance)
 
-    order: list[tuple[int, ...]] = []
-    rounds: dict[tuple[int, ...], tuple[Ledger, int]] = {}
+    updates = settings.fit(prompts, recipe.objective.unit).updates_per_round * settings.epochs
+    order: list[tuple[tuple[int, ...], int]] = []
+    rounds: dict[tuple[tuple[int, ...], int], tuple[Ledger, int]] = {}
     total = Counter[str]()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # about how the toy learns
     try:
         while len(order) < COUNTED_ROUNDS and settings.progress(len(order), total["nfe"]) < 1:
-            order.append(steps := recipe.steps(toy.path, toy.steps, len(order), settings.seed))
-            if steps not in rounds:
+            index, steps = len(order), recipe.steps(toy.path, toy.steps, len(order), settings.seed)
+            solved = recipe.balance.times(index * updates, updates) if recipe.balance else 0
+            order.append(kind := (steps, solved))
+            if kind not in rounds:
                 fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.copy(toy)
                 pipeline.denoiser = copy.deepcopy(toy.denoiser)  # ``level`` may be a method of a whole pipeline
                 trainer = Trainer(
                     pipeline, Policy(pipeline.denoiser, None), rewards, prompts, fixed, one_round, sampling
                 )
+                trainer.rounds_done = index
                 next(trainer.rounds())
                 calls = trainer.ledger.copy()
                 batch = next(trainer.sampler(fixed, steps, next(trainer.prompts.rounds()), "stored"))
                 stored = sum(tensor.numel() for tensor in batch.rollout.tensors().values())
-                rounds[steps] = calls, stored // len(batch.scores)
-            total.update(rounds[steps][0].counts)
+                rounds[kind] = calls, stored // len(batch.scores)
+            total.update(rounds[kind][0].counts)
     finally:
         logging.disable(disabled)
-    count, total = _repeat([rounds[steps][0] for steps in order], settings.fit(prompts, recipe.objective.unit))
-    return DryRun(count, tuple(rounds), rounds[order[0]][0], Ledger(total), max(n for _, n in rounds.values()))
+    count, total = _repeat([rounds[kind][0] for kind in order], settings.fit(prompts, recipe.objective.unit))
+    windows = tuple(dict.fromkeys(steps for steps, _ in rounds))
+    return DryRun(count, windows, rounds[order[0]][0], Ledger(total), max(n for _, n in rounds.values()))
 
 
 def _repeat(first: Sequence[Ledger], settings: FittedSettings) -> tuple[int, Counter[str]]:

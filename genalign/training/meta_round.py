@@ -106,7 +106,7 @@ class MemoryCounter:
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
         self.calls = _Calls(outline.pipeline, self.memory)
         self.calls.share_decoding()
-        self.recipe, self.sampling = without_networks(recipe), sampling
+        self.recipe, self.sampling = replace(without_networks(recipe), balance=None), sampling
         self.rewards = [replace(reward, function=_random_scores) for reward in rewards]
 
     @contextmanager

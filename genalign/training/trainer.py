@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -34,6 +34,7 @@ from genalign.algorithms.interfaces import (
     with_stronger_kl,
 )
 from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
@@ -46,6 +47,8 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, Stateful, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
+from genalign.training.balancing import RewardBalance
+from genalign.training.elastic_reset import ResetWeights
 from genalign.training.epochs import Batches, updates_of_round
 from genalign.training.loss_scale import LossScale
 from genalign.training.noise_calibration import MovingNoise
@@ -103,6 +106,11 @@ class Trainer:
             raise ValueError(
                 "training.epochs above 1 gives ranks unequal parts of an update, which FSDP does not allow: set it to 1"
             )
+        if policy.sharded and recipe.redraw:
+            raise ValueError(
+                "drawing other samples in place of groups without spread gives ranks unequal work, which FSDP does not"
+                " allow: leave with_further_prompts or with_more_samples out"
+            )
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
@@ -119,7 +127,10 @@ class Trainer:
         kernel.check(self.guidance, counted)
         moving = recipe.recalibration
         self.noise = MovingNoise(moving, kernel, self.grid, self.guidance, counted) if moving else None
-        self.stateful: dict[str, Stateful] = {"noise": self.noise} if self.noise else {}
+        self.reset = ResetWeights(recipe.reset, policy) if recipe.reset else None
+        self.balance = RewardBalance(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
+        parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
+        self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
         self._steps(0)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         auto = settings.learning_rate == "auto"
@@ -155,17 +166,25 @@ class Trainer:
         start, billed = time.perf_counter(), self.ledger.copy()
         factor = self.settings.rate_factor(index, self.ledger.nfe)
         batches = self.sample(index, prompts, progress)
-        scores = self.gather_scores(batches, prompts)
-        reward_metrics = self._update_rewards(batches, prompts)
+        drawn = self.gather_scores(batches, prompts)
+        prompts, batches, scores, further = self._redrawn(index, prompts, batches, drawn, progress)
+        silent_share = zero_std_share(scores.combined, scores.group)
+        self._watch(drawn, silent_share == 1.0)
+        reward_metrics = self._update_rewards(batches, prompts, scores.group)
         sums = self.learn(index, prompts, batches, scores, progress, factor)
         if self.old is not None and self.recipe.lag is not None:
             self.old.update(self.recipe.lag.decay(index))
+        if self.reset:
+            self.reset.after_round(index, self.old)
         noise_metrics = self.noise.after_round(index, self._steps(index), scores) if self.noise else {}
         self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
         self.rounds_done += 1
-        self.samples += len(scores.scores)
+        self.samples += len(scores.scores) + further
         self.seconds += time.perf_counter() - start
-        return self._result(index, scores, sums, reward_metrics | noise_metrics)
+        metrics = reward_metrics | noise_metrics | (self.balance.metrics() if self.balance else {})
+        if self.recipe.redraw:
+            metrics |= {"redrawn_samples": float(further), "trained_zero_std_share": silent_share}
+        return self._result(index, drawn, sums, metrics)
 
     @property
     def kernel(self) -> Kernel:
@@ -178,41 +197,87 @@ class Trainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = highest * factor
 
-    def sample(self, index: int, prompts: Sequence[Prompt], progress: Progress = SILENT) -> list[SampledBatch]:
-        """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
+    def sample(
+        self,
+        index: int,
+        prompts: Sequence[Prompt],
+        progress: Progress = SILENT,
+        members: Sequence[Member | None] | None = None,
+    ) -> list[SampledBatch]:
+        """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one.
+
+        Only some ``members`` are drawn if they are given, see ``Sampler``.
+        """
         recipe, name = replace(self.recipe, kernel=self.kernel), f"{self.settings.seed}/{index}"
+        arguments = (recipe, self._steps(index), prompts, name, self.processes, progress)
         with contextlib.nullcontext() if self.old is None else self.policy.using(self.old):
-            return list(self.sampler(recipe, self._steps(index), prompts, name, self.processes, progress))
+            return list(self.sampler(*arguments) if members is None else self.sampler(*arguments, members))
 
     def _steps(self, index: int) -> tuple[int, ...]:
         """Choose the steps to store and train in round ``index``."""
         return self.recipe.steps(self.pipeline.path, self.grid, index, self.settings.seed)
 
     def gather_scores(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt]) -> RoundScores:
-        """Gather the scores of all ranks' batches in the order of the round, and check them."""
+        """Gather the scores of all ranks' batches of whole groups in the order of the round."""
+        return self._gathered(batches, prompts, torch.arange(len(prompts)).repeat_interleave(self.settings.group_size))
+
+    def _gathered(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt], group: Tensor) -> RoundScores:
+        """Gather the scores of all ranks' batches, whose samples have the prompt indices ``group`` (B,)."""
         gathered: dict[str, Tensor] = {}
         for name in ("scores", "stepwise", "features"):
             tensors = [tensor for batch in batches if (tensor := getattr(batch, name)) is not None]
             if tensors:
                 gathered[name] = self.processes.interleaved(tensors, self.batch_sizes)
-        group = torch.arange(len(prompts)).repeat_interleave(self.settings.group_size)
         tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
         task = torch.tensor([tasks.index(prompt.task) for prompt in prompts])[group]
         weights = tuple(reward.weight for reward in self.rewards)
-        scores = RoundScores(weights=weights, group=group, task=task, **gathered)
+        return RoundScores(weights=weights, group=group, task=task, **gathered)
+
+    def _watch(self, scores: RoundScores, silent: bool) -> None:
+        """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""
         if self.samples == 0:
             self.monitor.compare(self.rewards, scores.scores)
-        self.monitor.see(scores.scores, zero_std_share(scores.combined, scores.group) == 1.0)
-        return scores
+        self.monitor.see(scores.scores, silent)
 
-    def _update_rewards(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt]) -> dict[str, float]:
+    def _redrawn(
+        self,
+        index: int,
+        prompts: Sequence[Prompt],
+        batches: list[SampledBatch],
+        scores: RoundScores,
+        progress: Progress,
+    ) -> tuple[Sequence[Prompt], list[SampledBatch], RoundScores, int]:
+        """Draw other samples in place of groups without spread, if the recipe says so.
+
+        Every rank draws those of its own batches. Returns the prompts, batches and scores to train, and the number of
+        samples that were drawn beyond the round's.
+        """
+        rule, drawn = self.recipe.redraw, 0
+        if rule is None:
+            return prompts, batches, scores, drawn
+        first, limit, other = len(prompts), int(rule.extra * len(scores.scores)), self.prompts.further(index, prompts)
+        while redraw := rule(prompts, scores, other[len(prompts) - first :], limit - drawn):
+            prompts, rows = redraw.prompts, torch.split(redraw.rows, list(self.batch_sizes))
+            sampled = iter(self.sample(index, prompts, progress, redraw.members))
+            own = [rows[n].nonzero()[:, 0] for n in self.processes.indices(len(rows)) if self.batch_sizes[n]]
+            batches = [
+                batch.with_rows(replaced, next(sampled)) if len(replaced) else batch
+                for replaced, batch in zip(own, batches, strict=True)
+            ]
+            scores = self._gathered(batches, prompts, redraw.group(scores.group))
+            drawn += int(redraw.rows.sum())
+        return prompts, batches, scores, drawn
+
+    def _update_rewards(
+        self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt], group: Tensor
+    ) -> dict[str, float]:
         """Train the trainable rewards, each rank on its own samples; return their metrics as ``reward/metric``."""
         if not self.trainable:
             return {}
         samples = torch.cat([batch.samples for batch in batches if batch.samples is not None])
         batched = torch.split(torch.arange(sum(self.batch_sizes)), list(self.batch_sizes))  # the round's rows
         rows = torch.cat([batched[number] for number in self.processes.indices(len(batched))]).tolist()
-        repeated = [prompt for prompt in prompts for _ in range(self.settings.group_size)]
+        repeated = [prompts[place] for place in group.tolist()]
         return {
             f"{name}/{metric}": value
             for name, reward in self.trainable.items()
@@ -240,11 +305,15 @@ class Trainer:
         """
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         context = UpdateContext(self.pipeline, self.policy, self.grid, self.kernel, self.guidance, self.old, sums)
-        credits = torch.split(self.recipe.credit(scores), list(self.batch_sizes))
-        groups = torch.split(scores.group, list(self.batch_sizes))
+        sizes, balance = list(self.batch_sizes), self.balance
+        by_reward = balance.credits(self.recipe.credit, scores) if balance else None
+        credit = self.recipe.credit(scores) if by_reward is None else by_reward.sum(-1)  # weighted in every update
+        credits = torch.split(credit, sizes)
+        alone = [None] * len(sizes) if by_reward is None else torch.split(by_reward, sizes)
+        groups = torch.split(scores.group, sizes)
         numbers = [n for n in self.processes.indices(len(credits)) if self.batch_sizes[n]]  # of this rank's batches
         own = {
-            number: UpdateBatch(batch.rollout, credits[number], groups[number], on_policy=False)
+            number: UpdateBatch(batch.rollout, credits[number], groups[number], False, alone[number])
             for number, batch in zip(numbers, sampled, strict=True)
         }
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
@@ -255,6 +324,8 @@ class Trainer:
             for update, batches in enumerate(parts):
                 if update == 0 and self.old is None:
                     batches = {number: replace(batch, on_policy=True) for number, batch in batches.items()}
+                if balance:
+                    batches = self._balanced(context, index, update, batches, balance)
                 self._set_rate(rate_factor)
                 self._update(context, index, update, prompts, batches, limit)
                 advance()
@@ -319,10 +390,9 @@ class Trainer:
         """
         sums = context.metrics
         before = sums.snapshot()
-        updates = self.settings.updates_per_round
-        epoch = [update // updates] if update >= updates else []  # which the first pass does not name
-        seeds = [derived_seed(self.settings.seed, index, "l", number, *epoch) for number in batches]
-        counts = self._accumulate(context, list(batches.values()), seeds)
+        updates, seeds = self.settings.updates_per_round, self._seeds(index, update, batches)
+        counts = self._counts(batches.values())
+        self._accumulate(context, list(batches.values()), seeds, TermScales.of_means(counts, self.loss_scale.value))
         self.policy.sum_gradients()
         self.loss_scale.unscale(self.policy.parameters)
         norm = full_tensor(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
@@ -340,6 +410,8 @@ class Trainer:
                 if limit and weights:
                     limit.shorten(self.policy, weights, (update + 1) / (self.settings.epochs * updates))
                 self.policy.update_average()
+                if self.reset:
+                    self.reset.after_update()
         else:
             sums.rollback(before)
             sums.skipped += 1
@@ -347,21 +419,52 @@ class Trainer:
             self.nonfinite.skip(skipped)
         self.optimizer.zero_grad()
 
-    def _accumulate(self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int]) -> TermCounts:
-        """Accumulate this rank's part of the gradient of an update's means; return the counts of all ranks.
+    def _balanced(
+        self, context: UpdateContext, index: int, update: int, batches: Batches, balance: RewardBalance
+    ) -> Batches:
+        """Weigh the credits of the rewards in the batches of an update, by their own gradients if that is due."""
+        weights, sums = balance.weights, context.metrics
+        if balance.settings.times(index * self.settings.epochs * self.settings.updates_per_round + update, 1):
+            seeds, before, gradients = self._seeds(index, update, batches), sums.snapshot(), []
+            ones = torch.eye(len(weights), dtype=torch.float64)
+
+            # The losses are scaled by the number of terms with credit by any reward, without the distances
+            credited = [replace(batch, by_reward=cast(Tensor, batch.by_reward).abs()) for batch in batches.values()]
+            counts = self._counts(batch.weighted(ones.sum(0)) for batch in credited)
+            scales = replace(TermScales.of_means(counts, self.loss_scale.value), distances=0.0)
+            for one in ones:
+                self._accumulate(context, [batch.weighted(one) for batch in batches.values()], seeds, scales)
+                self.policy.sum_gradients()
+                gradients.append(balance.gradients())
+            sums.rollback(before)
+            weights = balance.solve(gradients)
+        return {number: batch.weighted(weights) for number, batch in batches.items()}
+
+    def _seeds(self, index: int, update: int, batches: Batches) -> list[int]:
+        """Derive the seeds of the losses of an update's batches."""
+        updates = self.settings.updates_per_round
+        epoch = [update // updates] if update >= updates else []  # which the first pass does not name
+        return [derived_seed(self.settings.seed, index, "l", number, *epoch) for number in batches]
+
+    def _counts(self, batches: Iterable[UpdateBatch]) -> TermCounts:
+        """Count the terms of an update's two means, over all ranks."""
+        own = sum((self.recipe.objective.terms(batch) for batch in batches), TermCounts(0, 0))
+        return sum((TermCounts(**part) for part in self.processes.all_gather_object(vars(own))), TermCounts(0, 0))
+
+    def _accumulate(
+        self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int], scales: TermScales
+    ) -> None:
+        """Accumulate this rank's part of the gradient of an update's means.
 
         If memory runs out and ``on_out_of_memory`` is "halve", start again with a smaller micro-batch.
         """
         objective, before = self.recipe.objective, context.metrics.snapshot()
-        own = sum((objective.terms(batch) for batch in batches), TermCounts(0, 0))
-        counts = sum((TermCounts(**part) for part in self.processes.all_gather_object(vars(own))), TermCounts(0, 0))
-        scales = TermScales.of_means(counts, self.loss_scale.value)
         while True:
             try:
                 for batch, seed in zip(batches, seeds, strict=True):
                     for part in batch.split(self.micro_batch):
                         objective.backward(context, part.to(self.policy.device), scales, seed)
-                return counts
+                return
             except RuntimeError as error:
                 smaller = half_micro_batch(self.micro_batch, objective.unit, self.settings.group_size)
                 if self.settings.on_out_of_memory == "stop" or smaller is None or not is_out_of_memory(error):

@@ -123,7 +123,7 @@ class Model:
 
     def train(self, recipe: Recipe, settings: TrainerSettings = SETTINGS, reward: Any = sharpness) -> Round:
         with self.cuda as cuda:
-            rewards = [NamedReward("reward", reward)]
+            rewards = [NamedReward("reward", reward), *([NamedReward("again", reward)] if recipe.balance else [])]
             trainer = Trainer(self.pipeline, self.policy, rewards, PROMPTS, recipe, settings, STEPS)
             cuda.reset_peak()
             sample, peaks = trainer.sample, []
@@ -184,7 +184,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "awm": lambda: recipes.awm(draws=1),
     "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
+    "with_balance": lambda: recipes.with_balance(recipes.flow_grpo(window=1)),
+    "with_further_prompts": lambda: recipes.with_further_prompts(recipes.flow_grpo(window=1)),
+    "with_more_samples": lambda: recipes.with_more_samples(recipes.flow_grpo(window=1)),
     "with_recalibration": lambda: recipes.with_recalibration(recipes.dense_grpo(window=1)),
+    "with_elastic_reset": lambda: recipes.with_elastic_reset(recipes.flow_grpo(window=1), every=1),
     "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),
 }
 OBJECTIVES = {  # a recipe of each family

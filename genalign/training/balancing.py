@@ -1,0 +1,100 @@
+"""Gradients of several rewards in balance during training, see ``genalign.algorithms.balance``.
+
+B samples, S stored steps, K rewards of non-zero weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from genalign.algorithms.balance import MOST_REWARDS, Balance, Direction
+from genalign.algorithms.interfaces import Credit, Objective, RoundScores
+from genalign.diffusion.policy import Policy
+from genalign.runtime.state import State
+from genalign.scoring.score import NamedReward
+
+
+class RewardBalance:
+    """The weights of a run's rewards, which balance their gradients; the same on all ranks.
+
+    Args:
+        settings: When the weights are computed, and how they are averaged.
+        rewards: The rewards of the run. Of their weights only the signs, and whether they are 0, matter.
+        objective: The objective.
+        policy: The policy.
+
+    Raises:
+        ValueError: There are too few or too many rewards, the objective compares samples by the order of their credit,
+            or the network is sharded.
+    """
+
+    def __init__(
+        self, settings: Balance, rewards: Sequence[NamedReward], objective: Objective, policy: Policy
+    ) -> None:
+        self.settings, self.policy = settings, policy
+        self.columns = [place for place, reward in enumerate(rewards) if reward.weight]
+        self.names = [rewards[place].name for place in self.columns]
+        self.signs = [math.copysign(1.0, rewards[place].weight) for place in self.columns]
+        count = len(self.columns)
+        if not 2 <= count <= MOST_REWARDS:
+            raise ValueError(f"a balance of rewards needs 2 to {MOST_REWARDS} of non-zero weight, not {count}")
+        if objective.unit != "sample":
+            raise ValueError(
+                f"a balance of rewards adds up their credits, which this recipe's loss on a whole {objective.unit}"
+                " does not allow: choose a recipe such as flow_grpo, nft or awm"
+            )
+        if policy.sharded:
+            raise ValueError("a balance of rewards needs whole gradients on every rank: train without FSDP")
+        self.weights = torch.full((count,), 1 / count, dtype=torch.float64)
+        self.least_cosine: float | None = None
+
+    def credits(self, credit: Credit, scores: RoundScores) -> Tensor:
+        """Compute the credit by each reward alone, (B, K) or (B, S, K)."""
+        alone = []
+        for column, sign in zip(self.columns, self.signs, strict=True):
+            stepwise = None if scores.stepwise is None else scores.stepwise[..., [column]]
+            one = replace(scores, scores=scores.scores[:, [column]], weights=(sign,), stepwise=stepwise)
+            alone.append(credit(one))
+        return torch.stack(alone, -1)
+
+    def gradients(self) -> list[Tensor]:
+        """Take the policy's gradients, summed over ranks, and clear them; 0 where there are none."""
+        own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.policy.parameters]
+        for parameter in self.policy.parameters:
+            parameter.grad = None
+        return [gradient.detach() for gradient in own]
+
+    def solve(self, gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Move the averaged weights by the gradients of K rewards; return the factors (K,) of their credits in a step.
+
+        Without finite gradients that differ from 0 the weights stay, and are the factors.
+        """
+        gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+        for tensors in zip(*gradients, strict=True):
+            rows = torch.stack([tensor.flatten() for tensor in tensors]).double()
+            gram += (rows @ rows.T).cpu()
+        direction = Direction.of(gram)
+        if direction is None:
+            return self.weights
+        decay = self.settings.decay
+        self.weights = decay * self.weights + (1 - decay) * direction.weights
+        self.least_cosine = direction.least_cosine
+        return direction.factors
+
+    def metrics(self) -> dict[str, float]:
+        """Return the averaged weights, and the least cosine of a gradient with the latest direction, for the log."""
+        weights = {f"balance/{name}": weight for name, weight in zip(self.names, self.weights.tolist(), strict=True)}
+        return weights if self.least_cosine is None else weights | {"balance/least_cosine": self.least_cosine}
+
+    def state(self) -> State:
+        """Return the averaged weights (K,), and the latest cosine."""
+        return State({"weights": self.weights}, {"least_cosine": self.least_cosine})
+
+    def restore(self, state: State) -> None:
+        """Restore the averaged weights."""
+        self.weights, self.least_cosine = state.tensors["weights"], state.numbers["least_cosine"]

@@ -1,0 +1,107 @@
+"""Training with balanced rewards on the tiny pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.algorithms.balance import Balance
+from genalign.algorithms.credit import GroupRelative
+from genalign.algorithms.interfaces import RoundScores
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, with_balance
+from genalign.diffusion.policy import Lora, Policy
+from genalign.scoring.score import NamedReward
+from genalign.training.balancing import RewardBalance
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
+from genalign.types import Prompt
+from pipelines import SD3
+from tests.genalign.training.toy_runs import PROMPTS, SAMPLING, SETTINGS, redness, weights
+
+ONE_UPDATE = replace(SETTINGS, updates_per_round=1, batch_size=8)
+
+
+def greenness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 1].flatten(1).mean(1)
+
+
+def _trainer(
+    tiny: SD3, recipe: Recipe, settings: TrainerSettings = ONE_UPDATE, rewards: Sequence[NamedReward] | None = None
+) -> Trainer:
+    rewards = rewards or [NamedReward("red", redness, 100.0), NamedReward("green", greenness, 0.01)]
+    return Trainer(tiny, Policy(tiny.denoiser, Lora(rank=4, alpha=8)), rewards, PROMPTS, recipe, settings, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "recipe", [flow_grpo(window=2), dense_grpo(window=2), nft()], ids=["flow_grpo", "dense_grpo", "nft"]
+)
+def test_rewards_of_any_scale_get_weights_and_few_more_backward_passes(tiny: SD3, recipe: Recipe) -> None:
+    first, second = _trainer(tiny, with_balance(recipe, every=2, decay=0.5)).rounds()
+    for result in (first, second):
+        shares = [result.metrics[f"balance/{name}"] for name in ("red", "green")]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0
+        assert -1 <= result.metrics["balance/least_cosine"] <= 1
+    before = second.calls["nfe backward"] - first.calls["nfe backward"]
+    assert first.calls["nfe backward"] == 3 * before  # a pass for each of two rewards, and the update's own
+
+
+def test_the_step_is_the_balanced_sum_of_the_rewards_own_gradients(tiny: SD3) -> None:
+    trainer = _trainer(tiny, with_balance(flow_grpo(window=2, shared_noise=False)), replace(ONE_UPDATE, max_grad_norm=1e9))
+    own: list[list[list[Tensor]]] = []
+    steps: list[list[Tensor]] = []
+    balance = trainer.balance
+    assert balance is not None
+    solve = balance.solve
+
+    def recorded(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+        own.append([[tensor.clone() for tensor in tensors] for tensors in gradients])
+        return solve(gradients)
+
+    balance.solve = recorded  # type: ignore[method-assign]
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: steps.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in trainer.policy.parameters])
+    )
+    next(trainer.rounds())
+    (gradients,), (step,) = own, steps
+    flat = torch.stack([torch.cat([tensor.flatten() for tensor in one]) for one in gradients]).double()
+    unit = flat / flat.norm(dim=1, keepdim=True)
+    expected = unit.mean(0) * flat.norm(dim=1).mean()  # two unit gradients share equally
+    found = torch.cat([tensor.flatten() for tensor in step]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_reward_of_weight_zero_and_scales_change_nothing(tiny_folder: Path) -> None:
+    recipe, ends = with_balance(flow_grpo(window=1)), []
+    for scale, reported in ((1.0, []), (7.0, [NamedReward("blue", lambda samples, _: samples[:, 2].flatten(1).mean(1), 0.0)])):
+        rewards = [NamedReward("red", redness, scale), *reported, NamedReward("green", greenness, 2 * scale)]
+        trainer = _trainer(SD3.load(tiny_folder), recipe, rewards=rewards)
+        next(trainer.rounds())
+        ends.append(weights(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_each_reward_alone_is_credited_with_its_sign() -> None:
+    rewards = [NamedReward("a", redness, 3.0), NamedReward("b", redness, 0.0), NamedReward("c", redness, -2.0)]
+    policy = SimpleNamespace(sharded=False, parameters=[])
+    balance = RewardBalance(Balance(), rewards, flow_grpo().objective, policy)  # type: ignore[arg-type]
+    scores = torch.tensor([[1.0, 9.0, 1.0], [2.0, 9.0, 2.0], [4.0, 9.0, 4.0]])
+    credit = balance.credits(GroupRelative(), RoundScores(scores, (3.0, 0.0, -2.0), torch.zeros(3).long()))
+    torch.testing.assert_close(credit[:, 0], -credit[:, 1])
+    assert credit.shape == (3, 2) and float(credit[2, 0]) > 0
+
+
+def test_recipes_and_rewards_that_cannot_be_balanced_are_named(tiny: SD3) -> None:
+    with pytest.raises(ValueError, match="needs 2 to 8 of non-zero weight, not 1"):
+        _trainer(tiny, with_balance(flow_grpo()), rewards=[NamedReward("red", redness)])
+    with pytest.raises(ValueError, match="loss on a whole group does not allow: choose a recipe such as flow_grpo"):
+        _trainer(tiny, with_balance(dragon()))
+    policy = SimpleNamespace(sharded=True)
+    rewards = [NamedReward("a", redness), NamedReward("b", redness)]
+    with pytest.raises(ValueError, match="train without FSDP"):
+        RewardBalance(Balance(), rewards, flow_grpo().objective, policy)  # type: ignore[arg-type]
