@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import turning_point as turning_point
     from genalign.algorithms.recipes import vgpo as vgpo
-    from genalign.algorithms.recipes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipes import with_balance as with_balance
+    from genalign.algorithms.recipes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipes import with_credit as with_credit
     from genalign.algorithms.recipes import with_elastic_reset as with_elastic_reset
     from genalign.algorithms.recipes import with_further_prompts as with_further_prompts

@@ -79,3 +79,17 @@ class PromptSampler:
                 prompt = next(stream)
                 distinct.setdefault(prompt.text, prompt)
             yield tuple(distinct.values())
+
+    def further(self, index: int, prompts: Collection[Prompt]) -> list[Prompt]:
+        """List the other prompts of the set for the round ``index``, each text once, in an order of this round.
+
+        The tasks take turns. It does not depend on what other rounds have taken, nor change their order.
+
+        Args:
+            index: The round.
+            prompts: The prompts that the round has.
+        """
+        taken = {prompt.text for prompt in prompts}
+        seed = hashlib.sha256(f"{self.seed}/{index}/further".encode()).digest()[:8]
+        order = drawn_in_turn(self.prompts, len(self.prompts), int.from_bytes(seed))
+        return list({prompt.text: prompt for prompt in order if prompt.text not in taken}.values())

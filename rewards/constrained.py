@@ -59,7 +59,7 @@ class Constrained:
             raise ValueError("there are no rewards to constrain: give at least one")
         for name in rewards:
             if name not in limits:
-                raise ValueError(f"reward {name!r} has no limit: give limits.{name}, the score beyond which it loses weight")
+                raise ValueError(f"reward {name!r} has no limit: give limits.{name}, from which on it loses weight")
         if unknown := limits.keys() - rewards.keys():
             raise ValueError(f"limits of {', '.join(sorted(unknown))} belong to no reward: name them as rewards, too")
         if not learning_rate > 0 or batch_size < 1:

@@ -369,6 +369,15 @@ def zero_std_share(scores: Tensor, group: Tensor) -> float:
     return 1.0 - float(_group_statistics(scores, group, ddof=0).live.double().mean())
 
 
+def group_spread(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the prompt indices (P,) of the groups, ascending, and the standard deviations (P,) of their scores.
+
+    These are float64, and exactly 0 for a group that gives no gradient: without spread, or with fewer than two scores.
+    """
+    groups = _group_statistics(scores, group, ddof=0)
+    return torch.unique(group), torch.where(groups.live, groups.std, 0.0)
+
+
 @dataclass(frozen=True)
 class _GroupStatistics:
     """Statistics (P,) of the groups, ``live`` where a group has spread; ``index`` (B,) maps samples to groups."""

@@ -37,7 +37,7 @@ class Balance:
             raise ValueError(f"a balance needs every of 1 or more and a decay in [0, 1), not {self}")
 
     def times(self, first: int, count: int) -> int:
-        """Return how often every reward's own gradient is computed in ``count`` updates from the update ``first`` on."""
+        """Return in how many of ``count`` updates from ``first`` on every reward's own gradient is computed."""
         return -(-(first + count) // self.every) - -(-first // self.every)
 
 

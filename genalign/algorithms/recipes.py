@@ -19,6 +19,7 @@ from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
 from genalign.algorithms.preference_pairs import Criterion
+from genalign.algorithms.redraws import FurtherPrompts, MoreSamples, RedrawRule
 from genalign.algorithms.step_credit import Reduction, RewardGain, TurningPoint, ValueAnchored
 from genalign.algorithms.step_schedules import AllSteps, NoSteps, Pace, RandomWindow, SlidingWindow, StepSchedule
 from genalign.algorithms.trajectory import (
@@ -117,6 +118,7 @@ class Recipe:
         recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
         reset: When the weights return to their average; None never resets them.
         balance: How rewards are weighted by their gradients; None weighs them as the credit does.
+        redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
     """
 
     kernel: Kernel | None
@@ -130,12 +132,18 @@ class Recipe:
     recalibration: Recalibration | None = None
     reset: ElasticReset | None = None
     balance: Balance | None = None
+    redraw: RedrawRule | None = None
 
     def __post_init__(self) -> None:
         if self.recalibration and self.completion is None:
             raise ValueError(
                 "a recalibration of the noise levels needs scores of every stored state: choose a recipe with a"
                 " completion, such as dense_grpo"
+            )
+        if self.redraw and not self.redraw.whole_groups and self.objective.unit != "sample":
+            raise ValueError(
+                f"the loss of this recipe ties a whole {self.objective.unit} together, which unequal groups do not"
+                " allow: choose with_further_prompts, or a recipe such as flow_grpo"
             )
 
     def kernel_on(self, path: Path) -> Kernel:
@@ -191,7 +199,7 @@ def with_recalibration(recipe: Recipe, every: int = 1, step: float = 0.05) -> Re
 
 
 def with_elastic_reset(recipe: Recipe, every: int = 15, decay: float = 0.95) -> Recipe:
-    """Reset the weights of a recipe to their average at intervals, against drift from the model that training began with.
+    """Reset the weights to their average at intervals, against drift from the model that training began with.
 
     Args:
         recipe: The recipe.
@@ -215,6 +223,32 @@ def with_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -> Recipe:
         decay: The fraction of the averaged weights that such an update keeps.
     """
     return replace(recipe, balance=Balance(every, decay))
+
+
+def with_further_prompts(recipe: Recipe, extra: float = 1.0) -> Recipe:
+    """Replace groups without spread by further prompts in the same round (DAPO, arXiv 2503.14476, section 3.2).
+
+    Use it where many groups get equal scores, such as with rewards that are right or wrong. What is dropped is billed,
+    too; rewards in the log are those of the prompts that were drawn first.
+
+    Args:
+        recipe: The recipe.
+        extra: The most further samples of a round, as a multiple of its own.
+    """
+    return replace(recipe, redraw=FurtherPrompts(extra))
+
+
+def with_more_samples(recipe: Recipe, extra: float = 1.0) -> Recipe:
+    """Replace groups without spread by more samples of the others, most where scores vary most.
+
+    After the idea of Knapsack RL, see ``redraws.MoreSamples``. Groups become unequal. Use it where further prompts are
+    as silent as the first, or the prompt set is small.
+
+    Args:
+        recipe: The recipe, whose loss must not tie the samples of a group together.
+        extra: The most further samples of a round, as a multiple of its own.
+    """
+    return replace(recipe, redraw=MoreSamples(extra))
 
 
 def flow_grpo(

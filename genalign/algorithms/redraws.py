@@ -144,13 +144,14 @@ def allocation(std: Tensor, counts: Tensor, extra: int) -> Tensor:
         extra: The number of samples to divide.
     """
     added = torch.zeros_like(counts)
-    gains = [(-float(s) ** 2 / (n * (n + 1)), place) for place, (s, n) in enumerate(zip(std, counts.tolist(), strict=True))]
+    pairs = zip(std.tolist(), counts.tolist(), strict=True)
+    gains = [(-(s**2) / (n * (n + 1)), place) for place, (s, n) in enumerate(pairs)]
     heapq.heapify(gains)
     for _ in range(extra):
         _, place = gains[0]
         added[place] += 1
         n = int(counts[place] + added[place])
-        heapq.heapreplace(gains, (-float(std[place]) ** 2 / (n * (n + 1)), place))
+        heapq.heapreplace(gains, (-(float(std[place]) ** 2) / (n * (n + 1)), place))
     return added
 
 

@@ -60,6 +60,14 @@ class RolloutInputs:
         seeds = [tuple(seeds[row] for row in rows.tolist()) for seeds in (self.noise_seeds, self.step_seeds)]
         return RolloutInputs(self.conditioning, self.prompt[rows], *seeds)
 
+    def with_rows(self, rows: Tensor, other: RolloutInputs) -> RolloutInputs:
+        """Replace the samples ``rows`` (N,) by those of ``other``, whose conditioning begins with that of this one."""
+        noise, step = dict(enumerate(self.noise_seeds)), dict(enumerate(self.step_seeds))
+        noise |= dict(zip(rows.tolist(), other.noise_seeds, strict=True))
+        step |= dict(zip(rows.tolist(), other.step_seeds, strict=True))
+        prompt = self.prompt.index_copy(0, rows, other.prompt)
+        return RolloutInputs(other.conditioning, prompt, tuple(noise.values()), tuple(step.values()))
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -121,6 +129,12 @@ class Rollout:
         """Copy the samples ``rows`` (N,)."""
         selected = self._map(lambda tensor: tensor[rows.to(tensor.device, non_blocking=True)])
         return replace(selected, inputs=self.inputs.select(rows))
+
+    def with_rows(self, rows: Tensor, other: Rollout) -> Rollout:
+        """Replace the samples ``rows`` (N,) by those of ``other``, as in ``RolloutInputs.with_rows``."""
+        drawn = other.tensors()
+        merged = [tensor.index_copy(0, rows.to(tensor.device), drawn[name]) for name, tensor in self.tensors().items()]
+        return Rollout(self.inputs.with_rows(rows, other.inputs), self.steps, *merged)
 
     def zero_rows(self, rows: Tensor) -> Rollout:
         """Zero the tensors of the samples ``rows`` (B,) bool: NaN times a credit of 0 would be a gradient of NaN."""

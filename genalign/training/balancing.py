@@ -33,9 +33,7 @@ class RewardBalance:
             or the network is sharded.
     """
 
-    def __init__(
-        self, settings: Balance, rewards: Sequence[NamedReward], objective: Objective, policy: Policy
-    ) -> None:
+    def __init__(self, settings: Balance, rewards: Sequence[NamedReward], objective: Objective, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
         self.columns = [place for place, reward in enumerate(rewards) if reward.weight]
         self.names = [rewards[place].name for place in self.columns]

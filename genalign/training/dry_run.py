@@ -122,8 +122,8 @@ def dry_run(
 ) -> DryRun:
     """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
 
-    A round of each set of trained steps is run by the real ``Trainer``, and one of each set in which a balance of rewards
-    is computed; the other rounds repeat it. The sets of trained steps are those of the first ``COUNTED_ROUNDS`` rounds,
+    A round of each set of trained steps is run by the real ``Trainer``, with and without the gradients of a balance of
+    rewards; the other rounds repeat it. The sets of trained steps are those of the first ``COUNTED_ROUNDS`` rounds,
     which the rest of a longer run repeats in their order.
 
     Args:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.redraws import Member
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
@@ -42,6 +43,16 @@ class SampledBatch:
     scores: Tensor
     stepwise: Tensor | None
     features: Tensor | None
+
+    def with_rows(self, rows: Tensor, other: SampledBatch) -> SampledBatch:
+        """Replace the samples ``rows`` (N,) by those of ``other``."""
+
+        def merged(own: Tensor | None, drawn: Tensor | None) -> Tensor | None:
+            return None if own is None or drawn is None else own.index_copy(0, rows.to(own.device), drawn)
+
+        optional = [merged(getattr(self, name), getattr(other, name)) for name in ("samples", "stepwise", "features")]
+        scores = self.scores.index_copy(0, rows, other.scores)
+        return SampledBatch(self.rollout.with_rows(rows, other.rollout), optional[0], scores, *optional[1:])
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Sampler:
         name: str,
         share: RankShare = ALL_RANKS,
         progress: Progress = SILENT,
+        members: Sequence[Member | None] | None = None,
     ) -> Iterator[SampledBatch]:
         """Yield this rank's batches of a round that are not empty, in the order of ``batch_sizes`` of the settings.
 
@@ -79,17 +91,25 @@ class Sampler:
             name: The seed of all noise, different in every round.
             share: This rank's share of the batches.
             progress: Shows the samples of all ranks.
+            members: The samples of the round, of which None are not drawn; without them, whole groups in order.
         """
-        total = len(prompts) * self.settings.group_size
+        members = self.members(len(prompts)) if members is None else members
+        total = len(members) - members.count(None)
         with progress.phase("sampling", total) as sampled, progress.phase("scoring", total) as scored:
-            scoring = self._sample(recipe, steps, prompts, name, share, sampled)
+            scoring = self._sample(recipe, steps, prompts, members, name, share, sampled)
             for batch in in_thread(scoring) if self.settings.overlap_scoring else (call() for call in scoring):
                 scored(len(batch.scores) * share.world_size)
                 yield batch
 
-    def inputs(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
-        """Return the conditioning and noise seeds of a round's samples, group by group."""
-        members = [(p, g) for p in range(len(prompts)) for g in range(self.settings.group_size)]
+    def members(self, prompts: int) -> list[Member | None]:
+        """List the samples of a round of whole groups, group by group."""
+        return [(p, g) for p in range(prompts) for g in range(self.settings.group_size)]
+
+    def inputs(
+        self, recipe: Recipe, prompts: Sequence[Prompt], name: str, members: Sequence[Member | None] | None = None
+    ) -> RolloutInputs:
+        """Return the conditioning and noise seeds of a round's samples, in order; None stands for any sample."""
+        members = [member or (0, 0) for member in (self.members(len(prompts)) if members is None else members)]
         return RolloutInputs(
             self.pipeline.encode([prompt.text for prompt in prompts]),
             torch.tensor([p for p, _ in members]),
@@ -103,6 +123,7 @@ class Sampler:
         recipe: Recipe,
         steps: Sequence[int],
         prompts: Sequence[Prompt],
+        members: Sequence[Member | None],
         name: str,
         share: RankShare,
         advance: Phase,
@@ -110,8 +131,14 @@ class Sampler:
         """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
         kernels = kernel_per_step(recipe.kernel_on(self.pipeline.path), steps, len(self.grid))
         sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
-        batches = self.inputs(recipe, prompts, name).split(sizes)
-        for batch in (batches[number] for number in share.indices(len(sizes)) if sizes[number]):
+        batches = self.inputs(recipe, prompts, name, members).split(sizes)
+        drawn = torch.split(torch.tensor([member is not None for member in members]), sizes)
+        for number in share.indices(len(sizes)):
+            if not drawn[number].any():
+                continue
+            batch = batches[number]
+            if not drawn[number].all():
+                batch = batch.select(drawn[number].nonzero()[:, 0])
             sample = partial(self._trajectories, recipe, batch, kernels, steps)
             sampled, completed = zip(*self.parts.map("sampling", len(batch), sample), strict=True)
             trajectories = Rollout.joined(batch, sampled)

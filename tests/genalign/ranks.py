@@ -37,6 +37,7 @@ from genalign.training.trainer import Trainer
 from genalign.training.trust_region import TrustRegion
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
+from rewards.constrained import Constrained
 from tests.genalign.training.toy_runs import Session, adversary, careless, channels, redness, seed_generators
 
 PROMPTS = PromptSet("nine", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(9)))
@@ -52,6 +53,10 @@ def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """A reward without spread in most groups."""
     varied = torch.tensor([bool(prompt.metadata and prompt.metadata["n"] in (0, 1, 2)) for prompt in prompts])
     return torch.where(varied, redness(samples, prompts), 0.5)
+
+
+def greenness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 1].flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,15 @@ CASES: Mapping[str, Case] = {
     "adapted rate": Case(recipes.flow_grpo(window=1, kl=0.01), settings=ADAPTED),
     "adapted rate matched": Case(recipes.nft(lag=Lag(slope=0.3)), settings=ADAPTED),
     "epochs": Case(recipes.flow_grpo(window=1), settings=replace(SETTINGS, epochs=2)),
+    "recalibrated": Case(recipes.with_recalibration(recipes.dense_grpo(window=1), step=0.3)),
+    "reset": Case(recipes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=1, decay=0.5)),
+    "constrained": Case(
+        recipes.flow_grpo(window=1),
+        lambda: Constrained({"red": redness, "green": greenness}, {"red": -9.0, "green": 9.0}, 1.0),
+    ),
+    "balanced": Case(recipes.with_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
+    "further prompts": Case(recipes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
+    "more samples": Case(recipes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
 }
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks
     "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),
@@ -117,9 +131,11 @@ class Recording:
 def _trainer(
     opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, score_log: ScoreLog
 ) -> Trainer:
-    pipeline, reward = copy.deepcopy(opened), NamedReward("one", case.reward())
+    pipeline, rewards = copy.deepcopy(opened), [NamedReward("one", case.reward())]
+    if case.recipe.balance:
+        rewards.append(NamedReward("other", greenness))
     policy = Policy(pipeline.denoiser, case.lora, processes=processes, sharding=sharding)
-    return Trainer(pipeline, policy, score_log.logged([reward]), PROMPTS, case.recipe, case.settings, SAMPLING)
+    return Trainer(pipeline, policy, score_log.logged(rewards), PROMPTS, case.recipe, case.settings, SAMPLING)
 
 
 def recorded(
@@ -131,7 +147,7 @@ def recorded(
 
     def sampler(*arguments: Any) -> list[SampledBatch]:
         batches = list(original(*arguments))
-        if trainer.rounds_done == 0:
+        if trainer.rounds_done == 0 and not recording.tensors:  # the batches as they are drawn first
             for number, batch in zip(processes.indices(BATCHES), batches, strict=True):
                 recording.add_batch(number, batch)
         return batches

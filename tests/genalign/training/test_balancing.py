@@ -52,33 +52,40 @@ def test_rewards_of_any_scale_get_weights_and_few_more_backward_passes(tiny: SD3
 
 
 def test_the_step_is_the_balanced_sum_of_the_rewards_own_gradients(tiny: SD3) -> None:
-    trainer = _trainer(tiny, with_balance(flow_grpo(window=2, shared_noise=False)), replace(ONE_UPDATE, max_grad_norm=1e9))
-    own: list[list[list[Tensor]]] = []
-    steps: list[list[Tensor]] = []
+    recipe = with_balance(flow_grpo(window=2, shared_noise=False))
+    trainer = _trainer(tiny, recipe, replace(ONE_UPDATE, max_grad_norm=1e9))
+    own: list[list[Tensor]] = []
+    steps: list[Tensor] = []
     balance = trainer.balance
     assert balance is not None
     solve = balance.solve
 
+    def flat(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in tensors]).double()
+
     def recorded(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-        own.append([[tensor.clone() for tensor in tensors] for tensors in gradients])
+        own.append([flat(one) for one in gradients])
         return solve(gradients)
 
     balance.solve = recorded  # type: ignore[method-assign]
+    parameters = trainer.policy.parameters
     trainer.optimizer.register_step_pre_hook(
-        lambda *_: steps.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in trainer.policy.parameters])
+        lambda *_: steps.append(flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]))
     )
     next(trainer.rounds())
-    (gradients,), (step,) = own, steps
-    flat = torch.stack([torch.cat([tensor.flatten() for tensor in one]) for one in gradients]).double()
-    unit = flat / flat.norm(dim=1, keepdim=True)
-    expected = unit.mean(0) * flat.norm(dim=1).mean()  # two unit gradients share equally
-    found = torch.cat([tensor.flatten() for tensor in step]).double()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()))
+    (alone,), (step,) = own, steps
+    norms = [one.norm() for one in alone]
+    expected = (alone[0] / norms[0] + alone[1] / norms[1]) / 2 * (norms[0] + norms[1]) / 2  # two share equally
+    torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()))
+
+
+def blueness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 2].flatten(1).mean(1)
 
 
 def test_a_reward_of_weight_zero_and_scales_change_nothing(tiny_folder: Path) -> None:
     recipe, ends = with_balance(flow_grpo(window=1)), []
-    for scale, reported in ((1.0, []), (7.0, [NamedReward("blue", lambda samples, _: samples[:, 2].flatten(1).mean(1), 0.0)])):
+    for scale, reported in ((1.0, []), (7.0, [NamedReward("blue", blueness, 0.0)])):
         rewards = [NamedReward("red", redness, scale), *reported, NamedReward("green", greenness, 2 * scale)]
         trainer = _trainer(SD3.load(tiny_folder), recipe, rewards=rewards)
         next(trainer.rounds())

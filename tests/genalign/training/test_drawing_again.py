@@ -70,7 +70,7 @@ def test_fewer_groups_are_silent_and_all_that_runs_is_billed(opened: SD3, name: 
     drawn = int(result.metrics["redrawn_samples"])
     assert 0 < drawn <= 8 and result.metrics["trained_zero_std_share"] < result.zero_std_share
     assert result.samples == trainer.samples == 8 + drawn
-    assert result.calls["decode"] == result.calls["reward red"] == 8 + drawn
+    assert result.calls["decode"] == result.calls["reward/red"] == 8 + drawn
     plain = next(_trainer(opened, replace(recipe, redraw=None)).rounds())
     assert (result.reward, result.reward_std, result.zero_std_share) == (
         plain.reward,

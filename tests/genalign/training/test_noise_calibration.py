@@ -79,7 +79,7 @@ def test_without_gains_nothing_moves(tiny: SD3) -> None:
 
 
 def _stepwise(gains: Sequence[Sequence[float]]) -> RoundScores:
-    """The scores of a round by two rewards, of which the second only reports, with the ``gains`` (N, S) of the first."""
+    """The scores of a round by two rewards: the first has the ``gains`` (N, S), the second only reports."""
     scores = torch.cat([torch.zeros(len(gains), 1), torch.tensor(gains).cumsum(1)], 1)
     stepwise = torch.stack([scores, torch.randn(scores.shape)], 2)
     return RoundScores(stepwise[:, -1], (2.0, 0.0), torch.zeros(len(gains)).long(), stepwise)
