@@ -109,12 +109,13 @@ class Sampler:
         self, recipe: Recipe, prompts: Sequence[Prompt], name: str, members: Sequence[Member | None] | None = None
     ) -> RolloutInputs:
         """Return the conditioning and noise seeds of a round's samples, in order; None stands for any sample."""
-        members = [member or (0, 0) for member in (self.members(len(prompts)) if members is None else members)]
+        members = self.members(len(prompts)) if members is None else members
+        samples = [member or (0, 0) for member in members]
         return RolloutInputs(
             self.pipeline.encode([prompt.text for prompt in prompts]),
-            torch.tensor([p for p, _ in members]),
-            tuple(derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in members),
-            tuple(derived_seed(name, p, "w", g) for p, g in members),
+            torch.tensor([p for p, _ in samples]),
+            tuple(derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in samples),
+            tuple(derived_seed(name, p, "w", g) for p, g in samples),
         )
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ class Sampler:
         kernels = kernel_per_step(recipe.kernel_on(self.pipeline.path), steps, len(self.grid))
         sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
         batches = self.inputs(recipe, prompts, name, members).split(sizes)
-        drawn = torch.split(torch.tensor([member is not None for member in members]), sizes)
+        drawn = torch.split(torch.tensor([member is not None for member in members]), list(sizes))
         for number in share.indices(len(sizes)):
             if not drawn[number].any():
                 continue

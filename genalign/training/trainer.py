@@ -305,17 +305,7 @@ class Trainer:
         """
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         context = UpdateContext(self.pipeline, self.policy, self.grid, self.kernel, self.guidance, self.old, sums)
-        sizes, balance = list(self.batch_sizes), self.balance
-        by_reward = balance.credits(self.recipe.credit, scores) if balance else None
-        credit = self.recipe.credit(scores) if by_reward is None else by_reward.sum(-1)  # weighted in every update
-        credits = torch.split(credit, sizes)
-        alone = [None] * len(sizes) if by_reward is None else torch.split(by_reward, sizes)
-        groups = torch.split(scores.group, sizes)
-        numbers = [n for n in self.processes.indices(len(credits)) if self.batch_sizes[n]]  # of this rank's batches
-        own = {
-            number: UpdateBatch(batch.rollout, credits[number], groups[number], False, alone[number])
-            for number, batch in zip(numbers, sampled, strict=True)
-        }
+        own = self._own_batches(sampled, scores)
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
         parts = updates_of_round(own, self.batch_sizes, updates, epochs, unit, seed)
@@ -324,8 +314,8 @@ class Trainer:
             for update, batches in enumerate(parts):
                 if update == 0 and self.old is None:
                     batches = {number: replace(batch, on_policy=True) for number, batch in batches.items()}
-                if balance:
-                    batches = self._balanced(context, index, update, batches, balance)
+                if self.balance:
+                    batches = self._balanced(context, index, update, batches, self.balance)
                 self._set_rate(rate_factor)
                 self._update(context, index, update, prompts, batches, limit)
                 advance()
@@ -337,6 +327,21 @@ class Trainer:
         sums = MetricSums.merge(self.processes.all_gather_object(sums.as_dict()))
         self._warn_of_mismatch(index, sums)
         return sums
+
+    def _own_batches(self, sampled: Sequence[SampledBatch], scores: RoundScores) -> Batches:
+        """Credit the samples of a round, and return this rank's batches; each update weighs rewards in balance anew."""
+        sizes, alone = list(self.batch_sizes), None
+        if self.balance:
+            by_reward = self.balance.credits(self.recipe.credit, scores)
+            credit, alone = by_reward.sum(-1), torch.split(by_reward, sizes)
+        else:
+            credit = self.recipe.credit(scores)
+        credits, groups = torch.split(credit, sizes), torch.split(scores.group, sizes)
+        numbers = [number for number in self.processes.indices(len(sizes)) if sizes[number]]
+        return {
+            n: UpdateBatch(batch.rollout, credits[n], groups[n], on_policy=False, by_reward=alone[n] if alone else None)
+            for n, batch in zip(numbers, sampled, strict=True)
+        }
 
     def _warn_of_mismatch(self, index: int, sums: MetricSums) -> None:
         """Warn if the first update of a round replayed other transitions than were sampled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ def _trainer(
     tiny: SD3, recipe: Recipe, settings: TrainerSettings = ONE_UPDATE, rewards: Sequence[NamedReward] | None = None
 ) -> Trainer:
     rewards = rewards or [NamedReward("red", redness, 100.0), NamedReward("green", greenness, 0.01)]
+    tiny = copy.deepcopy(tiny)
     return Trainer(tiny, Policy(tiny.denoiser, Lora(rank=4, alpha=8)), rewards, PROMPTS, recipe, settings, SAMPLING)
 
 

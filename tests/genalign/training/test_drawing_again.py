@@ -98,10 +98,10 @@ def test_a_set_without_further_prompts_and_silent_ones_end_the_search(opened: SD
 @pytest.mark.parametrize("name", RECIPES)
 def test_samples_scores_and_groups_belong_together(opened: SD3, name: str) -> None:
     trainer = _trainer(opened, RECIPES[name]())
-    prompts = next(trainer.prompts.rounds())
-    batches = trainer.sample(0, prompts)
-    before = trainer.gather_scores(batches, len(prompts))
-    prompts, batches, scores, drawn = trainer._redrawn(0, prompts, batches, before, SILENT)
+    first = next(trainer.prompts.rounds())
+    batches = trainer.sample(0, first)
+    before = trainer.gather_scores(batches, len(first))
+    prompts, batches, scores, drawn = trainer._redrawn(0, first, batches, before, SILENT)
     inputs = [batch.rollout.inputs for batch in batches]
     own = torch.cat([one.prompt for one in inputs])
     assert torch.equal(own, scores.group) and drawn
