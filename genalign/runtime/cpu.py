@@ -103,5 +103,5 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
 
 
 def _heads_last(gradient: Tensor) -> Tensor:
-    """The same (B, H, N, d) with the heads of a token side by side in memory, as torch.compile expects it of torch's."""
+    """Return the same (B, H, N, d), in memory as (B, N, H, d): torch.compile plans with the strides of torch's own."""
     return gradient.transpose(1, 2).contiguous().transpose(1, 2)
