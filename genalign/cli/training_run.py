@@ -76,13 +76,13 @@ class TrainingRun:
         self.folder, self.processes, self.progress = folder, folder.processes, progress
         self.sampling = settings.evaluation or settings.sampling  # of everything but the training samples
 
-        # Load the model and the rewards, and try them on two samples
+        # Load the model and the rewards, and try them on two samples of one prompt, which some compare
         self.pipeline, self.rewards = context.load(settings.model), named_rewards(settings.rewards)
         rewards = self.rewards
         require_rate(settings, self.pipeline.sample_rate)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
-        first = prompts.training.prompts[:2]
-        probe(rewards, self._generate(first, [0] * len(first), settings.sampling, 2), first)
+        first = [prompts.training.prompts[0]] * 2
+        probe(rewards, self._generate(first, [0, 1], settings.sampling, 2), first)
 
         # Prepare the trained weights (a new adapter, the adapter init_lora, or the whole network) and the trainer
         if settings.init_lora is not None:

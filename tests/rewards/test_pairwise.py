@@ -176,7 +176,7 @@ def test_preferences_must_be_probabilities() -> None:
     reward = WinRateReward(lambda left, right, prompts: level(left, prompts) - level(right, prompts))
     with pytest.raises(ValueError, match=r"must return probabilities .* in \[0, 1\]"):
         reward(grays(0.1, 0.5), [Prompt("a")] * 2)
-    with pytest.raises(ValueError, match="samples .* of one shape, not"):
+    with pytest.raises(ValueError, match="both sides must be samples"):
         BothOrders(BradleyTerry(level))(grays(0.1), grays(0.1, 0.2), named(1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.metrics.image import grid_energy, high_frequency, saturation
+from genalign.metrics.image import grid_energy, high_frequency, photometric_variety, saturation
 
 
 def test_statistics_by_hand() -> None:
@@ -20,3 +20,12 @@ def test_statistics_by_hand() -> None:
     assert high_frequency(flat).item() < -2
     with pytest.raises(ValueError, match="no edge of blocks of 8"):
         grid_energy(torch.rand(1, 3, 8, 8))
+
+
+def test_variety_of_colors_by_hand() -> None:
+    """Saturation 0.5 and 0, value 0.5 and 0.75, contrast 1/6 and 1/4."""
+    rows = [[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.5] * 3, [1.0] * 3]]  # two images of two pixels
+    images = torch.tensor(rows).permute(0, 2, 1)[:, :, None]
+    assert photometric_variety(images) == pytest.approx(0.25 + 0.125 + 0.0416666667, abs=1e-8)
+    assert photometric_variety(images[:1].repeat(3, 1, 1, 1)) == 0
+    assert photometric_variety(images.flip(0).repeat(2, 1, 1, 1)) == pytest.approx(0.4166666667, abs=1e-8)

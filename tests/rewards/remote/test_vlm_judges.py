@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import json
 import math
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from genalign.evaluation.benchmarks.tifa import QuestionJudge, TifaReward
-from genalign.scoring.protocol import decode_image
+from genalign.scoring.score import NamedReward, score
 from genalign.types import PairwiseReward, Prompt
+from rewards.dimensions import DimensionReward
 from rewards.remote.http_client import Patience, RemoteError
 from rewards.remote.vlm_judges import (
     AnswerJudge,
@@ -26,47 +24,20 @@ from rewards.remote.vlm_judges import (
     PairwiseJudge,
     RubricJudge,
     WrittenJudge,
+    WrittenPairwiseJudge,
+    WrittenRubricJudge,
     YesNoJudge,
 )
 from rewards.vqa import QuestionReward
-from tests.http_servers import Answer, Seen, stub
+from tests.http_servers import Answer, Seen
 from tests.rewards.gray_images import grays, named, plain
+from tests.rewards.remote.judge_server import completion, judging
 
-QUICK = Patience(deadline=10, timeout=5, first_pause=0.01, longest_pause=0.05)
 RUBRIC = {"whole": "nothing is cut off", "right": "as described"}
-
-
-def completion(text: str, first: dict[str, float] | None = None) -> Answer:
-    """A chat completion whose first token has these probabilities."""
-    choice: dict[str, object] = {"index": 0, "message": {"role": "assistant", "content": text}}
-    if first is not None:
-        tops = [{"token": token, "logprob": math.log(p) if p else -9999.0} for token, p in first.items()]
-        choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": tops}]}
-    body = {"id": "x", "object": "chat.completion", "model": "judge", "choices": [choice]}
-    return Answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
 def yes(p: float) -> Answer:
     return completion("Yes", {"Yes": p, "No": 1 - p})
-
-
-@contextlib.contextmanager
-def judging(
-    say: Callable[[list[float], str], Answer], requests: list[Seen] | None = None, **settings: Any
-) -> Iterator[Endpoint]:
-    """A judge that answers as ``say`` does to the levels of the images and the text of a question."""
-
-    def answer(seen: Seen) -> Answer:
-        if requests is not None:
-            requests.append(seen)
-        *images, text = seen.json["messages"][0]["content"]
-        urls = [image["image_url"]["url"] for image in images]
-        assert text["type"] == "text" and all(url.startswith("data:image/png;base64,") for url in urls)
-        decoded = [decode_image(base64.b64decode(url.partition(",")[2]), 10**6) for url in urls]
-        return say([round(float(image.mean()), 2) for image in decoded], text["text"])
-
-    with stub(answer) as url:
-        yield Endpoint(f"{url}/v1", "judge", **{"patience": QUICK, **settings})
 
 
 def yes_no(endpoint: Endpoint, images: Tensor) -> list[float]:
@@ -203,19 +174,166 @@ def test_impossible_grades_are_refused() -> None:
         RubricJudge(endpoint, {})
 
 
-def test_pairs_are_compared_in_both_orders() -> None:
-    """A preference for the first place cancels, and a pair without an answer in one order has none."""
+def test_pairs_are_compared_in_both_orders(caplog: pytest.LogCaptureFixture) -> None:
+    """A preference for the first place cancels or makes a tie, and a pair without an answer in one order has none."""
 
     def say(levels: list[float], text: str) -> Answer:
-        p = 0.5 + (levels[0] - levels[1]) / 2 + 0.2
+        p = min(0.5 + (levels[0] - levels[1]) / 2 + 0.1, 1.0)
         return completion("?", {"?": 1.0}) if levels == [0.1, 0.3] else completion("1", {"1": p, "2": 1 - p})
 
+    caplog.set_level("INFO")
     with judging(say) as endpoint:
         judge: PairwiseReward = PairwiseJudge(endpoint)
-        preferred = judge(grays(0.6, 0.4, 0.5, 0.3), grays(0.4, 0.6, 0.5, 0.1), named(4))
-        assert plain(preferred) == [0.6, 0.4, 0.5, -1]
+        preferred = judge(grays(0.9, 0.1, 0.5, 0.6, 0.3), grays(0.4, 0.6, 0.5, 0.5, 0.1), named(5))
+        assert plain(preferred) == [0.75, 0.25, 0.5, 0.5, -1]
         with pytest.raises(ValueError, match=r"of one shape, not \(1, 3, 4, 4\) and \(2, 3, 4, 4\)"):
             judge(grays(0.1), grays(0.1, 0.2), named(1))
+    assert "judge prefers the same sample in both orders in 2 of 4 pairs" in caplog.text
+    assert "position bias +0.100" in caplog.text and "1 unreadable" in caplog.text
+
+
+def test_the_words_of_a_comparison_are_a_setting() -> None:
+    """Of RewardDance's form: P(yes) = sigmoid(log-probability of yes - that of no)."""
+    likely = {"yes": math.exp(-0.2), "no": math.exp(-2.3)}
+
+    def say(levels: list[float], text: str) -> Answer:
+        yes_and_no = likely if levels[0] > levels[1] else {"yes": likely["no"], "no": likely["yes"]}
+        return completion("Yes", yes_and_no)
+
+    question = "{prompt} Is the first image better? Answer with yes or no."
+    with judging(say) as endpoint:
+        judge = PairwiseJudge(endpoint, question, first="Yes", second="no")
+        preferred = judge(grays(0.9, 0.1), grays(0.1, 0.9), named(2)).tolist()
+    assert preferred == pytest.approx([0.8909031788, 1 - 0.8909031788], abs=1e-6)
+    for words in [("yes", "Yes."), ("", "no")]:
+        with pytest.raises(ValueError, match="two different words"):
+            PairwiseJudge(endpoint, question, *words)
+
+
+VERDICTS = {
+    "one": "<think>Image 2 is better at color.</think> But not whole.\n<answer>Image 1 is better</answer>",
+    "two": "<answer>Image 1 is better</answer> No, wait: <answer>\n**image 2 is better**\n</answer>",
+    "tie": "<answer>Both images are equally good</answer>",
+    "no tags": "Image 1 is better",
+    "both": "<answer>Image 1 is better, Image 2 is better</answer>",
+    "neither": "<answer>the one on the left</answer>",
+}
+
+
+@pytest.mark.parametrize(
+    ("orders", "preferred"),
+    [
+        (("one", "two"), 1),
+        (("two", "one"), 0),
+        (("one", "one"), 0.5),  # the first place wins twice
+        (("tie", "tie"), 0.5),
+        (("one", "tie"), 0.5),
+        (("no tags", "two"), -1),
+        (("one", "both"), -1),
+        (("neither", "neither"), -1),
+    ],
+)
+def test_written_verdicts(orders: tuple[str, str], preferred: float, caplog: pytest.LogCaptureFixture) -> None:
+    requests: list[Seen] = []
+
+    def say(levels: list[float], text: str) -> Answer:
+        return completion(VERDICTS[orders[0] if levels == [0.9, 0.1] else orders[1]])
+
+    with judging(say, requests) as endpoint:
+        judge: PairwiseReward = WrittenPairwiseJudge(endpoint)
+        assert plain(judge(grays(0.9), grays(0.1), named(1))) == [preferred]
+    assert len(requests) == 2 and requests[0].json["max_tokens"] == 1024 and "logprobs" not in requests[0].json
+    assert ("unreadable" in caplog.text) == (preferred == -1)
+
+
+def test_impossible_verdicts_are_refused() -> None:
+    endpoint = Endpoint("http://127.0.0.1:9", "judge")
+    with pytest.raises(ValueError, match="three different phrases"):
+        WrittenPairwiseJudge(endpoint, tie="image 1 is better")
+    with pytest.raises(ValueError, match="must have one group"):
+        WrittenPairwiseJudge(endpoint, pattern="<answer>.*</answer>")
+
+
+def test_the_instruction_of_a_prompt_is_in_the_question() -> None:
+    texts: list[str] = []
+    question = "Task: {instruction}\n{prompt}\nAnswer with one digit."
+    with judging(lambda levels, text: texts.append(text) or completion("5", {"5": 1.0})) as endpoint:
+        prompt = Prompt("a {instruction}", {"instruction": "Look at the {prompt}'s letters."})
+        assert plain(GradedJudge(endpoint, question)(grays(0.5), [prompt])) == [1]
+        assert texts[0].startswith("Task: Look at the {prompt}'s letters.\n")
+        assert "<description>a {instruction}</description>" in texts[0]
+        with pytest.raises(ValueError, match="the prompt 'gray 0' none: give each prompt its text"):
+            GradedJudge(endpoint, question)(grays(0.5), named(1))
+
+
+def test_an_unsure_grade_is_penalized() -> None:
+    grades = {"1": 0.1, "2": 0.2, "3": 0.4, "4": 0.2, "5": 0.1}
+    with judging(lambda levels, text: completion("3", grades)) as endpoint:
+        score = float(GradedJudge(endpoint, penalty=0.5)(grays(0.5), named(1)))
+    assert score == pytest.approx(0.3630693606, abs=1e-6)
+    with pytest.raises(ValueError, match="the penalty must be"):
+        GradedJudge(endpoint, penalty=-1.0)
+
+
+AXES = """**Alignment Score (1-5):** 2.694700002670288
+Coherence Score (1-5): 5.
+- Style Score: {style}"""
+
+
+def test_dimensions_are_read_from_one_answer(caplog: pytest.LogCaptureFixture) -> None:
+    requests: list[Seen] = []
+    answers = {
+        0.1: AXES.format(style="1"),
+        0.2: "Style Score: 2 for now.\n" + AXES.format(style="4"),
+        0.3: AXES.format(style="6"),  # outside of the range
+        0.4: "a fine picture",
+        0.5: AXES.format(style="0"),
+    }
+    with judging(lambda levels, text: completion(answers[levels[0]]), requests) as endpoint:
+        judge, images = WrittenRubricJudge(endpoint), grays(*answers)
+        columns = judge.dimensions(images, named(5))
+        assert len(requests) == 5
+        assert {name: plain(column) for name, column in columns.items()} == {
+            "Alignment": [0.424, 0.424, 0.424, -1, 0.424],
+            "Coherence": [1, 1, 1, -1, 1],
+            "Style": [0, 0.75, -1, -1, -1],
+        }
+        assert plain(judge(images, named(5))) == [0.475, 0.725, -1, -1, -1]
+    assert "judged the Style of 2 of 5 samples (3 unreadable)" in caplog.text
+    assert "judged the Coherence of 4 of 5 samples (1 unreadable)" in caplog.text
+    text = requests[0].json["messages"][0]["content"][-1]["text"]
+    assert text.endswith(
+        "Alignment Score (1-5): a number\nCoherence Score (1-5): a number\nStyle Score (1-5): a number"
+    )
+
+
+def test_a_criterion_of_json_can_be_missing_alone() -> None:
+    answers = ['{"whole": 5, "right": 3}', '{"whole": 5}', '{"whole": 9, "right": 1}', "[]", '"whole right"', "7"]
+    with judging(lambda levels, text: completion(answers[round(levels[0] * 10)])) as endpoint:
+        columns = RubricJudge(endpoint, RUBRIC).dimensions(grays(0.0, 0.1, 0.2, 0.3, 0.4, 0.5), named(6))
+    assert {name: plain(column) for name, column in columns.items()} == {
+        "whole": [1, 1, -1, -1, -1, -1],
+        "right": [0.5, -1, 0, -1, -1, -1],
+    }
+
+
+def test_judges_are_asked_once_for_all_dimensions() -> None:
+    requests: list[Seen] = []
+    answer = completion(AXES.format(style="3"))
+    with judging(lambda levels, text: answer, requests) as endpoint:
+
+        def judge() -> WrittenRubricJudge:
+            return WrittenRubricJudge(replace(endpoint))
+
+        rewards = [DimensionReward(judge(), name) for name in judge().names]
+        for batch in (grays(0.1, 0.2, 0.1), grays(0.4)):
+            scores = [plain(reward(batch, named(len(batch)))) for reward in rewards]
+            assert scores == [[0.424] * len(batch), [1] * len(batch), [0.5] * len(batch)]
+        assert len(requests) == 4
+        columns = score([NamedReward(r.dimension, r, score_batch=2) for r in rewards], grays(0.5, 0.6, 0.7), named(3))
+        assert columns.shape == (3, 3) and len(requests) == 7
+        rewards[0](grays(0.5), named(1))  # a grade that was read is asked for again
+        assert len(requests) == 8
 
 
 def test_passing_failures_are_retried_and_the_order_is_kept() -> None:
