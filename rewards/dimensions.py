@@ -23,13 +23,10 @@ _REMEMBERED = 4096  # samples of a judge with a grade that was not read yet
 
 
 class DimensionJudge(Protocol):
-    """A judge that grades a sample by several ``names`` at once. Judges that are equal share their answers."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
+    """A judge that grades a sample by several names at once. Judges that are equal share their answers."""
 
     def dimensions(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
-        """Grade samples (B, ...) by every name, (B,) each; NaN where there is no grade."""
+        """Grade samples (B, ...) by every name, always the same ones, (B,) each; NaN where there is no grade."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +36,16 @@ class DimensionReward:
     Rewards of equal judges ask once about a sample, whichever of them comes first: an answer is held, for up to 4096
     samples, until every one of them has read its grade. A grade that was read is asked for anew. The judges of a
     configuration are equal if their settings are.
-
-    Raises ValueError for a name that the judge does not have.
     """
 
     judge: DimensionJudge
     dimension: str
 
-    def __post_init__(self) -> None:
-        if self.dimension not in self.judge.names:
-            raise ValueError(f"the judge has no {self.dimension!r}: choose from {', '.join(self.judge.names)}")
-
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples (B, ...) as (B,), float32 on the CPU; NaN where the answer has no such grade."""
+        """Score samples (B, ...) as (B,), float32 on the CPU; NaN where the answer has no such grade.
+
+        Raises ValueError for a dimension that is no name of the judge.
+        """
         if len(samples) != len(prompts):
             raise ValueError(f"there must be one prompt per sample, not {len(prompts)} for {len(samples)}")
         keys = [_key(sample, prompt) for sample, prompt in zip(samples.detach().cpu(), prompts, strict=True)]
@@ -61,9 +55,12 @@ class DimensionReward:
             new = {key: row for row, key in enumerate(keys) if self.dimension not in unread.get(key, {})}
             if new:
                 rows = list(new.values())
-                columns = self.judge.dimensions(samples[rows], [prompts[row] for row in rows])
+                with torch.no_grad():
+                    columns = self.judge.dimensions(samples[rows].detach(), [prompts[row] for row in rows])
+                if self.dimension not in columns:
+                    raise ValueError(f"the judge has no {self.dimension!r}: choose from {', '.join(columns)}")
                 for place, key in enumerate(new):
-                    unread[key] = {name: float(columns[name][place]) for name in self.judge.names}
+                    unread[key] = {name: float(column[place]) for name, column in columns.items()}
                     unread.move_to_end(key)
             scores = torch.tensor([unread[key][self.dimension] for key in keys])
             for key in dict.fromkeys(keys):

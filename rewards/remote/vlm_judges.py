@@ -289,7 +289,7 @@ class WrittenRubricJudge:
         """Score images (B, 3, H, W) in [0, 1] as (B,); NaN where a name has no grade of the range."""
         return _mean(self.dimensions(samples, prompts))
 
-    def dimensions(self, samples: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    def dimensions(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Grade images by every name, (B,) each, by one answer; NaN where that name has no grade of the range."""
         form = "\n".join(f"{name} Score ({self.low:g}-{self.high:g}): a number" for name in self.names)
         questions = [
@@ -304,7 +304,7 @@ class WrittenRubricJudge:
     def _read(self, answer: JudgeAnswer) -> dict[str, float] | None:
         read = {}
         for name in self.names:
-            line = rf"^\W*{re.escape(name)}\W+Score\W*(?:\([^)\n]*\))?[\s*:]*(-?\d+(?:\.\d+)?)"
+            line = rf"^\W*{re.escape(name)}[ *]+Score[ *]*(?:\([^)\n]*\))?[ *:]*(-?\d+(?:\.\d+)?)"
             if grades := re.findall(line, answer.text, re.IGNORECASE | re.MULTILINE):
                 read[name] = float(grades[-1])
         return _scaled(read, self.low, self.high) or None
@@ -338,7 +338,7 @@ class RubricJudge:
         """Score images (B, 3, H, W) in [0, 1] as (B,); NaN where a criterion has no grade of the range."""
         return _mean(self.dimensions(samples, prompts))
 
-    def dimensions(self, samples: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    def dimensions(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Grade images by every criterion, (B,) each, by one answer; NaN where it has no grade of the range."""
         criteria = "\n".join(f"- {name}: {text}" for name, text in self.criteria.items())
         grades = f"{self.low} is not at all, {self.high} entirely."

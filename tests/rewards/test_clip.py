@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
 from genalign import assets
 from genalign.evaluation.geneval.grammar import color_attr, counting, single_object
@@ -16,6 +18,7 @@ from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.scenes import render, sample_scene
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip, resize
 from rewards.clip import ClipReward
+from tests.packages import ROOT
 from tests.rewards import tiny_detectors
 from tests.rewards.low_precision import require_alike
 
@@ -154,3 +157,82 @@ def test_weights_in_bfloat16_score_alike(library: str, transformers_folder: str,
     expected = torch.autograd.grad(ClipReward(model)(batch, prompts).sum(), batch)[0]
     assert batch.grad is not None
     assert torch.nn.functional.cosine_similarity(batch.grad.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+_OPENAI_NAMES = [
+    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
+    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
+    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
+    (r"^vision_model\.post_layernorm", "visual.ln_post"),
+    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^text_model\.final_layer_norm", "ln_final"),
+    (r"^visual_projection\.weight", "visual.proj"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"self_attn", "attn"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+]
+
+
+def openai_state(model: CLIPModel) -> dict[str, torch.Tensor]:
+    """The weights of a model of transformers in the layout of OpenAI's files."""
+    state, fused = {}, {}
+    for name, value in model.state_dict().items():
+        for pattern, openai in _OPENAI_NAMES:
+            name = re.sub(pattern, openai, name)
+        if match := re.fullmatch(r"(.*\.attn)\.([qkv])_proj\.(weight|bias)", name):
+            fused.setdefault(f"{match[1]}.in_proj_{match[3]}", {})[match[2]] = value
+        elif "position_ids" not in name:
+            state[name] = value.T if name in ("visual.proj", "text_projection") else value
+    state |= {name: torch.cat([parts[letter] for letter in "qkv"]) for name, parts in fused.items()}
+    return state | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
+
+
+def test_the_conversion_of_the_rewards_page_keeps_the_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model with QuickGELU, in OpenAI's layout; transformers computes the cosine."""
+    (code,) = re.findall(
+        r"```python\n(# convert_clip\.py\n.*?)```", (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL
+    )
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 2}
+    towers = {
+        "text_config": tower | {"bos_token_id": 49406, "eos_token_id": 49407, "projection_dim": 16},
+        "vision_config": tower | {"image_size": 32, "patch_size": 8, "projection_dim": 16},
+    }
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(**towers, projection_dim=16)).eval()
+    assert model.config.vision_config.hidden_act == model.config.text_config.hidden_act == "quick_gelu"
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    (tmp_path / "tiny-quickgelu.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-quickgelu.json")
+    torch.save(openai_state(model), tmp_path / "social_reward.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("ViT-L-14-quickgelu", "tiny-quickgelu"), {})
+
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    texts = ["a red circle", "two blue squares and a ring", "a photo"]
+    tokens = open_clip.get_tokenizer("ViT-L-14-quickgelu")(texts)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    with torch.no_grad():
+        output = model(tokens, (images - mean) / std)
+    expected = (output.image_embeds * output.text_embeds).sum(1)
+    scores = ClipReward(str(tmp_path / "social-reward"))(images, [Prompt(text) for text in texts])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+    settings = json.loads((tmp_path / "social-reward" / "open_clip_config.json").read_text())
+    settings["model_cfg"]["quick_gelu"] = False
+    (tmp_path / "social-reward").rename(tmp_path / "gelu")
+    (tmp_path / "gelu" / "open_clip_config.json").write_text(json.dumps(settings))
+    other = ClipReward(str(tmp_path / "gelu"))(images, [Prompt(text) for text in texts])
+    assert (other - expected).abs().max() > 1e-3

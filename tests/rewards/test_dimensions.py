@@ -61,6 +61,6 @@ def test_the_contract_of_rewards_holds() -> None:
 
 def test_an_unknown_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match="no 'style': choose from light, dark"):
-        DimensionReward(Grader(), "style")
+        DimensionReward(Grader(), "style")(grays(0.1), named(1))
     with pytest.raises(ValueError, match="one prompt per sample"):
         DimensionReward(Grader(), "light")(grays(0.1), named(2))

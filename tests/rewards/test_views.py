@@ -24,12 +24,14 @@ def contrast(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 def test_samples_whose_views_disagree_are_discounted() -> None:
-    """Scores so large that the 1e-4 beside the standard deviation does not count."""
-    views = torch.tensor([[1.0, 1.0], [2.0, 3.0], [3.0, 2.0], [6.0, 6.0]]) * 1e4
-    credit = UncertaintyDiscount(GroupRelative())(RoundScores(views, (0.5, 0.5), GROUP))
-    assert credit.tolist() == pytest.approx([-1.0886028519, -0.2083240422, -0.2083240422, 1.6329042778], abs=1e-6)
-    plain = GroupRelative()(RoundScores(views, (0.5, 0.5), GROUP))
-    assert (credit.abs() <= plain.abs()).all() and (credit.sign() == plain.sign()).all()
+    views = torch.tensor([[1.0, 1.0], [2.0, 3.0], [3.0, 2.0], [6.0, 6.0]])
+    large = RoundScores(views * 1e7, (0.5, 0.5), GROUP)  # the 1e-4 beside their standard deviation does not count
+    credit, plain = UncertaintyDiscount(GroupRelative())(large), GroupRelative()(large)
+    assert (credit / plain).tolist() == pytest.approx([1, 0.7654730717, 0.7654730717, 1], abs=1e-6)
+    factors = credit / plain * GroupRelative()(RoundScores(views, (0.5, 0.5), GROUP))
+    assert factors.tolist() == pytest.approx([-1.0886028519, -0.2083240422, -0.2083240422, 1.6329042778], abs=1e-6)
+    stronger = UncertaintyDiscount(GroupRelative(), strength=2.0)(large)
+    assert (stronger / plain).tolist() == pytest.approx([1, 0.7654730717**2, 0.7654730717**2, 1], abs=1e-6)
 
 
 def test_views_that_agree_change_no_credit() -> None:
