@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from genalign.types import Prompt
 
 _TINY = 1e-6
 
@@ -41,3 +45,18 @@ def grid_energy(images: Tensor, period: int = 8) -> Tensor:
             raise ValueError(f"images of {steps.shape[1] + 1} pixels have no edge of blocks of {period}")
         ratios.append((steps[:, edge].mean(1) + _TINY) / (steps[:, ~edge].mean(1) + _TINY))
     return torch.stack(ratios).mean(0).log()
+
+
+def photometric_variety(images: Tensor, prompts: Sequence[Prompt] = ()) -> float:
+    """Sum the standard deviations over images (B, 3, H, W) of their saturation, brightness and contrast (ddof 0).
+
+    They are the means over pixels of HSV's saturation and value, and the standard deviation of gray, the mean of the
+    channels: in the form of DivGenBench's PVS (D2-Align, arXiv 2512.24146), whose gray is not stated. It falls where
+    all images take on one look. A diagnostic of the reward-hacking monitor; ``prompts`` are not read.
+    """
+    pixels = images.double()
+    value, chroma = pixels.amax(1), pixels.amax(1) - pixels.amin(1)
+    saturation = torch.where(value > 0, chroma / value.clamp(min=1e-12), 0.0)
+    contrast = pixels.mean(1).flatten(1).std(1, correction=0)
+    figures = torch.stack([saturation.flatten(1).mean(1), value.flatten(1).mean(1), contrast])
+    return float(figures.std(1, correction=0).sum())

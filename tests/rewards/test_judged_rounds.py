@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from genalign.cli import config, parsing
 from genalign.cli.main import main
+from genalign.runtime.media import save_images
 from tests.http_servers import Answer, Seen
+from tests.rewards.gray_images import grays, named
 from tests.rewards.remote.judge_server import completion, judging
 
 CLIP = {"class_path": "rewards.clip.ClipReward", "init_args": {"model": "shapes-clip"}}
@@ -85,3 +89,26 @@ def test_a_round_by_win_rates_and_views(tmp_path: Path, tiny_folder: Path) -> No
     assert metrics["rewards"]["wins"] == pytest.approx(0.5)
     assert metrics["rewards"]["clip"] != metrics["rewards"]["viewed"] and metrics["failed_rewards"] == 0
     assert not re.search("nan", json.dumps(metrics["rewards"]), re.IGNORECASE)
+
+
+def test_references_of_a_folder_are_configured(tmp_path: Path) -> None:
+    folder = tmp_path / "references"
+    folder.mkdir()
+    save_images(grays(0.2, 0.8), [folder / "a.png", folder / "b.png"])
+    lines = [{"file_name": f"{name}.png", "prompt": f"gray {index}"} for index, name in enumerate("ab")]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read = "rewards.backbones.reference_images.ReferencesByPrompt.read"
+    level = {"class_path": "rewards.pairwise.BradleyTerry", "init_args": {"reward": "rewards.jpeg.compressibility"}}
+    function = named_class(
+        "rewards.pairwise.ReferencePreference",
+        preference=level,
+        references=named_class(read, folder=str(folder), size=[8, 8]),
+    )
+    run = {"model": {"path": "shapes-sd3"}, "prompts": "shapes:train", "output": "runs/x"}
+    run |= {"recipe": named_class("genalign.flow_grpo"), "rewards": {"better": {"function": function}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    settings = parsing.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")[0]
+    reward = settings.rewards["better"].function
+    assert reward(torch.full((2, 3, 8, 8), 0.2), named(2)).shape == (2,)
+    with pytest.raises(ValueError, match="no reference for the prompt 'gray 2'"):
+        reward(torch.zeros(3, 3, 8, 8), named(3))
