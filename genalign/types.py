@@ -213,6 +213,18 @@ class Reward(Protocol):
         """Return scores (B,) of samples (B, ...)."""
 
 
+@runtime_checkable
+class SaturatingReward(Protocol):
+    """A reward whose scores level off on purpose, as a log-sigmoid's do, so that good samples stop to differ.
+
+    It means something only to credit in units of the score: what is divided by its spread does not fade.
+    """
+
+    @property
+    def saturates(self) -> bool:
+        """True."""
+
+
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
 PairwiseReward = Callable[[Tensor, Tensor, Sequence[Prompt]], Tensor]
 """Probabilities (B,) that a sample of the first batch is better than that of the second; NaN where undecided."""

@@ -1,18 +1,18 @@
 """Combinations of rewards, and credit over an ensemble of them.
 
-Combinations of single samples are rewards again and can be nested: ``WeightedSum``, ``Product``, ``WorstCase``,
-``MeanMinusVariance``, ``Standardized``, ``LogSigmoidCentered``, ``Gate``, ``DirectionalCorrection``. A sum or a minimum
+Combinations of single samples are rewards again and can be nested: ``WeightedSum``, ``Product``, ``HarmonicMean``,
+``WorstCase``, ``MeanMinusVariance``, ``Standardized``, ``Gate``, ``DirectionalCorrection``. A sum or a minimum
 of rewards in different units is meaningless: put each into ``Standardized`` first, whose statistics are fixed, so that
-a score does not depend on its batch. Combinations that need whole groups are credits of a recipe: ``EnsembleCredit``
-and ``UncertaintyDiscount``; the sum of rewards that are normalized within their group is
-``genalign.algorithms.credit.NormalizedSum``.
+a score does not depend on its batch; bounded shapes of one reward are in ``rewards.shaped``. Combinations that need
+whole groups are credits of a recipe: ``EnsembleCredit`` and ``UncertaintyDiscount``; others are in
+``genalign.algorithms.credit`` and ``genalign.algorithms.reward_balance``.
 
 A sample that a member could not score has score NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,26 @@ def mean_minus_variance(scores_BK: Tensor, penalty: float = 0.5, ddof: int = 0) 
     return scores_BK.mean(1) - penalty * scores_BK.var(1, correction=ddof)
 
 
+def median(scores_BK: Tensor) -> Tensor:
+    """Take the median of K scores, (B,): of an even number the mean of the middle two (arXiv 2312.09244)."""
+    return scores_BK.quantile(0.5, dim=1)
+
+
+def mean_minus_std(scores_BK: Tensor, penalty: float = 1.0, ddof: int = 0) -> Tensor:
+    """Subtract ``penalty`` times the standard deviation of K scores from their mean, (B,) (arXiv 2312.09244).
+
+    Raises ValueError for K not above ddof.
+    """
+    if scores_BK.shape[1] <= ddof:
+        raise ValueError(f"a deviation with ddof {ddof} needs more than {ddof} scores, not {scores_BK.shape[1]}")
+    return scores_BK.mean(1) - penalty * scores_BK.std(1, correction=ddof)
+
+
+def nominal_and_worst(scores_BK: Tensor, nominal: float = 0.5) -> Tensor:
+    """Mix the mean of K scores, with the weight ``nominal``, and their minimum, (B,): our form of robust RLHF."""
+    return nominal * scores_BK.mean(1) + (1 - nominal) * scores_BK.amin(1)
+
+
 @dataclass(frozen=True)
 class WeightedSum:
     """The sum of weight times score."""
@@ -73,6 +93,31 @@ class Product:
         if bool((scores < 0).any()):
             raise ValueError("a product needs scores of 0 or more: put the others through LogSigmoidCentered and a sum")
         return scores.prod(1)
+
+
+@dataclass(frozen=True)
+class HarmonicMean:
+    """The weighted harmonic mean of scores that are 0 or more, which the smallest of them dominates.
+
+    With weights l and 1 - l of the similarities of a subject and of a text, (cosine + 1) / 2 each, this is the
+    lambda-harmonic reward of RPO (arXiv 2407.12164): ``Standardized(reward, mean=-1, std=2)`` maps a cosine so.
+    ``weights`` are positive and are divided by their sum; none are equal ones.
+    """
+
+    rewards: Sequence[AnyCallable]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and (len(self.weights) != len(self.rewards) or not min(self.weights) > 0):
+            raise ValueError(f"weights must be one positive number for each reward, not {list(self.weights)}")
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score samples as (B,), differentiable where the rewards are. Raises ValueError for a negative score."""
+        scores = _scores(self.rewards, samples, prompts)
+        if bool((scores < 0).any()):
+            raise ValueError("a harmonic mean needs scores of 0 or more: map cosines by Standardized(mean=-1, std=2)")
+        weights = scores.new_tensor(self.weights or [1.0] * scores.shape[1], dtype=torch.float64)
+        return (weights.sum() / (weights / (scores.double() + 1e-8)).sum(1)).float()
 
 
 @dataclass(frozen=True)
@@ -125,56 +170,6 @@ class Standardized:
 
 
 @dataclass(frozen=True)
-class LogSigmoidCentered:
-    """Log sigmoid(scale (score - reference)), at most 0: above the reference there is little left to gain.
-
-    The sum over rewards is the log-probability that a sample is good by all of them (arXiv 2402.00742). ``reference``
-    is one level for all prompts, or a level by the text of each, as ``reference_levels`` measures them. ``scale`` turns
-    the score into the logit of a preference: 1 for PickScore and ImageReward, 100 for HPS and other cosines.
-    """
-
-    reward: AnyCallable
-    reference: float | Mapping[str, float]
-    scale: float = 1.0
-
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples as (B,). Raises ValueError for a prompt without a reference level."""
-        scores: Tensor = self.reward(samples, prompts)
-        if not isinstance(self.reference, Mapping):
-            return F.logsigmoid(self.scale * (scores - self.reference))
-        for prompt in prompts:
-            if prompt.text not in self.reference:
-                raise ValueError(f"the prompt {prompt.text!r} has no reference level: score base samples of it first")
-        levels = scores.new_tensor([self.reference[prompt.text] for prompt in prompts])
-        return F.logsigmoid(self.scale * (scores - levels))
-
-
-@torch.no_grad()
-def reference_levels(
-    reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt], deviations: float = 1.0364
-) -> dict[str, float]:
-    """Measure the level of each prompt's text: mean score plus ``deviations`` standard deviations (ddof 0).
-
-    Args:
-        reward: the reward.
-        samples: samples (B, ...) of the model before training.
-        prompts: their prompts.
-        deviations: 1.0364 is the 85th percentile of a normal distribution.
-
-    Raises:
-        ValueError: no sample of a prompt could be scored.
-    """
-    scores, levels = reward(samples, prompts).float().cpu(), {}
-    for text in dict.fromkeys(prompt.text for prompt in prompts):
-        own = scores[[prompt.text == text for prompt in prompts]]
-        own = own[own.isfinite()]
-        if not len(own):
-            raise ValueError(f"no sample of {text!r} could be scored: sample it again")
-        levels[text] = float(own.mean() + deviations * own.std(correction=0))
-    return levels
-
-
-@dataclass(frozen=True)
 class Gate:
     """The score of ``reward`` where ``condition`` scores ``threshold`` or more, else ``otherwise``."""
 
@@ -212,7 +207,26 @@ class DirectionalCorrection:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable; NaN where an image has NaN."""
         image, text = embedded(self.base, samples, prompts)
-        return cosine(image, guided_text(text, self._direction.to(text), self.omega))
+        direction = self._direction.to(text)
+        if direction.shape != text.shape[1:]:
+            raise ValueError(
+                f"the direction has shape {tuple(direction.shape)}, and the embeddings of this encoder have"
+                f" {text.shape[1]} dimensions: learn one for it with genalign reward direction"
+            )
+        return cosine(image, guided_text(text, direction, self.omega))
+
+    def learn_direction(self, batches: Iterable[tuple[Tensor, Sequence[Prompt]]], path: Path, seed: int) -> None:
+        """Learn the direction from samples before training and their prompts, and write it to a file.
+
+        Args:
+            batches: Images (B, 3, H, W) in [0, 1] of the model before training, with their prompts.
+            path: The safetensors file, for ``direction``.
+            seed: Of the batches of ``learned_direction``.
+        """
+        with torch.no_grad():
+            pairs = [embedded(self.base, samples, prompts) for samples, prompts in batches]
+        image, text = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        save_direction(path, learned_direction(image, text, self.omega, seed=seed))
 
     @cached_property
     def _direction(self) -> Tensor:
@@ -220,7 +234,7 @@ class DirectionalCorrection:
             return self.direction
         tensors = read_tensors(self.direction)
         if _DIRECTION not in tensors:
-            raise ValueError(f"{self.direction} holds no direction: write one with save_direction")
+            raise ValueError(f"{self.direction} holds no direction: write one with genalign reward direction")
         return tensors[_DIRECTION]
 
 
@@ -289,9 +303,10 @@ def save_direction(path: str | Path, direction: Tensor) -> None:
 class EnsembleCredit:
     """Credit by an ensemble: each reward normalized within its group, all of them pooled, and normalized again.
 
-    ``pool`` is ``worst_case``, ``mean_minus_variance`` or any function from (B, K) to (B,), over the rewards of
-    non-zero weight. Preference rewards are defined up to a constant per prompt, so that without the first normalization
-    a minimum of them would mean nothing (arXiv 2312.09244). A sample that a reward could not score gets 0.
+    ``pool`` is ``worst_case``, ``mean_minus_variance``, ``mean_minus_std``, ``median``, ``nominal_and_worst`` or any
+    function from (B, K) to (B,), over the rewards of non-zero weight. Preference rewards are defined up to a constant
+    per prompt, so that without the first normalization a minimum of them would mean nothing (arXiv 2312.09244). A
+    sample that a reward could not score gets 0.
     """
 
     pool: AnyCallable = worst_case

@@ -27,6 +27,7 @@ from genalign.evaluation.geneval.scoring import (
     upstream_partial,
 )
 from genalign.evaluation.geneval.vocabulary import COLORS
+from genalign.scoring.shared_results import SharedResults
 from genalign.types import Precision, Prompt
 from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.detectors import Detector, Instance, Mask2Former, describe
@@ -183,24 +184,32 @@ def _classify_colors(
     return detections
 
 
+_judged = SharedResults[list[GenEvalScore | None]]()
+
+
 @dataclass(frozen=True)
 class GenEvalReward:
     """GenEval's score of an image: ``partial`` credit in [0, 1], or 1.0 for a correct image and 0.0 for a wrong one.
 
     ``strict`` and ``relaxed`` (GenEval's own rule) are defined in ``genalign.evaluation.geneval.scoring.GenEvalScore``.
     ``upstream_partial`` is Flow-GRPO's own partial credit with its faults, for comparison with its curves, of images
-    that went through JPEG, as on the way to its reward server. ``detector`` and ``colors`` are as in ``GenEvalJudge``.
+    that went through JPEG, as on the way to its reward server. ``count``, ``color`` and ``position`` are single
+    criteria, in [0, 1]: their mean over the clauses of a prompt that have one, and 1.0 without any. As several rewards
+    with equal detectors they share the detections of a batch. ``detector`` and ``colors`` are as in ``GenEvalJudge``.
     """
 
-    score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"
+    score: Literal["partial", "strict", "relaxed", "upstream_partial", "count", "color", "position"] = "partial"
     detector: Detector | None = None
     colors: ColorClassifier | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1]: (B,) float32 on the CPU, NaN for an image that is not finite."""
         detector = self.detector or Mask2Former()
-        images = _through_jpeg(samples) if self.score == "upstream_partial" else samples
-        scores = GenEvalJudge(detector, self.colors)(images, prompts)
+        judge = GenEvalJudge(detector, self.colors)
+        if self.score == "upstream_partial":
+            scores = judge(_through_jpeg(samples), prompts)
+        else:
+            scores = _judged(judge, samples, prompts, lambda: judge(samples, prompts))
         values = []
         for score, prompt in zip(scores, prompts, strict=True):
             if score is None:
@@ -208,6 +217,8 @@ class GenEvalReward:
             elif self.score == "upstream_partial":
                 spec, margin = PromptSpec.from_prompt(prompt), detector.thresholds.position
                 values.append(upstream_partial(score.detections, spec, margin))
+            elif self.score in ("count", "color", "position"):
+                values.append(score.mean_of(self.score))
             else:
                 values.append(float(getattr(score, self.score)))
         return torch.tensor(values, dtype=torch.float32)

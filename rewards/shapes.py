@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,12 +22,18 @@ from rewards.backbones.image_features import extract_text_features
 from rewards.backbones.reference_images import ImageTensor, ReferencesByPrompt
 from rewards.backbones.world_verifier import Score, require_metadata, sample_metadata_by_task, scores
 
+ShapesScore = Score | Literal["count", "color", "position", "clean"]
+
 
 @dataclass(frozen=True)
 class ShapesReward:
-    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0."""
+    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0.
 
-    score: Score = "partial"
+    ``count``, ``color``, ``position`` and ``clean`` are single criteria of the verifier, in [0, 1]: their mean over the
+    clauses of a prompt that have one, and 1.0 without any. As several rewards, one for each, they verify a batch once.
+    """
+
+    score: ShapesScore = "partial"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, 64, 64) in [0, 1] as (B,), float32 on the CPU; NaN for one that is not finite."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -17,12 +18,18 @@ from rewards.backbones.audio_features import extract_text_features
 from rewards.backbones.reference_audio import AudioTensor
 from rewards.backbones.world_verifier import Score, require_metadata, sample_metadata_by_task, scores
 
+TonesScore = Score | Literal["count", "kind", "note", "relation", "loudness"]
+
 
 @dataclass(frozen=True)
 class TonesReward:
-    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0."""
+    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0.
 
-    score: Score = "partial"
+    ``count``, ``kind``, ``note``, ``relation`` and ``loudness`` are single criteria of the verifier, in [0, 1], and 1.0
+    for a prompt without them. As several rewards, one for each, they verify a batch once.
+    """
+
+    score: TonesScore = "partial"
 
     @property
     def sample_rate(self) -> int:

@@ -299,44 +299,55 @@ def difficulty_weights(
     return exponent.exp().float(), (-exponent).exp().float()
 
 
-def log_tamed(scores_BK: Tensor, epsilon: float = 0.0) -> Tensor:
-    """PaCo-GRPO's tamed rewards (B, K) (arXiv 2512.04784): log(1 + R) for the rewards with the largest relative spread.
+def log_tamed(scores_BK: Tensor, threshold: float | Literal["mean", "median"] = "mean", epsilon: float = 0.0) -> Tensor:
+    """PaCo-GRPO's tamed rewards (B, K) (arXiv 2512.04784): log(1 + R) for rewards of a large relative spread.
 
-    The relative spread h of a reward is std / (mean + ``epsilon``) over the batch; rewards whose h is above the mean h
-    are tamed. A reward whose mean is not positive has h = 0 and stays as it is.
+    The relative spread h of a reward is std / (mean + ``epsilon``) over the batch. A reward is tamed if its h is above
+    the ``threshold``: the mean or the median h of all rewards, or a number. A reward whose mean is not positive has
+    h = 0 and stays as it is.
 
     Raises:
-        ValueError: A reward to be tamed has a score of -1 or less.
+        ValueError: A reward to be tamed has a score of -1 or less, or the threshold is none of these.
     """
     _require_table(scores_BK)
     values = scores_BK.double()
     mean = values.nanmean(0)
     std = (values - mean).square().nanmean(0).sqrt()
     height = torch.where(mean > 0, std / (mean + epsilon), 0.0)
-    tamed = height > height.mean()
+    if isinstance(threshold, str):
+        if threshold not in ("mean", "median"):
+            raise ValueError(f'threshold must be "mean", "median" or a number, not {threshold!r}')
+        tamed = height > (height.mean() if threshold == "mean" else height.quantile(0.5))
+    else:
+        tamed = height > threshold
     if bool((values[:, tamed] <= -1).any()):
         raise ValueError("a reward whose spread is to be tamed by log(1 + R) must be above -1: shift or rescale it")
     return torch.where(tamed, values.clamp(min=-1 + 1e-12).log1p(), values).float()
 
 
-def correlation_weighted(scores_BK: Tensor, group: Tensor, temperature: float = 0.5) -> Tensor:
+def correlation_weighted(
+    scores_BK: Tensor, group: Tensor, temperature: float = 0.5, weights: Sequence[float] | None = None
+) -> Tensor:
     """CMO's advantages (arXiv 2603.18528): z-scores of K rewards summed with weights softmax((1 - b) / temperature).
 
     b is the mean correlation of a reward with the others in the group (1 for a reward without spread), so that a reward
     in conflict with the others counts more. Where a group lacks a score, its z-scores are summed without weights, and
-    missing ones count as 0. A single reward is only normalized. Returns (B,), not yet whitened over the batch.
+    missing ones count as 0. A single reward is only normalized. ``weights`` (K,) of one's own multiply the z-scores: a
+    negative one turns its reward around, in the correlations too. Returns (B,), not yet whitened over the batch.
     """
     _require_table(scores_BK)
+    own = weights_of_columns(scores_BK, [1.0] * scores_BK.shape[1] if weights is None else weights)
     z = _normalized_columns(scores_BK, group, epsilon=0.0)
-    advantages = z.sum(1)
+    advantages = (z * own).sum(1)
     missing = scores_BK.isnan().any(dim=1)
     for key in torch.unique(group):
         rows = group == key
         if z.shape[1] > 1 and not bool(missing[rows].any()):
-            correlation = z[rows].T @ z[rows] / len(z[rows])
-            others = (correlation.sum(1) - 1) / (z.shape[1] - 1)
+            turned = z[rows] * own.sign()
+            correlation = turned.T @ turned / len(turned)
+            others = (correlation.sum(1) - correlation.diagonal()) / (z.shape[1] - 1)
             agreement = torch.where(correlation.diagonal() > 0, others, 1.0)
-            advantages[rows] = z[rows] @ torch.softmax((1 - agreement) / temperature, dim=0)
+            advantages[rows] = (z[rows] * own) @ torch.softmax((1 - agreement) / temperature, dim=0)
     return advantages.float()
 
 

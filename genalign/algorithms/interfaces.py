@@ -34,6 +34,7 @@ class RoundScores:
             steps, and after the last; None without a ``completion`` of the recipe.
         features: Features (B, d) of the samples; None without ``features`` of the recipe.
         task: The task index (B,) long of each sample's prompt; None counts all prompts as one task.
+        names: The names (K,) of the rewards, for credit that treats some of them differently.
     """
 
     scores: Tensor
@@ -42,6 +43,7 @@ class RoundScores:
     stepwise: Tensor | None = None
     features: Tensor | None = None
     task: Tensor | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def combined(self) -> Tensor:
@@ -55,6 +57,13 @@ class RoundScores:
             raise ValueError("credit per step needs scores of every stored state: give the recipe a completion")
         samples, states, rewards = self.stepwise.shape
         return combine(self.stepwise.reshape(-1, rewards), self.weights).view(samples, states)
+
+    def column_of(self, name: str) -> int:
+        """Return the column of the reward ``name``. Raises ValueError where no reward has this name."""
+        if name not in self.names:
+            known = f"the rewards are {', '.join(self.names)}" if self.names else "the rewards have no names"
+            raise ValueError(f"the credit names the reward {name!r}, but {known}")
+        return self.names.index(name)
 
 
 class Credit(Protocol):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from genalign.algorithms.interfaces import with_stronger_kl
+from genalign.cli.base_samples import require_references
 from genalign.cli.context import CommandContext, prompt_set
 from genalign.cli.run_prompts import RunPrompts
 from genalign.training.loss_scale import LossScale
@@ -38,6 +39,7 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
         yield partial(_require_prompts, section)
     yield lambda settings: settings.training.fit(RunPrompts.read(settings).training, settings.recipe.objective.unit)
     yield _require_penalty
+    yield require_references
 
 
 def _require_prompts(section: str, settings: Train) -> None:

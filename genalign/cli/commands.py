@@ -148,6 +148,18 @@ COMMANDS = {
             "reward",
         ),
         Command(
+            "reward references",
+            "score samples of the model before training, for rewards that compare with them",
+            f"{_CLI}.reward_references:reward_references_command",
+            f"{_CLI}.reward_references:RewardReferences",
+        ),
+        Command(
+            "reward direction",
+            "learn D2-Align's direction from samples of the model before training",
+            f"{_CLI}.reward_direction:reward_direction_command",
+            f"{_CLI}.reward_direction:RewardDirection",
+        ),
+        Command(
             "serve",
             "serve a reward over HTTP, for rewards.remote.RemoteReward",
             f"{_CLI}.reward:serve_command",
@@ -178,7 +190,7 @@ COMMANDS = {
 
 GROUPS = {
     "evaluate": "evaluate a model, or samples of another program",
-    "reward": "test a reward",
+    "reward": "test a reward, or prepare one with samples before training",
 }
 """The first words that several commands share, with one line of help."""
 

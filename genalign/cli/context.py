@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,7 @@ from genalign.runtime.distributed import RankShare, take_own_device
 from genalign.runtime.fsdp import sharding_from_environment
 from genalign.runtime.progress import Progress
 from genalign.runtime.prompt_files import load_prompts
-from genalign.scoring.score import NamedReward
+from genalign.scoring.score import NamedReward, parts
 from genalign.search.noise_aware import NoiseAware
 from genalign.training.outline import Outline
 from genalign.training.run_folder import WeightStore
@@ -115,28 +115,13 @@ def require_rate(settings: object, rate: int | None) -> None:
 
     ``rate`` is in Hz; None, for images, fits everything.
     """
-    for place, assumed in _sample_rates(settings, "") if rate is not None else ():
-        if assumed != rate:
+    for place, part in parts(settings) if rate is not None else ():
+        assumed = getattr(part, "sample_rate", None)  # of a reward or an encoder; None if it takes no audio
+        if assumed is not None and assumed != rate:
             raise ValueError(
                 f"{place} takes waveforms at {assumed} Hz, but they come at {rate}: set its sample_rate to {rate}, or"
                 " take samples of its rate"
             )
-
-
-def _sample_rates(part: object, place: str) -> Iterator[tuple[str, int]]:
-    """Yield the place and the sample rate of every part of a configuration that assumes one."""
-    rate = getattr(part, "sample_rate", None)  # of a reward or an encoder; None if it takes no audio
-    if rate is not None:
-        yield place, rate
-    inner: Mapping[Any, object] = {}
-    if isinstance(part, Mapping):
-        inner = part
-    elif isinstance(part, list | tuple):
-        inner = dict(enumerate(part))
-    elif is_dataclass(part) and not isinstance(part, type):
-        inner = vars(part)
-    for name, value in inner.items():
-        yield from _sample_rates(value, f"{place}.{name}" if place else str(name))
 
 
 def load_with_lora(context: CommandContext, model: Model, lora: str | None) -> Checkpoint:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
+from genalign.cli.base_samples import require_base
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.evaluate_settings import EvaluationSize
@@ -80,6 +81,7 @@ class TrainingRun:
         self.pipeline, self.rewards = context.load(settings.model), named_rewards(settings.rewards)
         rewards = self.rewards
         require_rate(settings, self.pipeline.sample_rate)
+        require_base(self.pipeline, settings)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = [prompts.training.prompts[0]] * 2
         probe(rewards, self._generate(first, [0, 1], settings.sampling, 2), first)

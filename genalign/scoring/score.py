@@ -10,8 +10,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,25 @@ class NamedReward:
         size = self.score_batch or len(samples)
         for place, part in enumerate(torch.split(samples, size)):
             yield part, prompts[place * size : place * size + len(part)]
+
+
+def parts(part: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """Yield a part of a configuration, such as a reward, and all that it holds at any depth, by their places.
+
+    The fields of dataclasses, the items of mappings, lists and tuples, and what functions wrap are searched.
+    """
+    if callable(part):
+        part = inspect.unwrap(part)
+    yield place, part
+    inner: Mapping[Any, object] = {}
+    if isinstance(part, Mapping):
+        inner = part
+    elif isinstance(part, list | tuple):
+        inner = dict(enumerate(part))
+    elif is_dataclass(part) and not isinstance(part, type):
+        inner = vars(part)
+    for name, value in inner.items():
+        yield from parts(value, f"{place}.{name}" if place else str(name))
 
 
 def named(

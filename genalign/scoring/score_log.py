@@ -6,6 +6,7 @@ A remote reward is not called again, and need not return the same scores twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -59,6 +60,7 @@ class ScoreLog:
         ]
 
     def _wrap(self, name: str, function: RewardFunction) -> RewardFunction:
+        @functools.wraps(function, assigned=(), updated=())  # score.parts looks inside
         def call(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
             if self._path is None or samples.requires_grad:
                 return function(samples, prompts)

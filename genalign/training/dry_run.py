@@ -138,10 +138,10 @@ def dry_run(
         ValueError: The recipe, its kernel and the settings do not fit together.
     """
 
-    def positive(samples: Tensor, _: object) -> Tensor:  # some credits need it
-        return samples[:, 0].exp()
+    def within_0_and_1(samples: Tensor, _: object) -> Tensor:  # some credits need it
+        return samples[:, 0].sigmoid()
 
-    rewards = [replace(r, function=positive, weight=float(r.weight != 0)) for r in rewards]
+    rewards = [replace(r, function=within_0_and_1, weight=float(r.weight != 0)) for r in rewards]
     recipe = without_networks(recipe)
     one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(toy.steps), guidance=guidance)

@@ -287,7 +287,8 @@ def _first_scores(scores: RoundScores, count: int) -> RoundScores:
     stepwise = None if scores.stepwise is None else scores.stepwise[:count, [0, -1]]
     features = None if scores.features is None else scores.features[:count]
     task = None if scores.task is None else scores.task[:count]
-    return RoundScores(scores.scores[:count], scores.weights, scores.group[:count], stepwise, features, task)
+    first, group = scores.scores[:count], scores.group[:count]
+    return RoundScores(first, scores.weights, group, stepwise, features, task, scores.names)
 
 
 class _EightBit(torch.optim.Optimizer):

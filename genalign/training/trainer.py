@@ -48,6 +48,7 @@ from genalign.runtime.state import State, Stateful, load_optimizer_tensors, opti
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.balancing import RewardBalance
+from genalign.training.credit_trial import try_credit
 from genalign.training.elastic_reset import ResetWeights
 from genalign.training.epochs import Batches, updates_of_round
 from genalign.training.loss_scale import LossScale
@@ -131,7 +132,8 @@ class Trainer:
         self.balance = RewardBalance(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
         parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
         self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
-        self._steps(0)  # refuse an impossible recipe before any compute
+        # Refuse an impossible recipe before any compute
+        try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(self._steps(0)))
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         auto = settings.learning_rate == "auto"
         self.rates = RateController.of(settings.trust_region, recipe.objective) if auto else None
@@ -230,8 +232,8 @@ class Trainer:
                 gathered[name] = self.processes.interleaved(tensors, self.batch_sizes)
         tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
         task = torch.tensor([tasks.index(prompt.task) for prompt in prompts])[group]
-        weights = tuple(reward.weight for reward in self.rewards)
-        return RoundScores(weights=weights, group=group, task=task, **gathered)
+        weights, names = zip(*((reward.weight, reward.name) for reward in self.rewards), strict=True)
+        return RoundScores(weights=weights, group=group, task=task, names=names, **gathered)
 
     def _watch(self, scores: RoundScores, silent: bool) -> None:
         """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""

@@ -22,6 +22,16 @@ class Verification:
     criteria: tuple[tuple[str, float], ...]
     recognized: bool
 
+    def score(self, name: str) -> float:
+        """Return the score "strict", "relaxed" or "partial", or the mean of the criteria of that name.
+
+        A prompt that does not ask for a criterion has 1 of it.
+        """
+        if name in ("strict", "relaxed", "partial"):
+            return float(getattr(self, name))
+        values = [value for criterion, value in self.criteria if criterion == name]
+        return sum(values) / len(values) if values else 1.0
+
 
 def summarize(criteria: Sequence[tuple[str, float]], relaxed: bool, recognized: bool) -> Verification:
     """Summarize criteria (name, value in [0, 1]): strict where every one is 1."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation.scorers import RECOGNIZED, Judgment
+from genalign.scoring.shared_results import SharedResults
 from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds.verification import Verification
 
@@ -19,17 +20,22 @@ SCORES: tuple[Score, ...] = ("strict", "partial", "relaxed")
 """The scores that evaluations report, in this order."""
 
 
-def scores(verify: Verify, score: Score, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+_verified = SharedResults[list[Verification]]()
+
+
+def scores(verify: Verify, score: str, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Score samples by a world's verifier as (B,); arguments and errors are those of ``judge``."""
     return judge(verify, score, samples, prompts).scores
 
 
-def judge(verify: Verify, score: Score, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+def judge(verify: Verify, score: str, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
     """Score samples by a world's verifier, and say of each whether it recognizes everything in it.
+
+    Several scores of one batch verify it once.
 
     Args:
         verify: the exact check of samples against the metadata of their prompts.
-        score: which of its scores to return.
+        score: which of its scores to return, or the name of one of its criteria.
         samples: images or waveforms (B, ...).
         prompts: one for each sample, with metadata.
 
@@ -41,8 +47,8 @@ def judge(verify: Verify, score: Score, samples: Tensor, prompts: Sequence[Promp
     """
     metadata = [require_metadata(prompt) for prompt in prompts]
     failed = ~samples.isfinite().flatten(1).all(1).cpu()
-    verifications = verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata)
-    values = [float(getattr(verification, score)) for verification in verifications]
+    verifications = _verified(verify, samples, prompts, lambda: verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata))
+    values = [verification.score(score) for verification in verifications]
     column = torch.tensor(values, dtype=torch.float32).masked_fill(failed, torch.nan)
     return Judgment(column, [{RECOGNIZED: verification.recognized} for verification in verifications])
 

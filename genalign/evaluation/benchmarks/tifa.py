@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch import Tensor
 from genalign.evaluation.geneval.grammar import NUMBER_WORDS, with_article
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.vocabulary import natural_plural
-from genalign.types import AnyCallable, Prompt
+from genalign.scoring.shared_results import SharedResults
+from genalign.types import AnyCallable, Metadata, Prompt
 
 QuestionJudge = Callable[[Tensor, Sequence[str]], Tensor]
 """Returns probabilities (B,) of the answer "yes" for images (B, 3, H, W) in [0, 1] and one question per image."""
@@ -30,10 +31,14 @@ _PLACES = {"left of": "to the left of", "right of": "to the right of"}
 
 @dataclass(frozen=True)
 class Question:
-    """A question whose answer is yes for a right image, and the numbers of the ``parents`` that it presupposes."""
+    """A question whose answer is yes for a right image, and the numbers of the ``parents`` that it presupposes.
+
+    ``part`` is what it asks about: "count", "color" or "position", or the category in a benchmark's metadata.
+    """
 
     text: str
     parents: tuple[int, ...] = ()
+    part: str | None = None
 
 
 def questions(prompt: Prompt) -> tuple[Question, ...]:
@@ -43,27 +48,29 @@ def questions(prompt: Prompt) -> tuple[Question, ...]:
     their number, color and place. Raises ValueError for a prompt that has neither.
     """
     if prompt.metadata is not None and "questions" in prompt.metadata:
-        return _metadata_questions(prompt.text, prompt.metadata["questions"], prompt.metadata.get("parents"))
+        return _metadata_questions(prompt.text, prompt.metadata)
     include, result = PromptSpec.from_prompt(prompt).include, []
     for clause in include:
         if clause.count == 1:
-            result.append(Question(f"Is there {with_article(clause.name)} in the image?"))
+            result.append(Question(f"Is there {with_article(clause.name)} in the image?", part="count"))
         else:
             number = NUMBER_WORDS.get(clause.count, clause.count)
-            result.append(Question(f"Are there exactly {number} {natural_plural(clause.name)} in the image?"))
+            text = f"Are there exactly {number} {natural_plural(clause.name)} in the image?"
+            result.append(Question(text, part="count"))
     for index, clause in enumerate(include):
         verb = "Is" if clause.count == 1 else "Are"
         if clause.color is not None:
-            result.append(Question(f"{verb} {_the(clause)} {clause.color}?", (index,)))
+            result.append(Question(f"{verb} {_the(clause)} {clause.color}?", (index,), "color"))
         if clause.relation is not None and clause.target is not None:
             place = _PLACES.get(clause.relation, clause.relation)
             target = _the(include[clause.target])
-            result.append(Question(f"{verb} {_the(clause)} {place} {target}?", (index, clause.target)))
+            result.append(Question(f"{verb} {_the(clause)} {place} {target}?", (index, clause.target), "position"))
     return tuple(result)
 
 
-def _metadata_questions(prompt: str, texts: Any, parents: Any) -> tuple[Question, ...]:
+def _metadata_questions(prompt: str, metadata: Metadata) -> tuple[Question, ...]:
     """Check and convert the questions in metadata, which may come from any file."""
+    texts, parents, categories = metadata["questions"], metadata.get("parents"), metadata.get("categories")
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the questions of {prompt!r} must be a list of at least one text, not {texts!r}")
     rows = [()] * len(texts) if parents is None else parents
@@ -72,11 +79,17 @@ def _metadata_questions(prompt: str, texts: Any, parents: Any) -> tuple[Question
             f"the parents of {prompt!r} must be a list with one entry for each of its {len(texts)} questions: the"
             " indices of other questions"
         )
-    return tuple(Question(text, tuple(row)) for text, row in zip(texts, rows, strict=True))
+    names = [None] * len(texts) if categories is None else categories
+    if len(names) != len(texts):
+        raise ValueError(f"the categories of {prompt!r} must be a list with one for each of its {len(texts)} questions")
+    return tuple(Question(text, tuple(row), part) for text, row, part in zip(texts, rows, names, strict=True))
 
 
 def _the(clause: Clause) -> str:
     return f"the {clause.name if clause.count == 1 else natural_plural(clause.name)}"
+
+
+_answered = SharedResults[list[Tensor]]()
 
 
 @dataclass(frozen=True)
@@ -84,27 +97,48 @@ class TifaReward:
     """The mean probability of "yes" over the questions of a prompt, in [0, 1], by a ``QuestionJudge``.
 
     ``mean`` is "arithmetic" (every question counts alone) or "geometric" (one "no" makes the score 0). With ``gate``,
-    an answer counts as 0 if the answer to one of its parents is below that probability, as in DPG-Bench.
+    an answer counts as 0 if the answer to one of its parents is below that probability, as in DPG-Bench. ``part``
+    selects the questions of one part: "count", "color" or "position", or the beginning of a category in the metadata,
+    such as "entity" for "entity - whole"; a prompt that does not ask for it scores 1.0. As several rewards with equal
+    judges, one for each part, they ask the questions of a batch once.
     """
 
     judge: AnyCallable
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     gate: float | None = None
+    part: str | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN if a question has no answer.
 
-        Raises ValueError for a prompt without questions, or for answers that are not probabilities.
+        Raises ValueError for a prompt without questions, or whose questions have no parts, or for answers that are not
+        probabilities.
         """
         groups = [questions(prompt) for prompt in prompts]
         texts = [[question.text for question in group] for group in groups]
+        answered = _answered(self.judge, samples, prompts, lambda: ask(self.judge, samples, texts))
         scores = []
-        for answers, group in zip(ask(self.judge, samples, texts), groups, strict=True):
+        for answers, group, prompt in zip(answered, groups, prompts, strict=True):
             if self.gate is not None:  # by the parents' answers before gating
                 passed = [all(float(answers[parent]) >= self.gate for parent in item.parents) for item in group]
                 answers = answers * torch.tensor(passed, dtype=answers.dtype)
-            scores.append(answers.mean() if self.mean == "arithmetic" else answers.log().mean().exp())
+            if self.part is not None:
+                answers = answers[_places(group, self.part, prompt)]
+            if not len(answers):
+                scores.append(torch.tensor(1.0))
+            else:
+                scores.append(answers.mean() if self.mean == "arithmetic" else answers.log().mean().exp())
         return torch.stack(scores)
+
+
+def _places(group: Sequence[Question], part: str, prompt: Prompt) -> list[int]:
+    """Return the numbers of the questions of a part. Raises ValueError if questions have none."""
+    if any(question.part is None for question in group):
+        raise ValueError(
+            f"the questions of {prompt.text!r} have no categories, so that {part!r} selects none: add them to its"
+            " metadata, or leave part out"
+        )
+    return [place for place, question in enumerate(group) if str(question.part).split(" - ")[0] == part]
 
 
 def ask(judge: QuestionJudge, samples: Tensor, texts: Sequence[Sequence[str]]) -> list[Tensor]:

@@ -65,6 +65,11 @@ class GenEvalScore:
     criteria: tuple[tuple[str, float], ...]
     detections: tuple[Detection, ...] = field(compare=False)
 
+    def mean_of(self, criterion: str) -> float:
+        """Return the mean of the criteria of a name; 1 where the prompt asks for none."""
+        values = [value for name, value in self.criteria if name == criterion]
+        return sum(values) / len(values) if values else 1.0
+
 
 def filter_detections(detections: Sequence[Detection], tag: str, thresholds: Thresholds) -> list[int]:
     """Return the indices of the detections that count in the task ``tag``, by class and descending confidence.
