@@ -17,7 +17,7 @@ from rewards.combine import (
     DirectionalCorrection,
     EnsembleCredit,
     Gate,
-    LogSigmoidCentered,
+    HarmonicMean,
     MeanMinusVariance,
     Product,
     Standardized,
@@ -27,11 +27,14 @@ from rewards.combine import (
     embedded,
     guided_text,
     learned_direction,
+    mean_minus_std,
     mean_minus_variance,
-    reference_levels,
+    median,
+    nominal_and_worst,
     save_direction,
     worst_case,
 )
+from rewards.shaped import LogSigmoidCentered
 
 NAN = math.nan
 PROMPTS = [Prompt("a"), Prompt("a"), Prompt("b")]
@@ -75,6 +78,45 @@ def test_the_variance_is_taken_off_and_not_the_deviation() -> None:
         mean_minus_variance(scores[:, :1], ddof=1)
 
 
+POOLS = {
+    worst_case: [1, 2, 0],
+    mean_minus_variance: [3 - 0.5 * 8 / 3, 2, 0.2222222222],
+    median: [3, 2, 1],
+    mean_minus_std: [1.3670068381, 2, -0.0330065045],
+    nominal_and_worst: [2, 2, 0.8333333333],
+}
+
+
+def test_pools_of_an_ensemble() -> None:
+    scores = torch.tensor([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0], [0.0, 4.0, 1.0]])
+    for pool, expected in POOLS.items():
+        assert pool(scores).tolist() == near(*expected)
+        assert pool(scores.index_fill(1, torch.tensor([1]), NAN)).isnan().all()  # a member without a score
+        twins = torch.tensor([[0.3, 0.3], [-2.0, -2.0]])
+        assert pool(twins).tolist() == near(0.3, -2.0)  # of equal members all agree
+        assert bool((worst_case(scores) <= pool(scores)).all()) or pool in (mean_minus_variance, mean_minus_std)
+    assert nominal_and_worst(scores, nominal=0.7).tolist() == near(2.4, 2, 1.1666666667)
+    assert torch.equal(mean_minus_std(scores, penalty=0.0), scores.mean(1))
+    assert median(torch.tensor([[1.0, 4.0]])).tolist() == [2.5]
+    with pytest.raises(ValueError, match="ddof 1 needs more than 1 scores, not 1"):
+        mean_minus_std(scores[:, :1], ddof=1)
+
+
+def test_the_harmonic_mean_of_two_similarities() -> None:
+    """RPO's lambda-harmonic reward of the cosines 0.8 and 0.3."""
+    first, second = (Standardized(gives(*[cosine] * 3), -1.0, 2.0) for cosine in (0.8, 0.3))
+    for share, expected in ((0.3, 0.709090919284), (0.5, 0.754838719938), (0.7, 0.806896561974)):
+        assert scored(HarmonicMean([first, second], [share, 1 - share])) == near(*[expected] * 3)
+        assert scored(HarmonicMean([first, second], [10 * share, 10 - 10 * share])) == near(*[expected] * 3)
+    assert scored(HarmonicMean([A, C])) == near(2 / (1 + 1 / 5), 2, 2 / (1 / 3 + 1))
+    assert scored(HarmonicMean([A, B, gives(0.0, 1.0, 1.0)])) == near(0, 1.5, NAN)
+    with pytest.raises(ValueError, match="a harmonic mean needs scores of 0 or more: map cosines by Standardized"):
+        HarmonicMean([A, gives(-1.0, 1.0, 1.0)])(SAMPLES, PROMPTS)
+    for weights in ([1.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="weights must be one positive number for each reward"):
+            HarmonicMean([A, B], weights)
+
+
 def test_a_product_of_negative_scores_is_refused() -> None:
     with pytest.raises(ValueError, match="a product needs scores of 0 or more"):
         Product([A, gives(-1.0, 1.0, 1.0)])(SAMPLES, PROMPTS)
@@ -91,27 +133,6 @@ def test_standardised_by_fixed_statistics() -> None:
         Standardized.measured(gives(1.0, 1.0, 1.0), SAMPLES, PROMPTS)
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         Standardized.measured(gives(1.0, NAN, NAN), SAMPLES, PROMPTS)
-
-
-def test_the_sum_of_log_sigmoids_is_the_log_probability_of_all_being_good() -> None:
-    first, second = LogSigmoidCentered(A, 2.0), LogSigmoidCentered(C, 1.0)
-    sigmoids = torch.tensor([-1.0, 0.0, 1.0]).sigmoid() * torch.tensor([4.0, 1.0, 0.0]).sigmoid()
-    assert scored(WeightedSum([first, second], [1.0, 1.0])) == near(*sigmoids.log().tolist())
-    assert scored(LogSigmoidCentered(A, 2.0, scale=100.0)) == near(-100, math.log(0.5), 0)
-    assert scored(LogSigmoidCentered(A, {"a": 1.0, "b": 3.0})) == near(
-        -math.log(2), -math.log1p(math.exp(-1)), -0.693147
-    )
-    with pytest.raises(ValueError, match="the prompt 'b' has no reference level"):
-        LogSigmoidCentered(A, {"a": 1.0})(SAMPLES, PROMPTS)
-
-
-def test_reference_levels_of_base_samples() -> None:
-    assert reference_levels(A, SAMPLES, PROMPTS) == pytest.approx({"a": 1.5 + 1.0364 * 0.5, "b": 3.0})
-    normal = torch.randn(20000, generator=torch.Generator().manual_seed(0))
-    level = reference_levels(lambda samples, prompts: normal, torch.zeros(20000, 1), [Prompt("x")] * 20000)["x"]
-    assert float((normal < level).float().mean()) == pytest.approx(0.85, abs=0.01)
-    with pytest.raises(ValueError, match="no sample of 'b' could be scored"):
-        reference_levels(B, SAMPLES, PROMPTS)
 
 
 def test_a_gate() -> None:
@@ -142,7 +163,7 @@ def test_ensembles_compare_within_the_group() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(8, generator=generator), torch.randn(8, generator=generator)
     shifted = 7 * second + torch.tensor([100.0, -50.0]).repeat_interleave(4)
-    for pool in (worst_case, mean_minus_variance):
+    for pool in POOLS:
         plain = EnsembleCredit(pool)(outcome(torch.stack([first, second], 1), [1.0, 1.0]))
         other = EnsembleCredit(pool)(outcome(torch.stack([first, shifted], 1), [1.0, 1.0]))
         torch.testing.assert_close(plain, other, rtol=0, atol=1e-3)
@@ -221,3 +242,16 @@ def test_a_direction_is_learned_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(from_file(images, PROMPTS[:1]), from_tensor(images, PROMPTS[:1]))
     with pytest.raises(ValueError, match=r"embeddings must be \(n, d\) and \(n, d\)"):
         learned_direction(image, text[:3])
+    with pytest.raises(ValueError, match=r"shape \(16,\), and the embeddings of this encoder have 128 dimensions"):
+        DirectionalCorrection(ClipReward("shapes-clip"), direction)(images, PROMPTS[:1])
+
+
+def test_a_direction_is_learned_from_batches_of_samples(tmp_path: Path) -> None:
+    base = ClipReward("shapes-clip")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = [Prompt("a red circle"), Prompt("a blue ring"), Prompt("two squares")]
+    path = tmp_path / "direction.safetensors"
+    reward = DirectionalCorrection(base, str(path), omega=2.0)
+    reward.learn_direction([(images[:2], prompts[:2]), (images[2:], prompts[2:])], path, seed=3)
+    direction = learned_direction(*embedded(base, images, prompts), omega=2.0, seed=3)
+    torch.testing.assert_close(reward(images, prompts), DirectionalCorrection(base, direction, 2.0)(images, prompts))

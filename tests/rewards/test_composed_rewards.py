@@ -25,9 +25,16 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "WorstCase": {"rewards": [SIZE, RED]},
     "MeanMinusVariance": {"rewards": [SIZE, RED], "penalty": 0.1, "ddof": 1},
     "Standardized": {"reward": RED, "mean": 0.2, "std": 0.1},
-    "LogSigmoidCentered": {"reward": RED, "reference": 0.2, "scale": 100.0},
+    "HarmonicMean": {"rewards": ["rewards.jpeg.incompressibility"] * 2, "weights": [1.0, 2.0]},
     "Gate": {"reward": RED, "condition": SIZE, "threshold": -1.0},
     "DirectionalCorrection": {"base": RED, "direction": "direction.safetensors"},
+}
+SHAPED: dict[str, dict[str, Any]] = {
+    "LogSigmoidCentered": {"reward": RED, "reference": 0.2, "scale": 100.0},
+    "PreferenceAsReward": {"reward": RED, "references": [0.1, 0.2], "scale": 100.0},
+    "Calibrated": {"reward": RED, "references": {"a red circle": [0.1, 0.2]}, "tilt": 10.0},
+    "Ceiling": {"reward": RED, "limit": 0.3},
+    "Residualized": {"reward": RED, "nuisance": SIZE, "slope": 0.1, "mean": -1.0},
 }
 
 
@@ -48,18 +55,38 @@ def test_combinations_of_rewards_are_configured(tmp_path: Path, name: str) -> No
     assert reward(torch.rand(2, 3, 64, 64), [Prompt("a red circle")] * 2).isfinite().all()
 
 
+@pytest.mark.parametrize("name", SHAPED)
+def test_rewards_of_one_reward_are_configured(tmp_path: Path, name: str) -> None:
+    function = {"class_path": f"rewards.shaped.{name}", "init_args": SHAPED[name]}
+    reward = parse(tmp_path, {"rewards": {"r": {"function": function}}}).rewards["r"].function
+    assert reward(torch.rand(2, 3, 64, 64), [Prompt("a red circle")] * 2).isfinite().all()
+
+
+ENSEMBLE, BALANCE = "rewards.combine.EnsembleCredit", "genalign.algorithms.reward_balance"
+GROUP_RELATIVE = {"class_path": "genalign.algorithms.credit.GroupRelative"}
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("EnsembleCredit", {}),
-        ("EnsembleCredit", {"pool": "rewards.combine.mean_minus_variance"}),
-        ("UncertaintyDiscount", {"credit": {"class_path": "rewards.combine.EnsembleCredit"}, "strength": 2.0}),
-        ("UncertaintyDiscount", {"credit": {"class_path": "genalign.algorithms.credit.GroupRelative"}}),
+        (ENSEMBLE, {}),
+        (ENSEMBLE, {"pool": "rewards.combine.mean_minus_variance"}),
+        (ENSEMBLE, {"pool": "rewards.combine.median"}),
+        (ENSEMBLE, {"pool": "rewards.combine.mean_minus_std"}),
+        (ENSEMBLE, {"pool": "rewards.combine.nominal_and_worst"}),
+        ("rewards.combine.UncertaintyDiscount", {"credit": {"class_path": ENSEMBLE}, "strength": 2.0}),
+        ("rewards.combine.UncertaintyDiscount", {"credit": GROUP_RELATIVE}),
+        (f"{BALANCE}.CorrelationWeighted", {"temperature": 1.0}),
+        (f"{BALANCE}.LogTamed", {"threshold": "median", "std": "global"}),
+        (f"{BALANCE}.LogTamed", {"threshold": 0.5}),
+        (f"{BALANCE}.AmongRight", {"rule": "a", "weight": 0.2}),
+        (f"{BALANCE}.GatedBySuccess", {"rule": "a", "rate": 0.25}),
+        (f"{BALANCE}.Decorrelated", {"credit": GROUP_RELATIVE, "nuisances": ["c"]}),
     ],
 )
-def test_credits_of_ensembles_are_configured(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
-    credit = {"class_path": f"rewards.combine.{name}", "init_args": arguments}
+def test_credits_over_several_rewards_are_configured(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    credit = {"class_path": name, "init_args": arguments}
     recipe = {"recipe": {"class_path": "genalign.flow_grpo"}, "credit": credit}
     settings = parse(tmp_path, {"recipe": {"class_path": "genalign.with_credit", "init_args": recipe}})
-    scores = RoundScores(torch.rand(8, 2), (1.0, 1.0), torch.arange(8) // 4)
+    scores = RoundScores(torch.rand(8, 3), (1.0, 1.0, 0.0), torch.arange(8) // 4, names=("a", "b", "c"))
     assert settings.recipe.credit(scores).shape == (8,)

@@ -69,6 +69,26 @@ def test_surplus_objects_pass_relaxed_but_not_strict(images: torch.Tensor) -> No
     assert shapes_reward("partial")(images[1:2], [counting("square", "four")]).tolist() == [0.5]
 
 
+def test_each_criterion_is_a_score_and_shares_the_detections() -> None:
+    """A ring for a circle, a wrong relation, and a red cross for a green one."""
+    asked = [single_object("circle"), PROMPTS[3], colors("cross", "green")]
+    wrong = draw([single_object("ring"), position("triangle", "left of", "moon"), colors("cross", "red")])
+    batches = []
+
+    class CountingDetector(ShapesDetector):
+        def __call__(self, images: torch.Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
+            batches.append(len(images))
+            return super().__call__(images, names)
+
+    expected = {"count": [0, 1, 1], "color": [1, 1, 0], "position": [1, 0, 1], "partial": [0, 2 / 3, 1 / 2]}
+    for score, values in expected.items():
+        reward = GenEvalReward(score, CountingDetector(), PaletteColors())
+        assert reward(wrong, asked).tolist() == pytest.approx(values)
+    assert batches == [3]  # by four equal detectors
+    wrong[0, 0, 0, 0] = torch.nan  # other samples in the same memory
+    assert shapes_reward("color")(wrong, asked).isnan().tolist() == [True, False, False]
+
+
 def test_images_that_are_not_finite_score_nan(images: torch.Tensor) -> None:
     broken = images.clone()
     broken[1, 0, 0, 0] = torch.nan

@@ -4,11 +4,13 @@ import torch
 
 from genalign.evaluation.benchmarks.tifa import QuestionJudge
 from genalign.evaluation.geneval.grammar import color_attr, counting, single_object
+from genalign.scoring.score import NamedReward, score
 from genalign.types import Prompt, Reward
+from genalign.worlds.shapes import verifier
 from genalign.worlds.shapes.detection import detect
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
-from rewards.shapes import ShapesQuestions, ShapesReward, recolored, rendered
+from rewards.shapes import ShapesQuestions, ShapesReward, ShapesScore, recolored, rendered
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 
@@ -49,6 +51,41 @@ def test_failed_samples_are_nan(images: torch.Tensor) -> None:
 def test_metadata_is_needed(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"'a red dog' has no metadata: this reward needs GenEval metadata"):
         ShapesReward()(images[:1], [Prompt("a red dog")])
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [  # a ring for a circle, one square for two, and the wrong colors; the first two prompts name no color
+        ("count", [0.0, 0.5, 1.0]),
+        ("color", [1.0, 1.0, 0.0]),
+        ("position", [1.0, 1.0, 1.0]),
+        ("clean", [0.0, 1.0, 1.0]),
+    ],
+)
+def test_each_criterion_is_a_score(score: ShapesScore, expected: list[float]) -> None:
+    shown = [single_object("ring"), single_object("square"), color_attr("ring", "blue", "cross", "red")]
+    rng = np.random.default_rng(5)
+    wrong = render([sample_scene(prompt.metadata, rng) for prompt in shown])
+    assert ShapesReward(score)(wrong, PROMPTS).tolist() == pytest.approx(expected)
+    wrong[0, 0, 0, 0] = torch.nan
+    assert ShapesReward(score)(wrong, PROMPTS).isnan().tolist() == [True, False, False]
+
+
+def test_the_criteria_of_a_batch_are_verified_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    detected = verifier.detect
+
+    def counting_detect(samples: torch.Tensor) -> list[list[verifier.ShapeDetection]]:
+        batches.append(len(samples))
+        return detected(samples)
+
+    monkeypatch.setattr(verifier, "detect", counting_detect)
+    names: tuple[ShapesScore, ...] = ("count", "color", "position", "strict")
+    parts = [NamedReward(name, ShapesReward(name), score_batch=2) for name in names]
+    together = score(parts, images, PROMPTS)
+    assert batches == [2, 1]
+    alone = [ShapesReward(name)(images.clone(), PROMPTS) for name in names]
+    assert torch.equal(together, torch.stack(alone, 1))
 
 
 def test_rendered_references_are_right() -> None:

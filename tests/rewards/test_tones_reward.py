@@ -5,7 +5,8 @@ import torch
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.prompts import attribution, counting, single_tone
 from genalign.worlds.tones.scenes import render, sample_clip
-from rewards.tones import TonesReward
+from genalign.worlds.tones.verifier import verify
+from rewards.tones import TonesReward, TonesScore
 
 PROMPTS = [single_tone("sine"), counting("square", "two"), attribution("organ", "C4", "sine", "A5")]
 
@@ -34,6 +35,17 @@ def test_surplus_is_relaxed_but_not_strict(waves: torch.Tensor) -> None:
     prompts = [single_tone("square")]
     assert TonesReward("relaxed")(waves[1:2], prompts).tolist() == [1]
     assert TonesReward("strict")(waves[1:2], prompts).tolist() == [0]
+
+
+def test_each_criterion_is_a_score(waves: torch.Tensor) -> None:
+    """Square tones for a sine, a sine for two square tones, and a sine for an organ and a sine, of given notes."""
+    shown = waves[[1, 0, 0]]
+    criteria = [dict(verification.criteria) for verification in verify(shown, [p.metadata for p in PROMPTS])]
+    names: tuple[TonesScore, ...] = ("count", "kind", "note", "relation", "loudness")
+    for name in names:
+        expected = [found.get(name, 1.0) for found in criteria]
+        assert TonesReward(name)(shown, PROMPTS).tolist() == pytest.approx(expected)
+    assert TonesReward("note")(shown, PROMPTS).tolist() == [1, 1, 0]  # two of the prompts name no note
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -73,6 +73,30 @@ def test_the_geometric_mean_is_zero_after_one_no() -> None:
     assert nothing(IMAGES[:1], [PLACE]).tolist() == [0]
 
 
+def test_each_part_is_a_score_and_shares_the_answers() -> None:
+    judge = Brightness()
+    images, prompts = IMAGES.clone(), [PLACE, SHEEP, COLORS]
+    expected = {"count": [0.9, 0.4, 0.8], "color": [1.0, 1.0, 0.8], "position": [0.4, 1.0, 1.0]}
+    for part, values in expected.items():
+        assert TifaReward(judge, part=part)(images, prompts).tolist() == pytest.approx(values)
+    assert len(judge.texts) == sum(len(texts(prompt)) for prompt in prompts)  # each question once
+    gated = TifaReward(lambda images, texts: torch.tensor([0.2, 0.9, 0.8]), gate=0.5, part="position")
+    assert gated(images[:1].clone(), [PLACE]).tolist() == [0]  # by the answers of other parts
+
+
+def test_the_parts_of_a_benchmark_are_its_categories() -> None:
+    metadata = {"questions": ["a", "b", "c"], "categories": ["entity - whole", "attribute - color", "entity - part"]}
+    prompt = Prompt("", metadata)
+    answers = {"entity": (0.2 + 0.8) / 2, "attribute": 0.6, "relation": 1.0}
+    for part, value in answers.items():
+        reward = TifaReward(lambda images, texts: torch.tensor([0.2, 0.6, 0.8]), part=part)
+        assert reward(IMAGES[:1], [prompt]).tolist() == pytest.approx([value])
+    with pytest.raises(ValueError, match="the questions of 'a dog' have no categories, so that 'entity' selects none"):
+        TifaReward(Brightness(), part="entity")(IMAGES[:1], [Prompt("a dog", {"questions": ["Is there a dog?"]})])
+    with pytest.raises(ValueError, match="the categories of 'a dog' must be a list with one for each of its 2"):
+        questions(Prompt("a dog", {"questions": ["a", "b"], "categories": ["entity"]}))
+
+
 def test_gate_zeroes_answers_whose_parent_is_no() -> None:
     prompt = Prompt("", {"questions": ["a", "b", "c", "d"], "parents": [[], [0], [1], [0, 1]]})
     reward = TifaReward(lambda images, texts: torch.tensor([0.2, 0.9, 0.8, 0.7]), gate=0.5)
