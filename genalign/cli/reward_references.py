@@ -78,4 +78,7 @@ def _rewards_to_score(choices: Mapping[str, RewardChoice]) -> list[NamedReward]:
         for outer, choice in zip(rewards, choices.values(), strict=True)
         for part in referenced(choice)
     ]
-    return list({json.dumps(describe(reward.function), default=str): reward for reward in inner or rewards}.values())
+    different: dict[str, NamedReward] = {}
+    for reward in inner or rewards:
+        different.setdefault(json.dumps(describe(reward.function), default=str), reward)
+    return list(different.values())
