@@ -200,7 +200,8 @@ class Residualized:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,); NaN where either has no score."""
         scores: Tensor = self.reward(samples, prompts)
-        return scores - self.slope * (self.nuisance(samples, prompts).to(scores) - self.mean)
+        nuisance: Tensor = self.nuisance(samples, prompts).to(scores)
+        return scores - self.slope * (nuisance - self.mean)
 
 
 @torch.no_grad()

@@ -14,10 +14,15 @@ from genalign.algorithms.credit import BestAndWorst, GroupRelative, NormalizedSu
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.algorithms.reward_balance import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
+from genalign.diffusion.policy import Lora, Policy
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.credit_trial import try_credit
+from genalign.training.trainer import Trainer
 from genalign.types import AnyCallable, Prompt, RewardFunction
+from pipelines import SD3
+from rewards.jpeg import compressibility
+from tests.genalign.training.toy_runs import PROMPTS, SAMPLING, SETTINGS, redness
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,20 @@ def test_credit_per_step_is_tried_with_scores_of_the_steps(caplog: pytest.LogCap
 def test_names_of_no_reward_are_refused(credit: Credit, message: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=message):
         warnings(credit, caplog)
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [CorrelationWeighted(), AmongRight("blue", threshold=0.5), Decorrelated(GroupRelative(), ["size"])],
+    ids=repr,
+)
+def test_a_round_is_trained_with_credit_over_several_rewards(credit: Credit, small: SD3) -> None:
+    rewards = [NamedReward("red", redness), NamedReward("blue", plain), NamedReward("size", compressibility, 0.0)]
+    recipe = replace(flow_grpo(window=1), credit=credit)
+    settings = replace(SETTINGS, rounds=1)
+    trainer = Trainer(small, Policy(small.denoiser, Lora(rank=2)), rewards, PROMPTS, recipe, settings, SAMPLING)
+    (result,) = trainer.rounds()
+    assert set(result.rewards) == {"red", "blue", "size"} and result.grad_norm > 0
 
 
 def test_the_trial_draws_from_no_global_generator() -> None:
