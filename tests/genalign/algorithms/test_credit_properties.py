@@ -40,12 +40,12 @@ from genalign.algorithms.credit import (
     LeaveOneOut,
     NormalizedSum,
     PlainReward,
-    RewardGain,
     SetContrast,
     TaskNormalized,
     VirtualBest,
 )
 from genalign.algorithms.interfaces import Credit, RoundScores
+from genalign.algorithms.step_credit import RewardGain
 from rewards.combine import EnsembleCredit, UncertaintyDiscount
 
 Columns = Sequence[Sequence[float]]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.credit import BestAndWorst, GroupRelative, NormalizedSum, PlainReward, RewardGain
+from genalign.algorithms.credit import BestAndWorst, GroupRelative, NormalizedSum, PlainReward
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.algorithms.reward_balance import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
+from genalign.algorithms.step_credit import RewardGain
 from genalign.diffusion.policy import Lora, Policy
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
