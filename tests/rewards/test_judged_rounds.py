@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from genalign.cli import config, parsing
+from genalign.cli import parsing
 from genalign.cli.main import main
+from genalign.cli.train_settings import Train
 from genalign.runtime.media import save_images
 from tests.http_servers import Answer, Seen
 from tests.rewards.gray_images import grays, named
@@ -107,7 +108,7 @@ def test_references_of_a_folder_are_configured(tmp_path: Path) -> None:
     run = {"model": {"path": "shapes-sd3"}, "prompts": "shapes:train", "output": "runs/x"}
     run |= {"recipe": named_class("genalign.flow_grpo"), "rewards": {"better": {"function": function}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    settings = parsing.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")[0]
+    settings = parsing.parse(Train, ["--config", str(tmp_path / "run.yaml")], "train")[0]
     reward = settings.rewards["better"].function
     assert reward(torch.full((2, 3, 8, 8), 0.2), named(2)).shape == (2,)
     with pytest.raises(ValueError, match="no reference for the prompt 'gray 2'"):

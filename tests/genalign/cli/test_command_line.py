@@ -71,7 +71,7 @@ def test_bash_completes_commands_settings_and_choices() -> None:
     assert completed("genalign", "tra") == ["train", "train-noise-aware"]
     assert completed("genalign", "evaluate", "sh") == ["shapes"]
     assert completed("genalign", "train", "--training.ro") == ["--training.rounds"]
-    assert completed("genalign", "train", "--recipe", "flow") == ["flow_grpo"]
+    assert completed("genalign", "train", "--recipe", "flow") == ["flow_dppo", "flow_grpo"]
     assert completed("genalign", "train", "--model.dtype", "bf") == ["bfloat16"]
 
 

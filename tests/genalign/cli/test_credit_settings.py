@@ -10,17 +10,18 @@ import torch
 import yaml
 
 from genalign.algorithms.interfaces import RoundScores
-from genalign.cli import config, parsing
+from genalign.cli import parsing
+from genalign.cli.train_settings import Train
 
 CREDITS = "genalign.algorithms.credit"
 SCALED = {"class_path": f"{CREDITS}.TaskNormalized"}
 
 
-def _parse(folder: Path, recipe: dict[str, Any]) -> config.Train:
+def _parse(folder: Path, recipe: dict[str, Any]) -> Train:
     run = {"model": {"path": "shapes-sd3"}, "prompts": "shapes:train", "output": "runs/x", "recipe": recipe}
     run["rewards"] = {"size": {"function": "rewards.jpeg.compressibility"}}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    return parsing.parse(config.Train, ["--config", str(folder / "run.yaml")], "train")[0]
+    return parsing.parse(Train, ["--config", str(folder / "run.yaml")], "train")[0]
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,7 @@ def test_incomplete_settings_are_refused(tiny_folder: Path, error: Callable[...,
     both = [*model, "--samples", "mine", *prompts, *reward, *output]
     assert "samples is a folder to score, but model or lora asks for new samples" in error("evaluate", "prompts", *both)
     shapes = ["evaluate", "shapes", "--samples", "mine", *output]
-    assert "leave one of them out" in error(*shapes, "--lora", "my_lora") and "mine" in error(*shapes)
+    assert "give one or the other" in error(*shapes, "--lora", "my_lora") and "mine" in error(*shapes)
     twice = ["--prompts", "shapes:comp", "--rewards.strict.function", "my_scores.redness"]
     assert "two scores are named 'strict'" in error("evaluate", "prompts", *model, *twice, *output)
     assert not Path("out").exists()

@@ -238,5 +238,5 @@ def test_print_config_explains_the_settings(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse(Train, [*WORDS, "--recipe", "flow_grpo", "--print_config"], "train")
     printed = capsys.readouterr().out
-    assert "# Number of rounds between two evaluations; 0 turns those by rounds off." in printed
+    assert "# Number of rounds between two evaluations; 0 evaluates by time alone, or never." in printed
     assert yaml.safe_load(printed)["model"]["path"] == "shapes-sd3"

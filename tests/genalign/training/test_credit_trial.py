@@ -96,7 +96,7 @@ def test_credit_per_step_is_tried_with_scores_of_the_steps(caplog: pytest.LogCap
     rewards = [NamedReward("aesthetics", Bounded())]
     try_credit(dense_grpo(), rewards, prompts=3, group_size=4, steps=2)
     assert "the credit RewardGain" in caplog.text
-    with pytest.raises(ValueError, match="RewardGain needs scores of every stored state"):
+    with pytest.raises(ValueError, match="credit per step needs scores of every stored state"):
         try_credit(replace(flow_grpo(), credit=RewardGain(0.01)), rewards, prompts=3, group_size=4, steps=2)
 
 

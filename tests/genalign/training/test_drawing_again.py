@@ -100,7 +100,7 @@ def test_samples_scores_and_groups_belong_together(opened: SD3, name: str) -> No
     trainer = _trainer(opened, RECIPES[name]())
     first = next(trainer.prompts.rounds())
     batches = trainer.sample(0, first)
-    before = trainer.gather_scores(batches, len(first))
+    before = trainer.gather_scores(batches, first)
     prompts, batches, scores, drawn = trainer._redrawn(0, first, batches, before, SILENT)
     inputs = [batch.rollout.inputs for batch in batches]
     own = torch.cat([one.prompt for one in inputs])
