@@ -307,7 +307,8 @@ def log_tamed(scores_BK: Tensor, threshold: float | Literal["mean", "median"] = 
     h = 0 and stays as it is.
 
     Raises:
-        ValueError: A reward to be tamed has a score of -1 or less, or the threshold is none of these.
+        UnsuitableScoresError: A reward to be tamed has a score of -1 or less.
+        ValueError: The threshold is none of these.
     """
     _require_table(scores_BK)
     values = scores_BK.double()
@@ -321,7 +322,9 @@ def log_tamed(scores_BK: Tensor, threshold: float | Literal["mean", "median"] = 
     else:
         tamed = height > threshold
     if bool((values[:, tamed] <= -1).any()):
-        raise ValueError("a reward whose spread is to be tamed by log(1 + R) must be above -1: shift or rescale it")
+        raise UnsuitableScoresError(
+            "a reward whose spread is to be tamed by log(1 + R) must be above -1: shift or rescale it"
+        )
     return torch.where(tamed, values.clamp(min=-1 + 1e-12).log1p(), values).float()
 
 

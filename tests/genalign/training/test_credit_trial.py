@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.credit import BestAndWorst, GroupRelative, NormalizedSum, PlainReward
+from genalign.algorithms.credit import (
+    BestAndWorst,
+    BetaNormalized,
+    GroupRelative,
+    LeaveOneOut,
+    NormalizedSum,
+    PlainReward,
+)
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.algorithms.reward_balance import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
@@ -80,7 +87,7 @@ def test_credit_that_undoes_a_bounded_reward_is_warned_of(credit: Credit, caplog
 
 
 def test_credit_in_units_of_the_score_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    assert warnings(PlainReward(), caplog) == []
+    assert warnings(PlainReward(), caplog) == warnings(LeaveOneOut(), caplog) == []
     assert warnings(Decorrelated(PlainReward(), ["red"]), caplog) == []
     assert warnings(GroupRelative(), caplog, reward=plain) == []
     assert warnings(GroupRelative(), caplog, weight=0.0) == []  # only reported
@@ -98,6 +105,10 @@ def test_credit_per_step_is_tried_with_scores_of_the_steps(caplog: pytest.LogCap
     assert "the credit RewardGain" in caplog.text
     with pytest.raises(ValueError, match="credit per step needs scores of every stored state"):
         try_credit(replace(flow_grpo(), credit=RewardGain(0.01)), rewards, prompts=3, group_size=4, steps=2)
+
+
+def test_credit_for_another_range_of_scores_is_not_tried(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings(BetaNormalized(low=0.0, high=0.1), caplog) == []
 
 
 @pytest.mark.parametrize(
