@@ -173,7 +173,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "mix_grpo": lambda: recipes.mix_grpo(CPS(), window=1),
     "tempflow_grpo": recipes.tempflow_grpo,
     "vgpo": lambda: recipes.vgpo(window=1),
-    "turning_point": lambda: recipes.turning_point(window=2),
+    "turning_point": lambda: recipes.turning_point(window=1),
     "flow_dppo": lambda: recipes.flow_dppo(window=1),
     "ddpo": lambda: recipes.ddpo(window=1),
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
