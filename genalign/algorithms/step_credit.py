@@ -128,9 +128,9 @@ class ValueAnchored:
     with mean and std of Q_i over the group, and clipped to +-5. The paper's text was not at hand: which terms w
     multiplies, and the published discount and anchor, are ours.
 
-    The anchor is off by default. Its term, which shall teach where a group has no spread, does not: E[c grad log p(x' |
-    x)] is 0 for any c that does not depend on x', so that it adds variance and no expected gradient. It is there to
-    reproduce the paper, with 0.1 or so.
+    The anchor is off by default. Its absolute term is to teach where a group has no spread, but there it is a constant
+    c that does not depend on x', and E[c grad log p(x' | x)] = 0: it adds variance and no expected gradient. Set it, to
+    0.1 for example, only to reproduce the paper.
 
     Args:
         discount: The factor in [0, 1] by which a score counts less for each step that it is further away; 0 takes the

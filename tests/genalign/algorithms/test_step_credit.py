@@ -211,7 +211,7 @@ def test_groups_of_two_are_finite_and_single_samples_get_zero(name: str) -> None
     [
         (lambda: ValueAnchored(discount=1.5), r"discount must be in \[0, 1\], not 1.5"),
         (lambda: ValueAnchored(anchor=-0.1), "anchor and anchored_steps must be 0 or more"),
-        (lambda: ValueAnchored(reduction="mean"), "reduction must be"),  # type: ignore[arg-type]
+        (lambda: ValueAnchored(reduction="mean"), "reduction must be"),
         (lambda: TurningPoint(bonus=0.0), "bonus must be a positive number, not 0.0"),
         (lambda: turning_gains(torch.zeros(3, 1)), r"scores must be \(B, S \+ 1\)"),
         (lambda: ValueAnchored()(round_scores(drawn(0) - 0.5)), "use rewards of 0 or more with positive weights"),
