@@ -98,8 +98,7 @@ class BothOrders:
         if left.shape != right.shape:
             shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
             raise ValueError(f"both sides must be samples (B, ...) of one shape, not {shapes}")
-        answers = self.judge(torch.cat([left, right]), torch.cat([right, left]), [*prompts, *prompts])
-        preferred, consistency = both_orders(answers[: len(left)], answers[len(left) :])
+        preferred, consistency = both_orders(self.judge(left, right, prompts), self.judge(right, left, prompts))
         if consistency.pairs:
             logger.log(
                 logging.WARNING if consistency.share < 0.5 else logging.INFO,

@@ -304,7 +304,7 @@ class WrittenRubricJudge:
     def _read(self, answer: JudgeAnswer) -> dict[str, float] | None:
         read = {}
         for name in self.names:
-            line = rf"^\W*{re.escape(name)}[ *]+Score[ *]*(?:\([^)\n]*\))?[ *:]*(-?\d+(?:\.\d+)?)"
+            line = rf"^[\W\d]*{re.escape(name)}[ *]+Score[ *]*(?:\([^)\n]*\))?[ *:]*(-?\d+(?:\.\d+)?)"
             if grades := re.findall(line, answer.text, re.IGNORECASE | re.MULTILINE):
                 read[name] = float(grades[-1])
         return _scaled(read, self.low, self.high) or None
@@ -329,11 +329,6 @@ class RubricJudge:
     def __post_init__(self) -> None:
         _require_scale(self.criteria, self.low, self.high)
 
-    @property
-    def names(self) -> Sequence[str]:
-        """The names of the criteria."""
-        return tuple(self.criteria)
-
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,); NaN where a criterion has no grade of the range."""
         return _mean(self.dimensions(samples, prompts))
@@ -346,7 +341,7 @@ class RubricJudge:
         grade = {"type": "integer", "enum": list(range(self.low, self.high + 1))}
         fields = {"max_tokens": self.max_tokens, "response_format": _schema(dict.fromkeys(self.criteria, grade))}
         outcomes = _outcomes(self.endpoint, questions, [samples], [self._read] * len(questions), **fields)
-        return _by_name(self.endpoint, self.names, outcomes)
+        return _by_name(self.endpoint, tuple(self.criteria), outcomes)
 
     def _read(self, answer: JudgeAnswer) -> dict[str, float] | None:
         try:

@@ -277,7 +277,7 @@ def test_an_unsure_grade_is_penalized() -> None:
 
 AXES = """**Alignment Score (1-5):** 2.694700002670288
 Coherence Score (1-5): 5.
-- Style Score: {style}"""
+3. *Style Score*: {style}"""
 
 
 def test_dimensions_are_read_from_one_answer(caplog: pytest.LogCaptureFixture) -> None:
