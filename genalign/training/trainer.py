@@ -443,7 +443,7 @@ class Trainer:
                 self._accumulate(context, [batch.weighted(one) for batch in batches.values()], seeds, scales)
                 self.policy.sum_gradients()
                 gradients.append(balance.gradients())
-            sums.rollback(before)
+                sums.rollback(before)
             weights = balance.solve(gradients)
         return {number: batch.weighted(weights) for number, batch in batches.items()}
 

@@ -137,7 +137,8 @@ class Model:
             trainer.sample = measured  # type: ignore[method-assign]
             (result,) = trainer.rounds()
             assert result.skipped_updates == 0 and result.failed_rewards == 0
-            micro_batches = len(PROMPTS) * settings.group_size // trainer.micro_batch
+            passes = 1 + len(rewards) if recipe.balance else 1  # one for each reward, and the update's own
+            micro_batches = passes * len(PROMPTS) * settings.group_size // trainer.micro_batch
             return Round(cuda.waits, cuda.copies, peaks[0], cuda.peak, micro_batches)
 
 
