@@ -56,7 +56,8 @@ class RewardBalance:
         alone = []
         for column, sign in zip(self.columns, self.signs, strict=True):
             stepwise = None if scores.stepwise is None else scores.stepwise[..., [column]]
-            one = replace(scores, scores=scores.scores[:, [column]], weights=(sign,), stepwise=stepwise)
+            table, names = scores.scores[:, [column]], scores.names[column : column + 1]
+            one = replace(scores, scores=table, weights=(sign,), stepwise=stepwise, names=names)
             alone.append(credit(one))
         return torch.stack(alone, -1)
 

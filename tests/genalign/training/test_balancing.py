@@ -16,6 +16,7 @@ from genalign.algorithms.balance import Balance
 from genalign.algorithms.credit import GroupRelative
 from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, with_balance
+from genalign.algorithms.reward_balance import Decorrelated
 from genalign.diffusion.policy import Lora, Policy
 from genalign.scoring.score import NamedReward
 from genalign.training.balancing import RewardBalance
@@ -103,6 +104,9 @@ def test_each_reward_alone_is_credited_with_its_sign() -> None:
     credit = balance.credits(GroupRelative(), RoundScores(scores, (3.0, 0.0, -2.0), torch.zeros(3).long()))
     torch.testing.assert_close(credit[:, 0], -credit[:, 1])
     assert credit.shape == (3, 2) and float(credit[2, 0]) > 0
+    named = RoundScores(scores, (3.0, 0.0, -2.0), torch.zeros(3).long(), names=("red", "size", "blue"))
+    with pytest.raises(ValueError, match="the credit names the reward 'size', but the rewards are red"):
+        balance.credits(Decorrelated(GroupRelative(), ["size"]), named)
 
 
 def test_recipes_and_rewards_that_cannot_be_balanced_are_named(tiny: SD3) -> None:
