@@ -2,8 +2,8 @@
 
     python scripts/pretrain/shapes_sd3.py --output genalign/assets/shapes-sd3 --work runs/pretrain-shapes
 
-Every stage is seeded and resumes from ``--work``. The blocks of the transformer are compiled, which needs a C++ compiler
-on a CPU and takes a fifth off a step.
+Every stage is seeded and resumes from ``--work``. The blocks of the transformer are compiled, which takes a fifth off a
+step on a CPU and needs a C++ compiler there.
 """
 
 from __future__ import annotations
