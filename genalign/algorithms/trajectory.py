@@ -75,6 +75,10 @@ class ClippedSurrogate:
 class GuardedSurrogate(ClippedSurrogate):
     """GRPO-Guard (arXiv 2510.22319): the clipped surrogate of ``losses.guarded_log_ratio`` over the step size."""
 
+    def clip_fraction(self, replayed: ReplayedStep) -> Tensor:
+        with torch.no_grad():
+            return clip_fraction(guarded_log_ratio(replayed.new, replayed.old, replayed.x_next), self.clip_range)
+
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
         log_ratio = guarded_log_ratio(replayed.new, replayed.old, replayed.x_next)
         step_size = expand(replayed.step.sigma - replayed.step.sigma_next, log_ratio)

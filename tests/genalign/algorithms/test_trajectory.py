@@ -15,6 +15,7 @@ from genalign.algorithms.interfaces import MetricSums, TermCounts, TermScales, U
 from genalign.algorithms.trajectory import (
     ClippedSurrogate,
     CoupledObjective,
+    GuardedSurrogate,
     MaskedSurrogate,
     PolicyGradient,
     PRDPLoss,
@@ -206,6 +207,16 @@ def test_a_masked_surrogate_is_the_plain_one_inside_the_trust_region() -> None:
     torch.testing.assert_close(losses, -credit * ratio * inside)
     (slopes,) = torch.autograd.grad(losses.sum(), moved)
     torch.testing.assert_close(slopes[:, 0], -credit * ratio * (x_next[:, 0] - shift) * inside)
+
+
+def test_a_guarded_surrogate_counts_the_ratios_that_it_clips() -> None:
+    """With std 1/2 and a mean at d, log r = 4 (d x_next - d^2 / 2) and KL = 2 d^2: normalized, 2 d x_next."""
+    moved, x_next = torch.tensor([[1e-3], [1e-3], [-1e-3], [3e-3]]), torch.tensor([[0.5], [2.0], [2.0], [0.5]])
+    std = torch.tensor(0.5)
+    step = Grid(torch.ones(1), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))[torch.zeros(4, dtype=torch.long)]
+    replayed = ReplayedStep(Transition(moved, std), Transition(torch.zeros(4, 1), std), x_next, moved, step)
+    assert float(GuardedSurrogate(2e-3).clip_fraction(replayed)) == 0.75  # 1e-3 alone is within; log r is 2e-3
+    assert float(GuardedSurrogate(3.5e-3).clip_fraction(replayed)) == 0.5
 
 
 def test_worked_numbers_of_the_masked_surrogate() -> None:
