@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import turning_point as turning_point
     from genalign.algorithms.recipes import vgpo as vgpo
-    from genalign.algorithms.recipes import with_balance as with_balance
     from genalign.algorithms.recipes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipes import with_credit as with_credit
     from genalign.algorithms.recipes import with_elastic_reset as with_elastic_reset
     from genalign.algorithms.recipes import with_further_prompts as with_further_prompts
+    from genalign.algorithms.recipes import with_gradient_balance as with_gradient_balance
     from genalign.algorithms.recipes import with_more_samples as with_more_samples
     from genalign.algorithms.recipes import with_recalibration as with_recalibration
     from genalign.diffusion.policy import Lora as Lora
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo"
     " flow_grpo guard_grpo mix_grpo nft ngrpo prdp tempflow_grpo"
-    " turning_point vgpo with_balance with_chi_squared with_credit"
+    " turning_point vgpo with_gradient_balance with_chi_squared with_credit"
     " with_elastic_reset with_further_prompts with_more_samples"
     " with_recalibration",
     "genalign.diffusion.policy": "Lora Policy",

@@ -5,7 +5,7 @@ Combinations of single samples are rewards again and can be nested: ``WeightedSu
 of rewards in different units is meaningless: put each into ``Standardized`` first, whose statistics are fixed, so that
 a score does not depend on its batch; bounded shapes of one reward are in ``rewards.shaped``. Combinations that need
 whole groups are credits of a recipe: ``EnsembleCredit`` and ``UncertaintyDiscount``; others are in
-``genalign.algorithms.credit`` and ``genalign.algorithms.reward_balance``.
+``genalign.algorithms.credit`` and ``genalign.algorithms.multi_reward_credit``.
 
 A sample that a member could not score has score NaN.
 """

@@ -169,7 +169,7 @@ class Residualized:
 
     ``nuisance`` is any function of a reward's form, such as a measure of size or saturation. ``slope`` and ``mean`` are
     fixed, so that a score does not depend on its batch: given, or regressed on reference samples by ``measured``.
-    ``genalign.algorithms.reward_balance.Decorrelated`` regresses the credit of every round instead.
+    ``genalign.algorithms.multi_reward_credit.Decorrelated`` regresses the credit of every round instead.
     """
 
     reward: AnyCallable

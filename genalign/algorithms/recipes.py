@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from genalign.algorithms.advantages import Std
-from genalign.algorithms.balance import Balance
 from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, SetContrast, VirtualBest
+from genalign.algorithms.gradient_balance import GradientBalance
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
@@ -131,7 +131,7 @@ class Recipe:
     lag: Lag | None = None
     recalibration: Recalibration | None = None
     reset: ElasticReset | None = None
-    balance: Balance | None = None
+    balance: GradientBalance | None = None
     redraw: RedrawRule | None = None
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ def with_elastic_reset(recipe: Recipe, every: int = 15, decay: float = 0.95) -> 
     return replace(recipe, reset=ElasticReset(every, decay))
 
 
-def with_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -> Recipe:
+def with_gradient_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -> Recipe:
     """Weigh the rewards of a recipe so that their gradients balance, in the form of MARBLE (arXiv 2605.06507).
 
     Use it where a weighted sum follows one of several rewards. Of the rewards' own weights only the signs matter. The
@@ -222,7 +222,7 @@ def with_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -> Recipe:
             many backward passes as there are rewards.
         decay: The fraction of the averaged weights that such an update keeps.
     """
-    return replace(recipe, balance=Balance(every, decay))
+    return replace(recipe, balance=GradientBalance(every, decay))
 
 
 def with_further_prompts(recipe: Recipe, extra: float = 1.0) -> Recipe:

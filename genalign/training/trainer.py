@@ -47,7 +47,7 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, Stateful, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
-from genalign.training.balancing import RewardBalance
+from genalign.training.balanced_gradients import BalancedGradients
 from genalign.training.credit_trial import try_credit
 from genalign.training.elastic_reset import ResetWeights
 from genalign.training.epochs import Batches, updates_of_round
@@ -129,7 +129,7 @@ class Trainer:
         moving = recipe.recalibration
         self.noise = MovingNoise(moving, kernel, self.grid, self.guidance, counted) if moving else None
         self.reset = ResetWeights(recipe.reset, policy) if recipe.reset else None
-        self.balance = RewardBalance(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
+        self.balance = BalancedGradients(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
         parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
         self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
         # Refuse an impossible recipe before any compute
@@ -427,7 +427,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def _balanced(
-        self, context: UpdateContext, index: int, update: int, batches: Batches, balance: RewardBalance
+        self, context: UpdateContext, index: int, update: int, batches: Batches, balance: BalancedGradients
     ) -> Batches:
         """Weigh the credits of the rewards in the batches of an update, by their own gradients if that is due."""
         weights, sums = balance.weights, context.metrics

@@ -85,7 +85,7 @@ CASES: Mapping[str, Case] = {
         recipes.flow_grpo(window=1),
         lambda: Constrained({"red": redness, "green": greenness}, {"red": -9.0, "green": 9.0}, 1.0),
     ),
-    "balanced": Case(recipes.with_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
+    "balanced": Case(recipes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
     "further prompts": Case(recipes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
     "more samples": Case(recipes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
 }

@@ -185,7 +185,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "awm": lambda: recipes.awm(draws=1),
     "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
-    "with_balance": lambda: recipes.with_balance(recipes.flow_grpo(window=1)),
+    "with_gradient_balance": lambda: recipes.with_gradient_balance(recipes.flow_grpo(window=1)),
     "with_further_prompts": lambda: recipes.with_further_prompts(recipes.flow_grpo(window=1)),
     "with_more_samples": lambda: recipes.with_more_samples(recipes.flow_grpo(window=1)),
     "with_recalibration": lambda: recipes.with_recalibration(recipes.dense_grpo(window=1)),

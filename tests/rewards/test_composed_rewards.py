@@ -62,7 +62,7 @@ def test_rewards_of_one_reward_are_configured(tmp_path: Path, name: str) -> None
     assert reward(torch.rand(2, 3, 64, 64), [Prompt("a red circle")] * 2).isfinite().all()
 
 
-ENSEMBLE, BALANCE = "rewards.combine.EnsembleCredit", "genalign.algorithms.reward_balance"
+ENSEMBLE, BALANCE = "rewards.combine.EnsembleCredit", "genalign.algorithms.multi_reward_credit"
 GROUP_RELATIVE = {"class_path": "genalign.algorithms.credit.GroupRelative"}
 
 

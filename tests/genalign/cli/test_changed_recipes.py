@@ -14,7 +14,7 @@ from tests.genalign.training.toy_runs import write_config
 CHANGES: dict[str, dict[str, Any]] = {
     "with_recalibration": {"every": 1, "step": 0.1},
     "with_elastic_reset": {"every": 1, "decay": 0.5},
-    "with_balance": {"every": 2, "decay": 0.5},
+    "with_gradient_balance": {"every": 2, "decay": 0.5},
     "with_further_prompts": {"extra": 0.5},
 }
 CONSTRAINED = {
@@ -63,7 +63,7 @@ def test_more_samples_run_and_other_choices_are_refused_in_one_line(
     refused = {
         "choose with_further_prompts, or a recipe such as flow_grpo": ("with_more_samples", "dragon"),
         "choose a recipe with a completion, such as dense_grpo": ("with_recalibration", "flow_grpo"),
-        "needs 2 to 8 of non-zero weight, not 1": ("with_balance", "flow_grpo"),
+        "needs 2 to 8 of non-zero weight, not 1": ("with_gradient_balance", "flow_grpo"),
     }
     for message, (change, inner) in refused.items():
         recipe = {"class_path": f"genalign.{change}", "init_args": {"recipe": {"class_path": f"genalign.{inner}"}}}

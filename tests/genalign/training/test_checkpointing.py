@@ -76,7 +76,7 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "awm": recipes.awm,
     "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
-    "with_balance": lambda: recipes.with_balance(recipes.flow_grpo(window=1, kl=0.01), every=3),
+    "with_gradient_balance": lambda: recipes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3),
     "with_elastic_reset": lambda: recipes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=2, decay=0.5),
     "with_further_prompts": lambda: recipes.with_further_prompts(recipes.flow_grpo(window=1)),
     "with_more_samples": lambda: recipes.with_more_samples(recipes.flow_grpo(window=1)),

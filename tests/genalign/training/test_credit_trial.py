@@ -19,8 +19,8 @@ from genalign.algorithms.credit import (
     PlainReward,
 )
 from genalign.algorithms.interfaces import Credit
+from genalign.algorithms.multi_reward_credit import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
-from genalign.algorithms.reward_balance import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
 from genalign.algorithms.step_credit import RewardGain
 from genalign.diffusion.policy import Lora, Policy
 from genalign.scoring.score import NamedReward

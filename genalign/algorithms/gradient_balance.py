@@ -21,7 +21,7 @@ _TIE = 1e-12
 
 
 @dataclass(frozen=True)
-class Balance:
+class GradientBalance:
     """Weights of the rewards that balance their gradients, found at intervals and averaged in between.
 
     Args:

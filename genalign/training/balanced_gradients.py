@@ -1,4 +1,4 @@
-"""Gradients of several rewards in balance during training, see ``genalign.algorithms.balance``.
+"""Gradients of several rewards in balance during training, see ``genalign.algorithms.gradient_balance``.
 
 B samples, S stored steps, K rewards of non-zero weight.
 """
@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from genalign.algorithms.balance import MOST_REWARDS, Balance, Direction
+from genalign.algorithms.gradient_balance import MOST_REWARDS, Direction, GradientBalance
 from genalign.algorithms.interfaces import Credit, Objective, RoundScores
 from genalign.diffusion.policy import Policy
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward
 
 
-class RewardBalance:
+class BalancedGradients:
     """The weights of a run's rewards, which balance their gradients; the same on all ranks.
 
     Args:
@@ -33,7 +33,9 @@ class RewardBalance:
             or the network is sharded.
     """
 
-    def __init__(self, settings: Balance, rewards: Sequence[NamedReward], objective: Objective, policy: Policy) -> None:
+    def __init__(
+        self, settings: GradientBalance, rewards: Sequence[NamedReward], objective: Objective, policy: Policy
+    ) -> None:
         self.settings, self.policy = settings, policy
         self.columns = [place for place, reward in enumerate(rewards) if reward.weight]
         self.names = [rewards[place].name for place in self.columns]

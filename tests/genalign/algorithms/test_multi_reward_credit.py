@@ -10,7 +10,7 @@ from torch import Tensor
 from genalign.algorithms.advantages import log_tamed
 from genalign.algorithms.credit import GroupRelative, PlainReward
 from genalign.algorithms.interfaces import Credit, RoundScores
-from genalign.algorithms.reward_balance import (
+from genalign.algorithms.multi_reward_credit import (
     AmongRight,
     CorrelationWeighted,
     Decorrelated,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.balance import Balance, Direction, min_norm_weights
-from genalign.algorithms.recipes import flow_grpo, with_balance
+from genalign.algorithms.gradient_balance import Direction, GradientBalance, min_norm_weights
+from genalign.algorithms.recipes import flow_grpo, with_gradient_balance
 
 GRADIENTS = torch.tensor([[1, 0, 0], [-0.5, 0.6, 0.2], [0.8, 0.4, -1]], dtype=torch.float64)
 
@@ -81,13 +81,13 @@ def test_no_gradient_is_improved_less_than_the_weighted_ones(seed: int) -> None:
 
 
 def test_updates_with_own_gradients_are_counted() -> None:
-    balance = Balance(every=3)
+    balance = GradientBalance(every=3)
     assert [balance.times(update, 1) for update in range(7)] == [1, 0, 0, 1, 0, 0, 1]
     assert balance.times(1, 2) == 0 and balance.times(2, 5) == 2
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="every of 1 or more"):
-        with_balance(flow_grpo(), every=0)
+        with_gradient_balance(flow_grpo(), every=0)
     with pytest.raises(ValueError, match=r"gram must be \(K, K\) for 1 to 8 vectors"):
         min_norm_weights(torch.eye(9))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.balance import Balance
 from genalign.algorithms.credit import GroupRelative
+from genalign.algorithms.gradient_balance import GradientBalance
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, with_balance
-from genalign.algorithms.reward_balance import Decorrelated
+from genalign.algorithms.multi_reward_credit import Decorrelated
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, with_gradient_balance
 from genalign.diffusion.policy import Lora, Policy
 from genalign.scoring.score import NamedReward
-from genalign.training.balancing import RewardBalance
+from genalign.training.balanced_gradients import BalancedGradients
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt
@@ -45,7 +45,7 @@ def _trainer(
     "recipe", [flow_grpo(window=2), dense_grpo(window=2), nft()], ids=["flow_grpo", "dense_grpo", "nft"]
 )
 def test_rewards_of_any_scale_get_weights_and_few_more_backward_passes(tiny: SD3, recipe: Recipe) -> None:
-    first, second = _trainer(tiny, with_balance(recipe, every=2, decay=0.5)).rounds()
+    first, second = _trainer(tiny, with_gradient_balance(recipe, every=2, decay=0.5)).rounds()
     for result in (first, second):
         shares = [result.metrics[f"balance/{name}"] for name in ("red", "green")]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
@@ -55,7 +55,7 @@ def test_rewards_of_any_scale_get_weights_and_few_more_backward_passes(tiny: SD3
 
 
 def test_the_step_is_the_balanced_sum_of_the_rewards_own_gradients(tiny: SD3) -> None:
-    recipe = with_balance(flow_grpo(window=2, shared_noise=False))
+    recipe = with_gradient_balance(flow_grpo(window=2, shared_noise=False))
     trainer = _trainer(tiny, recipe, replace(ONE_UPDATE, max_grad_norm=1e9))
     own: list[list[Tensor]] = []
     steps: list[Tensor] = []
@@ -87,7 +87,7 @@ def blueness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 def test_a_reward_of_weight_zero_and_scales_change_nothing(tiny_folder: Path) -> None:
-    recipe, ends = with_balance(flow_grpo(window=1)), []
+    recipe, ends = with_gradient_balance(flow_grpo(window=1)), []
     for scale, reported in ((1.0, []), (7.0, [NamedReward("blue", blueness, 0.0)])):
         rewards = [NamedReward("red", redness, scale), *reported, NamedReward("green", greenness, 2 * scale)]
         trainer = _trainer(SD3.load(tiny_folder), recipe, rewards=rewards)
@@ -99,7 +99,7 @@ def test_a_reward_of_weight_zero_and_scales_change_nothing(tiny_folder: Path) ->
 def test_each_reward_alone_is_credited_with_its_sign() -> None:
     rewards = [NamedReward("a", redness, 3.0), NamedReward("b", redness, 0.0), NamedReward("c", redness, -2.0)]
     policy = SimpleNamespace(sharded=False, parameters=[])
-    balance = RewardBalance(Balance(), rewards, flow_grpo().objective, policy)  # type: ignore[arg-type]
+    balance = BalancedGradients(GradientBalance(), rewards, flow_grpo().objective, policy)  # type: ignore[arg-type]
     scores = torch.tensor([[1.0, 9.0, 1.0], [2.0, 9.0, 2.0], [4.0, 9.0, 4.0]])
     credit = balance.credits(GroupRelative(), RoundScores(scores, (3.0, 0.0, -2.0), torch.zeros(3).long()))
     torch.testing.assert_close(credit[:, 0], -credit[:, 1])
@@ -111,10 +111,10 @@ def test_each_reward_alone_is_credited_with_its_sign() -> None:
 
 def test_recipes_and_rewards_that_cannot_be_balanced_are_named(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="needs 2 to 8 of non-zero weight, not 1"):
-        _trainer(tiny, with_balance(flow_grpo()), rewards=[NamedReward("red", redness)])
+        _trainer(tiny, with_gradient_balance(flow_grpo()), rewards=[NamedReward("red", redness)])
     with pytest.raises(ValueError, match="loss on a whole group does not allow: choose a recipe such as flow_grpo"):
-        _trainer(tiny, with_balance(dragon()))
+        _trainer(tiny, with_gradient_balance(dragon()))
     policy = SimpleNamespace(sharded=True)
     rewards = [NamedReward("a", redness), NamedReward("b", redness)]
     with pytest.raises(ValueError, match="train without FSDP"):
-        RewardBalance(Balance(), rewards, flow_grpo().objective, policy)  # type: ignore[arg-type]
+        BalancedGradients(GradientBalance(), rewards, flow_grpo().objective, policy)  # type: ignore[arg-type]
