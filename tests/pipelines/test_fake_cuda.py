@@ -388,6 +388,7 @@ def test_dtypes_do_not_mix(case: str) -> None:
     check(model.train(recipes.flow_grpo(window=1)))
 
 
+@pytest.mark.slow  # steps on whole networks take 12 seconds
 def test_whole_networks_exchange_their_weights_without_waiting() -> None:
     model = Model.open("sd35_medium", weights=torch.float32, lora=None)
     trained = model.train(recipes.flow_grpo(window=1))
