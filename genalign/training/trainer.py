@@ -430,9 +430,9 @@ class Trainer:
         self, context: UpdateContext, index: int, update: int, batches: Batches, balance: BalancedGradients
     ) -> Batches:
         """Weigh the credits of the rewards in the batches of an update, by their own gradients if that is due."""
-        weights, sums = balance.weights, context.metrics
+        weights = balance.weights
         if balance.settings.times(index * self.settings.epochs * self.settings.updates_per_round + update, 1):
-            seeds, before, gradients = self._seeds(index, update, batches), sums.snapshot(), []
+            seeds, gradients = self._seeds(index, update, batches), []
             ones = torch.eye(len(weights), dtype=torch.float64)
 
             # The losses are scaled by the number of terms with credit by any reward, without the distances
@@ -440,10 +440,11 @@ class Trainer:
             counts = self._counts(batch.weighted(ones.sum(0)) for batch in credited)
             scales = replace(TermScales.of_means(counts, self.loss_scale.value), distances=0.0)
             for one in ones:
-                self._accumulate(context, [batch.weighted(one) for batch in batches.values()], seeds, scales)
+                unlogged = MetricSums(sizes={"kl": 1})  # the distance counts as measured: the update itself does so
+                alone = [batch.weighted(one) for batch in batches.values()]
+                self._accumulate(replace(context, metrics=unlogged), alone, seeds, scales)
                 self.policy.sum_gradients()
                 gradients.append(balance.gradients())
-                sums.rollback(before)
             weights = balance.solve(gradients)
         return {number: batch.weighted(weights) for number, batch in batches.items()}
 

@@ -93,7 +93,7 @@ WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old pol
     "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),
     "whole matching": Case(recipes.nft(lag=Lag(slope=0.3)), lora=None),
 }
-SHARDED = ("trajectory", "matching", "seldom matched", "adapted rate")
+SHARDED = ("trajectory", "matching", "seldom matched", "adapted rate", "reset")
 
 
 @dataclass

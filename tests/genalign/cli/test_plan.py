@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -28,6 +29,7 @@ from genalign.algorithms.recipes import (
     turning_point,
     vgpo,
     with_credit,
+    with_gradient_balance,
 )
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
@@ -104,6 +106,19 @@ def test_max_nfe_ends_a_dry_run_and_a_run_after_the_same_round(tiny: SD3) -> Non
     trainer = _trainer(tiny, flow_grpo(window=1), Sampling(4), small)
     assert len(list(trainer.rounds())) == planned.rounds < 9
     assert trainer.ledger.counts == planned.total.counts
+
+
+def test_the_gradients_of_a_balance_are_counted_in_the_rounds_that_have_them(tiny: SD3) -> None:
+    recipe = with_gradient_balance(flow_grpo(window=1, window_reach=0.25), every=3)
+    settings = replace(SETTINGS, rounds=4)
+    rewards = [NamedReward("red", redness, 0.5), NamedReward("again", redness, 2.0)]
+    toy, prompts = ToyPipeline.like(tiny, Sampling(4)), shapes.prompts("train")
+    planned = dry_run(toy, rewards, prompts, recipe, settings, 1.0)
+    trainer = Trainer(tiny, Policy(tiny.denoiser, Lora(2, 4)), rewards, prompts, recipe, settings, Sampling(4))
+    rounds = [dict(trainer.ledger.counts) for _ in trainer.rounds()]
+    passes = [after["nfe backward"] - before.get("nfe backward", 0) for before, after in pairwise([{}, *rounds])]
+    assert passes == [16, 16, 8, 16]  # in the updates 0, 3 and 6 of 8, of 4 samples and 2 rewards
+    assert dict(planned.total.counts) == rounds[-1] and planned.windows == ((0,),)
 
 
 def test_a_long_run_repeats_its_first_rounds(tiny: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
