@@ -50,7 +50,7 @@ from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
 from scripts.benchmarks import round_benchmark, scale_benchmark, search_benchmark, speed_benchmark
-from scripts.benchmarks.proofs import head
+from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
 
 BATCH, STEPS = 96, 10

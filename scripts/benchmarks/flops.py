@@ -34,7 +34,7 @@ from genalign.types import PromptSet
 from pipelines import SD3
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline_of
-from scripts.benchmarks.proofs import head
+from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, write_results
 from scripts.benchmarks.published_sizes import sd35_medium
 

@@ -35,7 +35,7 @@ from genalign.types import Conditioning, Prompt, PromptSet
 from pipelines import SD3
 from pipelines.meta_device import outline_of
 from scripts.benchmarks import flops
-from scripts.benchmarks.proofs import head
+from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
 from scripts.benchmarks.published_sizes import default_dtype, sd35_medium
 

@@ -9,23 +9,16 @@ Finished seeds are saved in runs/proofs; an interrupted proof resumes where it s
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
-from genalign.evaluation.records import PromptRecord, prompt_records
+from genalign.evaluation.records import PromptRecord
 from genalign.metrics.image import saturation
 from genalign.runtime.files import write_text
 from genalign.training.reward_hacking import HackingReport
@@ -35,6 +28,7 @@ from rewards.shapes import recolored, rendered
 from scripts.benchmarks.audio_measures import Measure as Measurable
 from scripts.benchmarks.audio_measures import TrainedRun, dragon_measures, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
+from scripts.benchmarks.guards import credits_part, guards_part
 from scripts.benchmarks.planted_ratings import rated_scenes, warmth
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.set_measures import (
@@ -51,9 +45,9 @@ from scripts.benchmarks.set_measures import (
     share,
     variety,
 )
+from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics, train
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
-RESULTS = Path("docs/results")
 
 
 def flow_grpo(work: Path) -> None:
@@ -292,28 +286,6 @@ def panels(run: Path) -> list[tuple[int, HackingReport]]:
     ]
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def compared(folder: Path, name: str) -> dict[str, dict[int, Path]]:
-    """The finished runs of a comparison by recipe and seed; missing ones are trained."""
-    if status := genalign(["compare", f"scripts/configs/compare/{name}.yaml", "--output", str(folder)]):
-        raise SystemExit(f"the comparison {name} ended with status {status}")
-    recipes = sorted(path for path in folder.iterdir() if path.is_dir())
-    return {
-        recipe.name: {int(run.name.removeprefix("seed-")): run for run in sorted(recipe.glob("seed-*"))}
-        for recipe in recipes
-    }
-
-
-def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[PromptRecord]:
-    """The records of one score of a finished run."""
-    records = prompt_records(name, score, seed, load_evaluation(run / "before"), load_evaluation(run / "after"))
-    return [replace(record, metric=metric) for record in records]
-
-
 PARTS = {
     "flow_grpo": flow_grpo,
     "methods": methods,
@@ -322,28 +294,11 @@ PARTS = {
     "adversarial": adversarial,
     "hacking": hacking,
     "prompt_counts": prompt_counts,
+    "guards": guards_part,
+    "credits": credits_part,
     "audio": audio,
     "audio_dragon": audio_dragon,
 }
-
-
-def train(config: str, run: Path, seed: int) -> None:
-    """One run; its folder must not exist."""
-    status = genalign(["train", "--config", config, "--output", str(run), "--training.seed", str(seed)])
-    if status:
-        raise SystemExit(f"{run} ended with status {status}")
-
-
-def head(claim: str, command: str) -> dict[str, str]:
-    """The header of a result file: claim, command, machine, date and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return {
-        "claim": claim,
-        "command": command,
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
 ``<!-- standings:NAME -->`` and ``<!-- /standings -->``, that of searches by budget between ``<!-- curves:NAME -->`` and
 ``<!-- /curves -->``, that of strategies at equal cost between ``<!-- steering:NAME -->`` and ``<!-- /steering -->``,
-and that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``. With ``--check`` nothing is written, and
-the exit status is 1 where a table is stale.
+that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``, and that of reward guards between
+``<!-- guards:NAME -->`` and ``<!-- /guards -->``. With ``--check`` nothing is written, and the exit status is 1 where a
+table is stale.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from genalign.metrics.intervals import MIN_REPEATS
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|standings|curves|steering|wins):(?P<name>\w+) -->\n)"
+    r"(?P<begin><!-- (?P<kind>results|standings|curves|steering|wins|guards):(?P<name>\w+) -->\n)"
     r".*?(?P<end><!-- /(?P=kind) -->)",
     re.DOTALL,
 )
@@ -112,12 +113,37 @@ def wins(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def guards(result: dict[str, Any]) -> str:
+    """Tabulate reward guards by bench: the gains in strict accuracy, the shifts of what is planted, and the verdict."""
+    heading = ["bench", "guard", "strict without", "strict with", "difference (95% interval)", "planted shift without"]
+    heading += ["planted shift with", "gain on honest rewards (95% interval)", "verdict"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for row in result["guards"]:
+        name = row["arm"].replace("_", " ") + ("" if row["helps"] else "\\*")
+        shifts = ["none planted" if shift is None else f"{shift:+.3f}" for shift in row["planted"]]
+        cells = [row["bench"].replace("_", " "), name, *(f"{gain:+.3f}" for gain in row["strict"])]
+        cells += [_interval(row["difference"]), *shifts, _interval(row["honest_gain"]), row["verdict"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not all(row["helps"] for row in result["guards"]):
+        lines += ["", "\\* ought not to help: it does not see what is planted."]
+    return "\n".join([*lines, ""])
+
+
+def _interval(estimate: dict[str, float | None] | None) -> str:
+    """Write a mean with its interval; a bound that is None is not finite."""
+    if estimate is None:
+        return "not measured"
+    bounds = ["none" if estimate[side] is None else f"{estimate[side]:+.3f}" for side in ("low", "high")]
+    return f"{estimate['mean']:+.3f} ({' to '.join(bounds)})"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "results": table,
     "standings": standings,
     "curves": curves,
     "steering": steering,
     "wins": wins,
+    "guards": guards,
 }
 
 

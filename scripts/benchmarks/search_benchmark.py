@@ -40,7 +40,7 @@ from genalign.search.strategy import Strategy
 from genalign.types import Prompt
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.cached import cached
-from scripts.benchmarks.proofs import RESULTS, head
+from scripts.benchmarks.trained_runs import RESULTS, head
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.search_pool import LEVELS, SEEDS, STEPS, STUDENTS, TEST, TUNE, TUNED, RecordedPool

@@ -62,7 +62,7 @@ from pipelines import SD3
 from rewards.clip import ClipReward
 from rewards.shapes import ShapesReward
 from scripts.benchmarks.cached import cached
-from scripts.benchmarks.proofs import RESULTS, head
+from scripts.benchmarks.trained_runs import RESULTS, head
 from scripts.benchmarks.published_results import write_results
 
 BUDGETS = (8, 32)  # plain samples of STEPS steps
