@@ -50,8 +50,8 @@ from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
 from scripts.benchmarks import round_benchmark, scale_benchmark, search_benchmark, speed_benchmark
-from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
+from scripts.benchmarks.trained_runs import head
 
 BATCH, STEPS = 96, 10
 SIGMAS = tuple(1 - i / STEPS for i in range(STEPS))

@@ -34,9 +34,9 @@ from genalign.types import PromptSet
 from pipelines import SD3
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline_of
-from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, write_results
 from scripts.benchmarks.published_sizes import sd35_medium
+from scripts.benchmarks.trained_runs import head
 
 GENEVAL = "scripts/configs/train/sd35_medium_flow_grpo_geneval.yaml"
 ONE_GPU = "sd35-medium-1gpu"  # a preset

@@ -35,9 +35,9 @@ from genalign.types import Conditioning, Prompt, PromptSet
 from pipelines import SD3
 from pipelines.meta_device import outline_of
 from scripts.benchmarks import flops
-from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
 from scripts.benchmarks.published_sizes import default_dtype, sd35_medium
+from scripts.benchmarks.trained_runs import head
 
 RESULTS, AUTOCAST = Path("docs/results"), torch.bfloat16
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}

@@ -61,7 +61,7 @@ Runs = Mapping[str, Mapping[int, Path]]
 class Guard:
     """An arm of a bench, the arm without the guard, and the arm of the honest bench with it, if there is one.
 
-    ``helps`` is False where it ought not to resist: members of an ensemble with one taste, a nuisance that nobody named.
+    ``helps`` is False where it ought not to resist: members with one taste, a nuisance that nobody named.
     """
 
     bench: str
@@ -92,7 +92,7 @@ GUARDS = (
     Guard("criteria", "balance", "sum", "balance"),
     Guard("proxies", "mean", "single"),
     Guard("proxies", "worst_case", "single", "worst_case"),
-    Guard("proxies", "median", "single"),
+    Guard("proxies", "mean_minus_std", "single"),
     Guard("judges", "both_orders", "one_order", "win_rate"),
     Guard("judges", "always_first", "one_order", helps=False),
 )
@@ -152,7 +152,7 @@ def honest_runs(work: Path) -> Runs:
 
 
 def write_references(own: Path, *extra: str) -> None:
-    """Score base samples for the calibrated arm, whose settings are written to ``own``; ``extra`` are for the command."""
+    """Score base samples for the calibrated arm, of settings ``own``; ``extra`` goes to the command."""
     comparison = yaml.safe_load((COMPARISONS / "shapes_honest.yaml").read_text(encoding="utf-8"))
     write_json(own, comparison["runs"]["calibrated"])
     configs = ["--config", str(COMPARISONS / comparison["base"]), "--config", str(own)]
@@ -168,7 +168,7 @@ def honest_records(runs: Runs) -> list[PromptRecord]:
 
 
 def guard_records(bench: str, runs: Runs) -> list[PromptRecord]:
-    """The gains of every arm of a bench in strict accuracy and in the planted statistic, and each guard's difference."""
+    """The gains of every arm of a bench in strict accuracy and the planted statistic, and each guard's difference."""
     guards = [guard for guard in GUARDS if guard.bench == bench]
     records: list[PromptRecord] = []
     for arm in dict.fromkeys(name for guard in guards for name in (guard.unguarded, guard.arm)):
@@ -239,7 +239,7 @@ def best_of_records(name: str, seed: int, run: Path) -> list[PromptRecord]:
 
 
 def best_of(evaluation: Evaluation, count: int) -> dict[tuple[str, str], list[float]]:
-    """Strict scores of the best by partial credit of each ``count`` noises, by task and prompt; a remainder is left out."""
+    """Strict scores of the best by partial credit of each ``count`` noises, by task and prompt, without a remainder."""
     noises: dict[tuple[str, str], list[SampleRecord]] = {}
     for record in sorted(evaluation.records, key=lambda record: record.key):
         noises.setdefault((record.task, record.prompt), []).append(record)
@@ -313,7 +313,7 @@ def outcomes(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
 
 
 def standing(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
-    """Say of every credit whether strict accuracy rises with it, and how it compares with the usual one, as JSON types."""
+    """Say of every credit whether strict accuracy rises with it, and compare it with the usual one, as JSON types."""
     named = {row.name: row for row in rows}
     table = []
     for bench, (usual, *others) in CREDITS.items():

@@ -40,10 +40,10 @@ from genalign.search.strategy import Strategy
 from genalign.types import Prompt
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.cached import cached
-from scripts.benchmarks.trained_runs import RESULTS, head
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.search_pool import LEVELS, SEEDS, STEPS, STUDENTS, TEST, TUNE, TUNED, RecordedPool
+from scripts.benchmarks.trained_runs import RESULTS, head
 from scripts.pretrain import selection_reward
 
 BUDGETS = (2, 4, 8, 16, 32)

@@ -50,8 +50,8 @@ from pipelines.text_embeddings import TextEmbeddings
 from rewards.shapes import ShapesReward
 from scripts.benchmarks.cached import cached
 from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
-from scripts.benchmarks.trained_runs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
+from scripts.benchmarks.trained_runs import head
 
 PUBLISHED_CLIP, PUBLISHED_DIMENSIONS = 1e-4, 16 * 64 * 64  # the script's clip range, and the latents that it is for
 WINDOW = 3  # of the script's faster variant

@@ -62,8 +62,8 @@ from pipelines import SD3
 from rewards.clip import ClipReward
 from rewards.shapes import ShapesReward
 from scripts.benchmarks.cached import cached
-from scripts.benchmarks.trained_runs import RESULTS, head
 from scripts.benchmarks.published_results import write_results
+from scripts.benchmarks.trained_runs import RESULTS, head
 
 BUDGETS = (8, 32)  # plain samples of STEPS steps
 SEEDS, TUNING_SEED = (11, 12, 13), 100
