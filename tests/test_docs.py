@@ -26,6 +26,7 @@ PAGES = {path.relative_to(ROOT): path.read_text() for path in [ROOT / "README.md
 REWARDS = (METHODS.parent / "rewards.md").read_text()
 AUDIO = (METHODS.parent / "audio.md").read_text()
 GENEVAL = (METHODS.parent / "geneval.md").read_text()
+DESIGN = (METHODS.parent / "reward_design.md").read_text()
 
 
 def _num_lines(code: str) -> int:
@@ -51,7 +52,7 @@ def test_reward_of_the_rewards_page_passes_reward_check(capsys: pytest.CaptureFi
     assert main([*command.split(), "--count", "4"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO + GENEVAL, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO + GENEVAL + DESIGN, re.DOTALL))
 def test_configurations_parse(tmp_path: Path, block: str) -> None:
     whole = {"rewards": {"size": {"function": "rewards.jpeg.compressibility"}}, "output": "runs/x"}
     whole |= {"model": {"path": "shapes-sd3"}, "prompts": "prompts.txt"}
@@ -62,7 +63,7 @@ def test_configurations_parse(tmp_path: Path, block: str) -> None:
 
 
 def test_named_objects_exist() -> None:
-    names = set(re.findall(r"`((?:rewards|genalign)\.[a-z_.]+\.[A-Za-z]\w+)", REWARDS + AUDIO))
+    names = set(re.findall(r"`((?:rewards|genalign)\.[a-z_.]+\.[A-Za-z]\w+)", REWARDS + AUDIO + DESIGN))
     names |= {f"rewards.combine.{name}" for name in re.findall(r"^\| `(\w+)\(", REWARDS, re.MULTILINE)}
     assert len(names) > 30
     for name in names:
