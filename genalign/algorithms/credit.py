@@ -18,6 +18,7 @@ from genalign.algorithms.advantages import (
     gdpo,
     global_std,
     group_advantages,
+    group_spread,
     leave_one_out,
     ngrpo,
     task_normalized,
@@ -167,6 +168,28 @@ class DifficultyWeighted:
         credit: Tensor = self.credit(scores)
         per_sample = (-1, *[1] * (credit.ndim - 1))
         return credit * torch.where(credit > 0, positive.view(per_sample), negative.view(per_sample))
+
+
+@dataclass(frozen=True)
+class SpreadDiscounted:
+    """``credit`` times exp(-strength U): a prompt whose samples have very different scores teaches less.
+
+    U is the standard deviation of the weighted sum within the group, over its root mean square among all groups. It is
+    the discount of Ctrl-U (arXiv 2410.11236) in our form, with the samples of one prompt in place of two predictions.
+    Use it where a reward is noisy for some prompts; where its spread is what there is to learn, it takes that away.
+    ``credit`` is any ``genalign.algorithms.interfaces.Credit``.
+    """
+
+    credit: AnyCallable
+    strength: float = 1.0
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        prompts, spread = group_spread(scores.combined, scores.group)
+        typical = spread[spread > 0].square().mean().sqrt()
+        factor = torch.exp(-self.strength * spread / typical)[torch.searchsorted(prompts, scores.group)]
+        credit: Tensor = self.credit(scores)
+        discounted = credit * factor.view(-1, *[1] * (credit.ndim - 1))
+        return torch.where(credit == 0, 0.0, discounted).float()
 
 
 @dataclass(frozen=True)

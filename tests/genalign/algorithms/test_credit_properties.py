@@ -41,6 +41,7 @@ from genalign.algorithms.credit import (
     NormalizedSum,
     PlainReward,
     SetContrast,
+    SpreadDiscounted,
     TaskNormalized,
     VirtualBest,
 )
@@ -187,6 +188,16 @@ CASES: dict[str, Case] = {
             "GP3": "a success is a score above the mean of the group and, in part, of its task",
             "shift": "a success is a score above a mean of several groups",
         },
+    ),
+    "SpreadDiscounted": Case(
+        lambda scale: SpreadDiscounted(GroupRelative()),
+        # Standard deviations 1/2 and 3/2, whose root mean square is sqrt(5)/2; the third group has none
+        (
+            SpreadDiscounted(LeaveOneOut(), 2.0),
+            one_reward([0, 1], [0, 3], [1, 1]),
+            [sign * size * math.exp(-2 * size / 5**0.5) for size in (1, 3) for sign in (-1, 1)] + [0.0, 0.0],
+        ),
+        {"GP3": "the spread is relative to that of all groups"},
     ),
     "RewardGain": Case(
         lambda scale: RewardGain(2.0),

@@ -34,6 +34,7 @@ def _parse(folder: Path, recipe: dict[str, Any]) -> Train:
         ("GaussianRank", {}),
         ("TaskNormalized", {"center": "task"}),
         ("DifficultyWeighted", {"credit": SCALED, "strength": 0.5}),
+        ("SpreadDiscounted", {"credit": SCALED, "strength": 0.5}),
     ],
 )
 def test_credits_are_configured(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
