@@ -1,7 +1,8 @@
 """The properties that every credit is held to, one by one, over all credits.
 
 To add a credit, add a case to ``CASES``: how it is made, its worked numbers, and the properties that it does not have,
-each with the reason. A property that is listed there and holds after all fails the test.
+each with the reason. A property that is listed there and holds after all fails the test, and so does one that fails by
+another error than a failed comparison, or, where the credit refuses the scores, its refusal.
 
 =====  =================================================================================================================
 GP1    Permuting the samples permutes the credit.
@@ -9,12 +10,14 @@ GP2    Renaming the groups changes nothing.
 GP3    A group does not change the credit of another group.
 GP4    A NaN score gets exactly 0, and leaves the others as if the sample were absent.
 GP5    A group without spread gets exactly 0.
-GP6    A group of one gets exactly 0; groups of two have finite credit.
+GP6    A group of one gets exactly 0.
 GP7    Where all scores are NaN, all credit is 0.
 GP8    Scores times 1e6 and 1e-6 have finite credit, and some that is not 0.
 GP9    The result is float32; the arithmetic within is float64, so that a large constant in the scores is no error.
 GP10   A reward of weight 0 changes nothing.
 shift  A constant for each group, added to its scores, changes nothing (a "contrastive reward" is such a constant).
+ties   Samples of a group with equal scores get equal credit.
+two    In groups of two credit is finite, and the sample that is better in all rewards at every step gets more.
 =====  =================================================================================================================
 """
 
@@ -24,12 +27,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms import credit as credits_module
+from genalign.algorithms import credit as sample_credit
+from genalign.algorithms import multi_reward_credit, step_credit
 from genalign.algorithms.credit import (
     BestAndWorst,
     BestOfN,
@@ -46,10 +51,19 @@ from genalign.algorithms.credit import (
     VirtualBest,
 )
 from genalign.algorithms.interfaces import Credit, RoundScores
-from genalign.algorithms.step_credit import RewardGain
-from rewards.combine import EnsembleCredit, UncertaintyDiscount
+from genalign.algorithms.multi_reward_credit import (
+    AmongRight,
+    CorrelationWeighted,
+    Decorrelated,
+    GatedBySuccess,
+    LogTamed,
+)
+from genalign.algorithms.step_credit import RewardGain, TurningPoint, ValueAnchored
+from rewards import combine
+from rewards.combine import EnsembleCredit, UncertaintyDiscount, mean_minus_variance
 
 Columns = Sequence[Sequence[float]]
+NAMES = ("first", "second", "reported")
 
 
 def round_scores(*groups: Columns, tasks: Sequence[int] | None = None) -> RoundScores:
@@ -57,11 +71,17 @@ def round_scores(*groups: Columns, tasks: Sequence[int] | None = None) -> RoundS
     scores = torch.tensor([sample for group in groups for sample in group])
     group = torch.tensor([number for number, samples in enumerate(groups) for _ in samples])
     task = None if tasks is None else torch.tensor(tasks)[group]
-    return RoundScores(scores, (1.0,) * scores.shape[1], group, task=task)
+    return RoundScores(scores, (1.0,) * scores.shape[1], group, task=task, names=NAMES[: scores.shape[1]])
 
 
 def one_reward(*groups: Sequence[float], tasks: Sequence[int] | None = None) -> RoundScores:
     return round_scores(*[[[score] for score in group] for group in groups], tasks=tasks)
+
+
+def steps_of_one_reward(table: Columns) -> RoundScores:
+    """Scores R_0, ..., R_S (B, S + 1) of one group."""
+    stepwise = torch.tensor(table)[:, :, None]
+    return replace(one_reward([0.0] * len(table)), scores=stepwise[:, -1], stepwise=stepwise)
 
 
 def near_half(features: Tensor) -> float:
@@ -77,11 +97,15 @@ class Case:
         make: Make the credit for rewards in [0, scale], of which two of weight 1 count.
         worked: A credit, scores, and the credit's values by hand or from the reference's fixtures.
         exceptions: The properties that the credit does not have, and why.
+        refusals: The properties whose scores the credit refuses, and the words with which it does.
+        tolerance: The largest error of a worked number, beside the rounding of the result to float32.
     """
 
     make: Callable[[float], Credit]
     worked: tuple[Credit, RoundScores, list[float]]
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float = 1e-8
 
 
 FOUR, GRPO = one_reward([1.0, 2.0, 3.0, 6.0]), [-1.06898783, -0.53449391, 0.0, 1.60348174]
@@ -90,10 +114,23 @@ LEVELS = one_reward([0.0, 0.5, 2.0, 0.5, 0.0, 1.0, 0.5, 0.0])
 SCALES = one_reward([0.0, 1.0], [0.0, 3.0], [0.0, 100.0], tasks=[0, 0, 1])
 PAR = one_reward([0.2119414575, 0.3941418413, 0.6058581587, 0.9612808822])
 
+# R_0, ..., R_4: the first two turn at step 1, the third at step 0, and the fourth nowhere
+TURNS = [[0.3, 0.2, 0.45, 0.4, 0.6], [0.3, 0.5, 0.35, 0.25, 0.2], [0.3, 0.35, 0.4, 0.2, 0.5], [0.3, 0.3, 0.1, 0.4, 0.1]]
+# R_0, which must not matter, and R_1, ..., R_3
+VALUES = [[7.0, 0.2, 0.25, 0.5], [7.0, 0.3, 0.45, 0.4], [7.0, 0.1, 0.3, 0.2], [7.0, 0.25, 0.2, 0.6]]
+
 TWO_REWARDS = round_scores([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1], [6.0, 0.3]])
 GLOBAL = dict.fromkeys(("GP3", "shift"), "divides by the standard deviation of all scores")
 PLAIN = "no normalization: PRDP takes the differences itself, and leaves out NaN"
+SHARES = "weighs a step by its share of the trajectory's scores"
+FLOOR = "the floor of the standard deviation is relative to the spread of all gains"
+ROUNDED = 3e-7  # for scores such as 0.1, which float32 rounds
 SETS = "a sample is judged with the others of its set, in the order of samples and prompts"
+
+TAMED = {
+    "GP3": "a reward is tamed by its relative spread in the round",
+    **dict.fromkeys(("GP9", "shift"), "the logarithm and the relative spread depend on the level of the scores"),
+}
 
 CASES: dict[str, Case] = {
     "GroupRelative": Case(lambda scale: GroupRelative(), (GroupRelative(), FOUR, GRPO)),
@@ -114,6 +151,7 @@ CASES: dict[str, Case] = {
     "LeaveOneOut": Case(
         lambda scale: LeaveOneOut(),
         (LeaveOneOut(2.0), PAR, [2 * a for a in (-0.4418188365, -0.1988849916, 0.0834034317, 0.5573003964)]),
+        tolerance=ROUNDED,
     ),
     "BestOfN": Case(
         lambda scale: BestOfN(2),
@@ -134,9 +172,9 @@ CASES: dict[str, Case] = {
         ),
         {
             "GP3": "weighs a group by the distribution of all groups' means",
-            "GP9": "takes scores in a fixed range",
             "shift": "weighs a group by its mean",
         },
+        refusals={"GP9": r"outside \[0, 1\]: set low and high"},
     ),
     "VirtualBest": Case(
         lambda scale: VirtualBest(2 * scale),
@@ -150,14 +188,14 @@ CASES: dict[str, Case] = {
         ),
         {
             "GP5": "a group without spread below the best possible score gets negative credit",
-            "GP9": "takes scores up to the best possible one",
             "shift": "the best possible score is absolute",
         },
+        refusals={"GP9": "is above best = 2: set best"},
     ),
     "GaussianRank": Case(
         lambda scale: GaussianRank(),
         # Phi^-1 of 1/8, 3/8, 5/8, 7/8; tied scores share the mean of the last two
-        (GaussianRank(), one_reward([5.0, 7.0, 0.0, 7.0]), [-0.31863936, 0.73449463, -1.15034938, 0.73449463]),
+        (GaussianRank(), one_reward([5.0, 7.0, 0.0, 7.0]), [-0.31863936, 0.73449437, -1.15034938, 0.73449437]),
     ),
     "TaskNormalized": Case(
         lambda scale: TaskNormalized(),
@@ -206,7 +244,156 @@ CASES: dict[str, Case] = {
             replace(FOUR, stepwise=torch.stack([torch.zeros(4, 1), FOUR.scores], dim=1)),
             GRPO,
         ),
-        {"GP3": "the floor of the standard deviation is relative to the spread of all gains"},
+        {"GP3": FLOOR},
+    ),
+    "TurningPoint": Case(
+        lambda scale: TurningPoint(floor=0.0),
+        (
+            TurningPoint(floor=0.0),
+            steps_of_one_reward(TURNS),
+            [
+                *(-1.2689983418, 1.5264927829, -0.1990113227, 0.6975769821),
+                *(1.499725313, -1.0639192123, -0.464359753, -0.375618375),
+                *(0.1153634856, 0.2312867853, -0.9950566136, 1.1268551249),
+                *(-0.3460904568, -0.6938603558, 1.6584276893, -1.448813732),
+            ],
+        ),
+        {
+            "GP1": "of equal turning points the first are balanced",
+            "GP3": "turning points are balanced over the round",
+            "ties": "of equal turning points the first are balanced",
+        },
+        tolerance=ROUNDED,
+    ),
+    "TurningPoint, not balanced": Case(
+        lambda scale: TurningPoint(balanced=False, floor=2.0),
+        (
+            TurningPoint(balanced=False, floor=0.0),
+            steps_of_one_reward(TURNS),
+            [  # the gains of step 0 are -0.1, 0.2, 0.2, 0
+                *(-1.3461143888, 1.5264927829, -0.1990113227, 0.6975769821),
+                *(0.9615102777, -1.0639192123, -0.464359753, -0.375618375),
+                *(0.9615102777, 0.2312867853, -0.9950566136, 1.1268551249),
+                *(-0.5769061666, -0.6938603558, 1.6584276893, -1.448813732),
+            ],
+        ),
+        {"GP3": FLOOR},
+        tolerance=ROUNDED,
+    ),
+    "ValueAnchored": Case(
+        lambda scale: ValueAnchored(),
+        (
+            ValueAnchored(),
+            steps_of_one_reward(VALUES),
+            [
+                *(0.0216270396, 0.1466290141, 0.3744457591),
+                *(1.5127998476, 1.1207815515, -0.0905314743),
+                *(-2.1056902531, -1.9486933751, -0.752598902),
+                *(0.5897884505, 0.4582899491, 0.9434174179),
+            ],
+        ),
+        dict.fromkeys(("GP9", "shift"), SHARES),
+        tolerance=ROUNDED,
+    ),
+    "ValueAnchored by the lowest score": Case(
+        lambda scale: ValueAnchored(reduction="min"),
+        (
+            ValueAnchored(reduction="min"),
+            steps_of_one_reward(VALUES),
+            [  # the lowest scores that follow: (0.2, 0.25, 0.5), (0.3, 0.4, 0.4), (0.1, 0.2, 0.2), (0.2, 0.2, 0.6)
+                *(0.0, -0.1202469083, 0.8001314642),
+                *(1.155449771, 1.8277530062, -0.1842727009),
+                *(-0.8473298321, -0.9138765031, -1.8242997385),
+                *(0.0, -0.4569382516, 2.1283496949),
+            ],
+        ),
+        dict.fromkeys(("GP9", "shift"), SHARES),
+        tolerance=ROUNDED,
+    ),
+    "ValueAnchored with an anchor": Case(
+        lambda scale: ValueAnchored(anchor=0.1),
+        (
+            ValueAnchored(anchor=0.1),
+            steps_of_one_reward(VALUES),
+            [
+                *(0.1234349214, 0.2190428072, 0.4113915719),
+                *(1.654672246, 1.2086913326, -0.0690933323),
+                *(-2.0356348076, -1.8916636721, -0.7426979119),
+                *(0.7013650463, 0.531109098, 0.9912897584),
+            ],
+        ),
+        {
+            **dict.fromkeys(("GP9", "shift"), SHARES),
+            "GP5": "the anchor is absolute: a group without spread gets credit",
+            "GP6": "the anchor is absolute: a group of one gets credit",
+        },
+        tolerance=ROUNDED,
+    ),
+    "CorrelationWeighted": Case(
+        lambda scale: CorrelationWeighted(),
+        (
+            CorrelationWeighted(),
+            round_scores([[1.0, 2.0, 3.0], [2.0, 4.0, 1.0], [3.0, 6.0, 2.0], [6.0, 12.0, 0.0]]),
+            [1.3277746197, -0.8192174925, 0.5932419209, -1.1017990482],
+        ),
+        {"GP3": "divides by the standard deviation of all advantages"},
+    ),
+    "LogTamed": Case(
+        lambda scale: LogTamed(),
+        (LogTamed(), TWO_REWARDS, [-1.200905225, -0.4375127518, 0.1041228276, 1.5342951493]),
+        TAMED,
+    ),
+    "LogTamed, global": Case(
+        lambda scale: LogTamed(std="global"),
+        (
+            LogTamed(std="global"),
+            # The relative spreads are 0.544 and 0.447, so that the first reward is tamed
+            round_scores([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1], [6.0, 0.3]], [[2.0, 0.2], [4.0, 0.2]]),
+            [-1.3814014743, -0.5032709891, 0.1197725054, 1.7648999581, -0.553156787, 0.553156787],
+        ),
+        TAMED,
+    ),
+    "AmongRight": Case(
+        lambda scale: AmongRight("first", threshold=scale / 2),
+        (
+            AmongRight("first"),
+            round_scores([[1, 0.2], [1, 0.6], [0, 0.9], [1, 0.4], [0, 0.1], [0, 0.5], [1, 0.4], [0, 0.3]]),
+            [0.5758357593, 1.4237643207, *(0.99980004 * sign for sign in (-1, 1, -1, -1, 1, -1))],
+        ),
+        dict.fromkeys(("GP9", "shift"), "being right is an absolute score"),
+    ),
+    "GatedBySuccess": Case(
+        lambda scale: GatedBySuccess("first", threshold=scale / 2),
+        (
+            GatedBySuccess("first"),
+            # Sums 2, 4, 0, 2 of mean 2 and standard deviation sqrt(2); then the rule alone, of mean 1/4 and sqrt(3)/4
+            round_scores([[1, 1], [1, 3], [0, 0], [0, 2]], [[1, 0], [0, 7], [0, 1], [0, 5]]),
+            [0.0, 2 / (2**0.5 + 1e-4), -2 / (2**0.5 + 1e-4), 0.0]
+            + [part / (3**0.5 / 4 + 1e-4) for part in (0.75, -0.25, -0.25, -0.25)],
+        ),
+        dict.fromkeys(("GP9", "shift"), "success is an absolute score"),
+    ),
+    "Decorrelated": Case(
+        lambda scale: Decorrelated(GroupRelative(), ["reported"]),
+        (
+            Decorrelated(PlainReward(), ["second"]),
+            replace(
+                round_scores(
+                    [[1.0, 0.3], [-1.0, 0.1], [0.5, 0.25], [-0.5, 0.05]],
+                    [[0.8, 0.4], [-0.2, 0.35], [-0.9, 0.2], [0.3, 0.3]],
+                ),
+                weights=(1.0, 0.0),
+            ),
+            [
+                *(0.1067961165, -0.4640776699, -0.0359223301, 0.3932038835),
+                *(0.1747572816, -0.467961165, -0.0961165049, 0.3893203883),
+            ],
+        ),
+        {
+            "GP3": "the slope is that of all groups",
+            "GP10": "the nuisance is a reward of weight 0",
+        },
+        tolerance=ROUNDED,
     ),
     "PlainReward": Case(
         lambda scale: PlainReward(),
@@ -216,7 +403,7 @@ CASES: dict[str, Case] = {
     "BestAndWorst": Case(
         lambda scale: BestAndWorst(),
         (BestAndWorst(), one_reward([2.0, 6.0, 1.0], [3.0, 3.0, 3.0]), [0.0, 1.0, -1.0, 0.0, 0.0, 0.0]),
-        {"GP1": "among equal scores the first counts"},
+        dict.fromkeys(("GP1", "ties"), "among equal scores the first counts"),
     ),
     "SetContrast": Case(
         lambda scale: SetContrast(near_half),
@@ -226,48 +413,69 @@ CASES: dict[str, Case] = {
             [1.0, 1.0, -1.0, -1.0],  # of the sets with one of samples 0 and 2 and one of 1 and 3, {0, 1} is the nearest
         ),
         {
-            **dict.fromkeys(("GP1", "GP2", "GP3", "GP4", "GP5"), SETS),
-            "GP7": "needs two pairs with features",
+            **dict.fromkeys(("GP1", "GP2", "GP3", "GP4", "GP5", "ties", "two"), SETS),
             **dict.fromkeys(("GP9", "shift"), "this set reward has a fixed target"),
         },
+        refusals={"GP7": "needs 2 pairs of samples or more"},
     ),
     "EnsembleCredit": Case(
         lambda scale: EnsembleCredit(),
         (EnsembleCredit(), TWO_REWARDS, [-0.88343483, -0.40773460, -0.40773460, 1.69890404]),
     ),
+    "EnsembleCredit by the variance": Case(
+        lambda scale: EnsembleCredit(mean_minus_variance),
+        (EnsembleCredit(mean_minus_variance), TWO_REWARDS, [-0.8434626373, -0.5429887304, -0.3146934287, 1.7011447964]),
+    ),
     "UncertaintyDiscount": Case(
         lambda scale: UncertaintyDiscount(GroupRelative()),
-        (UncertaintyDiscount(GroupRelative(), 0.0), TWO_REWARDS, [-1.05053770, -0.53808029, -0.02562287, 1.61424089]),
+        (
+            UncertaintyDiscount(GroupRelative(), 2.0),
+            # Members 1, -1, 1, -1 and 1, -1, -1, 1 but for the 1e-4 beside their standard deviations 1 and 2
+            round_scores([[2.0, 9.0], [0.0, 5.0], [2.0, 5.0], [0.0, 9.0]]),
+            [
+                part / (5**0.5 + 1e-4) * math.exp(-abs(1 / 1.0001 + sign * 2 / 2.0001))
+                for part, sign in ((3, -1), (-3, -1), (-1, 1), (1, 1))
+            ],
+        ),
     ),
 }
 
 
-def test_every_credit_has_a_case() -> None:
-    classes = inspect.getmembers(credits_module, inspect.isclass)
-    own = {name for name, value in classes if value.__module__ == credits_module.__name__}
-    assert own <= {type(case.make(1.0)).__name__ for case in CASES.values()}
+@pytest.mark.parametrize("module", [sample_credit, step_credit, multi_reward_credit, combine])
+def test_every_credit_has_a_case(module: ModuleType) -> None:
+    """A credit is a class that is called with the scores of a round."""
+    calls = {
+        value: inspect.signature(value.__call__).parameters.values()
+        for _, value in inspect.getmembers(module, inspect.isclass)
+        if value.__module__ == module.__name__ and "__call__" in vars(value)
+    }
+    own = {value for value, arguments in calls.items() if "RoundScores" in {each.annotation for each in arguments}}
+    assert own and own <= {type(case.make(1.0)) for case in CASES.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_worked_numbers(name: str) -> None:
     credit, scores, expected = CASES[name].worked
-    assert credit(scores).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    values = credit(scores)
+    assert values.dtype == torch.float32
+    assert values.flatten().tolist() == pytest.approx(expected, rel=2**-23, abs=CASES[name].tolerance)
 
 
 SIZE = 8
 
 
-def example(scale: float = 1.0, offset: float = 0.0) -> RoundScores:
+def example(scale: float = 1.0, offset: float = 0.0, levels: int = 16) -> RoundScores:
     """A round of three groups of eight and two tasks: two rewards with ties in [0, scale], and one of weight 0."""
     generator = torch.Generator().manual_seed(3)
-    steps = torch.randint(0, 17, (3 * SIZE, 3, 3), generator=generator) / 16  # float32 holds them beside the offset
+    # float32 holds them beside the offset
+    steps = torch.randint(0, levels + 1, (3 * SIZE, 3, 3), generator=generator) / levels
     return of_steps(scale * steps + offset, torch.arange(3).repeat_interleave(SIZE))
 
 
 def of_steps(stepwise: Tensor, group: Tensor) -> RoundScores:
     """A round with scores of every stored state (B, S + 1, K), the last ones being the samples', also as features."""
     final = stepwise[:, -1]
-    return RoundScores(final, (1.0, 1.0, 0.0), group, stepwise, final[:, :2], task=group // 2)
+    return RoundScores(final, (1.0, 1.0, 0.0), group, stepwise, final[:, :2], task=group // 2, names=NAMES)
 
 
 def change(scores: RoundScores, rows: Tensor | slice, values: Tensor | float) -> RoundScores:
@@ -292,9 +500,10 @@ def zero(credit: Tensor) -> None:
 
 
 def permutation(case: Case) -> None:
-    credit, scores = case.make(1.0), example()
-    order = torch.randperm(len(scores.group), generator=torch.Generator().manual_seed(0))
-    close(credit(select(scores, order)), credit(scores)[order])
+    credit, generator = case.make(1.0), torch.Generator().manual_seed(0)
+    for scores in (example(), *[example(levels=4)] * 3):
+        order = torch.randperm(len(scores.group), generator=generator)
+        close(credit(select(scores, order)), credit(scores)[order])
 
 
 def renaming(case: Case) -> None:
@@ -303,10 +512,13 @@ def renaming(case: Case) -> None:
 
 
 def independence(case: Case) -> None:
-    credit, scores = case.make(1.0), example()
+    credit = case.make(1.0)
     values = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.125, 0.125, 0.75]).view(SIZE, 1, 1)
-    values = values * torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1)  # a gain at each step
-    close(credit(change(scores, slice(SIZE, 2 * SIZE), values))[:SIZE], credit(scores)[:SIZE])
+    rising = values * torch.tensor([0.0, 0.5, 1.0]).view(3, 1)
+    first, second = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0])
+    for scores in (example(), example(levels=4)):
+        for other in (rising, 1 - rising, (1 - rising) * first, (1 - rising) * second):
+            close(credit(change(scores, slice(SIZE, 2 * SIZE), other))[:SIZE], credit(scores)[:SIZE])
 
 
 def missing(case: Case) -> None:
@@ -316,9 +528,11 @@ def missing(case: Case) -> None:
     values = credit(change(scores, rows, math.nan))
     zero(values[rows])
     close(values[others], credit(select(scores, others)))
-    one_reward_missing = replace(scores, scores=scores.scores.clone())
-    one_reward_missing.scores[5, 1] = math.nan
-    assert bool(credit(one_reward_missing).isfinite().all())
+    assert scores.stepwise is not None
+    for step in (1, -1):
+        one_reward_missing = scores.stepwise.clone()
+        one_reward_missing[5, step, 1] = math.nan
+        assert bool(credit(of_steps(one_reward_missing, scores.group)).isfinite().all())
 
 
 def no_spread(case: Case) -> None:
@@ -329,12 +543,39 @@ def no_spread(case: Case) -> None:
     zero(case.make(1.0)(change(scores, slice(None), 0.3)))
 
 
-def small_groups(case: Case) -> None:
+def group_of_one(case: Case) -> None:
+    """Among groups of two, and the last one."""
+    values = case.make(1.0)(of_pairs(first=1))
+    zero(values[:1])
+    zero(values[-1:])
+
+
+def groups_of_two(case: Case) -> None:
+    credit = case.make(1.0)
+    values = credit(of_pairs(first=2))
+    assert bool(values.isfinite().all()) and bool((values != 0).any())
+    rewards = torch.tensor([1.0, 1.0, 0.0])
+    gains = torch.tensor([0.25, 0.0, 0.0, 0.5, 1.0, 0.0]).view(6, 1, 1) * rewards  # of both steps together
+    stepwise = gains * torch.tensor([0.0, 0.5, 1.0]).view(3, 1)
+    values = credit(of_steps(stepwise, torch.arange(6) // 2))
+    assert bool(values.isfinite().all()) and bool((values[[0, 3, 4]] > values[[1, 2, 5]]).all())
+
+
+def of_pairs(first: int) -> RoundScores:
+    """The scores of the example in groups of two, of which the first has ``first`` samples."""
     stepwise = example().stepwise
     assert stepwise is not None
-    values = case.make(1.0)(of_steps(stepwise, (torch.arange(len(stepwise)) + 1) // 2))  # one, then pairs
-    zero(values[:1])
-    assert bool(values.isfinite().all()) and bool((values != 0).any())
+    return of_steps(stepwise, (torch.arange(len(stepwise)) + 2 - first) // 2)
+
+
+def ties(case: Case) -> None:
+    """Give the scores of each sample in turn to the next one of its group."""
+    credit, scores = case.make(1.0), example()
+    assert scores.stepwise is not None
+    for row in range(len(scores.group)):
+        following = row + 1 if (row + 1) % SIZE else row + 1 - SIZE
+        values = credit(change(scores, torch.tensor([following]), scores.stepwise[row]))
+        close(values[row], values[following])
 
 
 def nothing_scored(case: Case) -> None:
@@ -379,12 +620,14 @@ PROPERTIES: dict[str, Callable[[Case], None]] = {
     "GP3": independence,
     "GP4": missing,
     "GP5": no_spread,
-    "GP6": small_groups,
+    "GP6": group_of_one,
     "GP7": nothing_scored,
     "GP8": scaling,
     "GP9": precision,
     "GP10": weightless_reward,
     "shift": shift,
+    "ties": ties,
+    "two": groups_of_two,
 }
 
 
@@ -393,17 +636,34 @@ def _parameters() -> list[object]:
         pytest.param(
             name,
             label,
-            marks=[pytest.mark.xfail(strict=True, reason=case.exceptions[label])] if label in case.exceptions else [],
+            marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=case.exceptions[label])]
+            if label in case.exceptions
+            else [],
         )
         for name, case in CASES.items()
         for label in PROPERTIES
+        if label not in case.refusals
     ]
 
 
 @pytest.mark.parametrize(("name", "label"), _parameters())
 def test_properties(name: str, label: str) -> None:
-    assert set(CASES[name].exceptions) <= set(PROPERTIES)
     PROPERTIES[label](CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "message"),
+    [(name, label, message) for name, case in CASES.items() for label, message in case.refusals.items()],
+)
+def test_refusals(name: str, label: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PROPERTIES[label](CASES[name])
+
+
+def test_exceptions_name_properties() -> None:
+    for case in CASES.values():
+        assert not case.exceptions.keys() & case.refusals.keys()
+        assert case.exceptions.keys() | case.refusals.keys() <= PROPERTIES.keys()
 
 
 @pytest.mark.parametrize("size", [3, 8, 10])
