@@ -1,3 +1,5 @@
+"""Parameters of credits over several rewards, and nuisances; test_credit_properties has what all credits owe."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import log_tamed
 from genalign.algorithms.credit import GroupRelative, PlainReward
-from genalign.algorithms.interfaces import Credit, RoundScores
+from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.multi_reward_credit import (
     AmongRight,
     CorrelationWeighted,
@@ -35,21 +37,15 @@ def near(values: Sequence[float], tolerance: float = 1e-6) -> object:
     return pytest.approx(list(values), abs=tolerance)
 
 
-# The numbers of the papers' formulas
-
-
-def test_conflicting_rewards_count_more() -> None:
-    assert CorrelationWeighted()(round_scores(FIRST, SECOND, THIRD)).tolist() == near(CMO)
+def test_a_single_reward_is_only_normalized() -> None:
     z = [-1.0690449676, -0.5345224838, 0.0, 1.6035674515]
     assert CorrelationWeighted()(round_scores(FIRST)).tolist() == near(z)
 
 
 def test_own_weights_multiply_and_turn_rewards_around() -> None:
-    """A reward of weight -1 is the same as its negative of weight 1, and one of weight 0 is not there."""
+    """A reward of weight -1 is the same as its negative of weight 1."""
     turned = CorrelationWeighted()(round_scores(FIRST, SECOND, [-x for x in THIRD], weights=[1.0, 1.0, -1.0]))
     assert turned.tolist() == near(CMO)
-    with_reported = round_scores(FIRST, [5.0, 1.0, 0.0, 2.0], weights=[1.0, 0.0])
-    assert torch.equal(CorrelationWeighted()(with_reported), CorrelationWeighted()(round_scores(FIRST)))
     heavy = CorrelationWeighted(temperature=1e6)(round_scores(FIRST, THIRD, weights=[3.0, 1.0]))
     z = [torch.tensor(x, dtype=torch.float64) for x in (FIRST, THIRD)]
     z = [(x - x.mean()) / x.std(correction=0) for x in z]
@@ -59,12 +55,10 @@ def test_own_weights_multiply_and_turn_rewards_around() -> None:
 
 def test_a_reward_of_large_relative_spread_is_tamed() -> None:
     expected = [-1.200905225, -0.4375127518, 0.1041228276, 1.5342951493]
-    for threshold in ("mean", "median", 0.6):
+    for threshold in ("median", 0.6):
         assert LogTamed(threshold)(round_scores(FIRST, TAMABLE)).tolist() == near(expected)
     untamed, plain = LogTamed(9.0)(round_scores(FIRST, TAMABLE)), GroupRelative()(round_scores(FIRST, TAMABLE))
     assert torch.equal(untamed, plain)
-    reported = round_scores(FIRST, TAMABLE, [0.0, 0.0, 0.0, 1.0], weights=[1.0, 1.0, 0.0])
-    assert LogTamed()(reported).tolist() == near(expected)  # its spread does not move the mean
     with pytest.raises(ValueError, match='threshold must be "mean", "median" or a number'):
         log_tamed(torch.rand(4, 2), "largest")  # type: ignore[arg-type]
 
@@ -73,8 +67,6 @@ RULE, STYLE = [1.0, 1, 0, 1, 0, 0, 1, 0], [0.2, 0.6, 0.9, 0.4, 0.1, 0.5, 0.4, 0.
 
 
 def test_right_samples_compete_in_style() -> None:
-    expected = [0.5758357593, 1.4237643207, -0.99980004, 0.99980004, -0.99980004, -0.99980004, 0.99980004, -0.99980004]
-    assert AmongRight("rule", weight=0.3)(round_scores(RULE, STYLE)).tolist() == near(expected)
     strong = AmongRight("rule", weight=5.0)(round_scores(RULE, STYLE))
     assert strong[0] == 0.0 and strong[1] == 5.0  # never against being right, and clipped
     partial = AmongRight("rule", threshold=2.0)(round_scores(RULE, STYLE))
@@ -157,80 +149,9 @@ def test_samples_without_a_nuisance_are_left_out() -> None:
     torch.testing.assert_close(credit[1:], Decorrelated(PlainReward(), ["style"])(without))
 
 
-# What every credit owes
-
-CREDITS: dict[str, Credit] = {
-    "correlation": CorrelationWeighted(),
-    "tamed": LogTamed(),
-    "tamed, global": LogTamed(std="global"),
-    "among right": AmongRight("rule", threshold=0.5),
-    "gated": GatedBySuccess("rule", threshold=0.5),
-    "decorrelated": Decorrelated(GroupRelative(), ["nuisance"]),
-}
-over_credits = pytest.mark.parametrize("credit", CREDITS.values(), ids=CREDITS)
-
-
 def random_scores() -> RoundScores:
     table = torch.rand(12, 3, generator=torch.Generator().manual_seed(3))
     return RoundScores(table, (1.0, 0.5, 0.0), torch.tensor([5] * 4 + [0] * 4 + [9] * 4), names=NAMES)
-
-
-def with_table(scores: RoundScores, table: Tensor) -> RoundScores:
-    return RoundScores(table, scores.weights, scores.group, names=scores.names)
-
-
-@over_credits
-def test_order_and_keys_of_groups_do_not_matter(credit: Credit) -> None:
-    scores = random_scores()
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(4))
-    shuffled = RoundScores(scores.scores[order], scores.weights, scores.group[order] + 3, names=NAMES)
-    expected = credit(scores)
-    assert expected.dtype == torch.float32 and expected.shape == (12,)
-    torch.testing.assert_close(credit(shuffled), expected[order], rtol=0, atol=1e-5)
-
-
-@over_credits
-def test_a_missing_score_gets_zero_and_the_others_what_they_get_without_it(credit: Credit) -> None:
-    scores = random_scores()
-    table = scores.scores.clone()
-    table[1, 0] = math.nan
-    rest = torch.arange(12) != 1
-    without = RoundScores(table[rest], scores.weights, scores.group[rest], names=NAMES)
-    result = credit(with_table(scores, table))
-    assert result[1] == 0.0
-    torch.testing.assert_close(result[rest], credit(without), rtol=0, atol=1e-6)
-    assert torch.equal(credit(with_table(scores, torch.full((12, 3), math.nan))), torch.zeros(12))
-
-
-@over_credits
-def test_a_group_without_spread_gets_exactly_zero(credit: Credit) -> None:
-    scores = random_scores()
-    table = scores.scores.clone()
-    table[:4, :2] = torch.tensor([0.3, 0.1])
-    result = credit(with_table(scores, table))
-    assert torch.equal(result[:4], torch.zeros(4)) and bool((result[4:] != 0).any())
-
-
-@over_credits
-def test_groups_of_one_get_zero_and_of_two_are_finite(credit: Credit) -> None:
-    table = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
-    result = credit(RoundScores(table, (1.0, 0.5, 0.0), torch.tensor([0, 1, 1, 2, 2]), names=NAMES))
-    assert result[0] == 0.0 and bool(result.isfinite().all())
-
-
-@over_credits
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
-def test_scores_of_any_size_give_finite_credit(credit: Credit, factor: float) -> None:
-    scores = random_scores()
-    assert bool(credit(with_table(scores, factor * scores.scores)).isfinite().all())
-
-
-@over_credits
-def test_a_reward_of_weight_zero_changes_nothing_unless_it_is_a_nuisance(credit: Credit) -> None:
-    scores = random_scores()
-    table = scores.scores.clone()
-    table[:, 2] = torch.rand(12, generator=torch.Generator().manual_seed(8))
-    assert torch.equal(credit(scores), credit(with_table(scores, table))) != isinstance(credit, Decorrelated)
 
 
 @pytest.mark.parametrize(

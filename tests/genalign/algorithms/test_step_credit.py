@@ -1,4 +1,4 @@
-"""Credits of steps: worked numbers, invariances, what is missing, and the expected gradient of VGPO's anchor."""
+"""The parts of credits of steps, and the expected gradient of VGPO's anchor; test_credit_properties has the credits."""
 
 from __future__ import annotations
 
@@ -16,17 +16,6 @@ from genalign.diffusion.transitions import Transition
 # R_0, ..., R_4 of four samples: the first two turn at step 1, the third at step 0, and the fourth nowhere
 TURNS = [[0.3, 0.2, 0.45, 0.4, 0.6], [0.3, 0.5, 0.35, 0.25, 0.2], [0.3, 0.35, 0.4, 0.2, 0.5], [0.3, 0.3, 0.1, 0.4, 0.1]]
 AFTER = [[0.2, 0.25, 0.5], [0.3, 0.45, 0.4], [0.1, 0.3, 0.2], [0.25, 0.2, 0.6]]
-
-CREDITS: dict[str, Credit] = {
-    "gain": RewardGain(0.01),
-    "turning point": TurningPoint(),
-    "turning point, unbalanced": TurningPoint(balanced=False),
-    "value": ValueAnchored(),
-    "lowest value": ValueAnchored(reduction="min"),
-    "anchored value": ValueAnchored(anchor=0.1),
-}
-COUPLED = ("turning point",)  # by its balance
-BY_SPREAD = ("gain", "turning point", "turning point, unbalanced")  # whose floor is a fraction of the round's spread
 
 
 def round_scores(scores: Tensor, group: list[int] | None = None) -> RoundScores:
@@ -56,13 +45,6 @@ def test_worked_numbers_of_turning_points() -> None:
     check(turning_gains(scores), balanced)
     check(turning_gains(scores, balanced=False), [*balanced[:2], [0.2, 0.05, -0.2, 0.3], balanced[3]])
     check(turning_gains(scores, bonus=2.0), [[-0.1, 0.8, -0.05, 0.2], [0.2, -0.6, -0.1, -0.05], *balanced[2:]])
-    expected = [
-        [-1.2689983418, 1.5264927829, -0.1990113227, 0.6975769821],
-        [1.499725313, -1.0639192123, -0.464359753, -0.375618375],
-        [0.1153634856, 0.2312867853, -0.9950566136, 1.1268551249],
-        [-0.3460904568, -0.6938603558, 1.6584276893, -1.448813732],
-    ]
-    check(TurningPoint(floor=0.0)(round_scores(scores)), expected, 5e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -99,18 +81,14 @@ def test_worked_numbers_of_values() -> None:
     sums = [[0.83, 0.7, 0.5], [1.029, 0.81, 0.4], [0.532, 0.48, 0.2], [0.916, 0.74, 0.6]]
     torch.testing.assert_close(discounted(rewards, 0.9), torch.tensor(sums, dtype=torch.float64), rtol=0, atol=1e-8)
     assert torch.equal(discounted(rewards, 0.0), rewards)
-    anchored = [
-        [0.1234349214, 0.2190428072, 0.4113915719],
-        [1.654672246, 1.2086913326, -0.0690933323],
-        [-2.0356348076, -1.8916636721, -0.7426979119],
-        [0.7013650463, 0.531109098, 0.9912897584],
-    ]
-    check(ValueAnchored(anchor=0.1)(round_scores(after(AFTER))), anchored, 2e-6)
-    plain = ValueAnchored()(round_scores(after(AFTER)))
-    check(plain[:1], [[0.0216270396, 0.1466290141, 0.3744457591]], 2e-6)
-    first = ValueAnchored(anchor=0.1, anchored_steps=1)(round_scores(after(AFTER)))
+
+
+def test_the_anchor_is_that_of_the_first_steps() -> None:
+    scores = round_scores(after(AFTER))
+    first, plain = ValueAnchored(anchor=0.1, anchored_steps=1)(scores), ValueAnchored()(scores)
+    torch.testing.assert_close(first[:, :1], ValueAnchored(anchor=0.1)(scores)[:, :1])
     torch.testing.assert_close(first[:, 1:], plain[:, 1:])
-    check(first[:, :1], [row[:1] for row in anchored], 2e-6)
+    assert bool((first[:, 0] > plain[:, 0]).all())
 
 
 def test_the_lowest_value_is_the_least_of_the_scores_that_follow() -> None:
@@ -163,47 +141,17 @@ def test_the_anchor_of_values_has_no_expected_gradient() -> None:
     assert mean > 4 * error
 
 
-@pytest.mark.parametrize("name", CREDITS)
-def test_properties_of_every_credit(name: str) -> None:
-    credit, scores, group = CREDITS[name], drawn(1), [5, 5, 5, 5, 2, 2, 2, 2]
-    result = credit(round_scores(scores, group))
-    assert result.shape == (8, 4) and result.dtype == torch.float32 and bool(result.any())
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
-    permuted = credit(round_scores(scores[order], [group[i] for i in order.tolist()]))
-    torch.testing.assert_close(permuted, result[order])
-    torch.testing.assert_close(credit(round_scores(scores, [9 - key for key in group])), result)
-    if name not in COUPLED:
-        alone = credit(round_scores(scores[:4]))
-        torch.testing.assert_close(alone, result[:4], rtol=2e-2, atol=1e-2 if name in BY_SPREAD else 1e-6)
-    flat = scores.clone()
-    flat[:4] = 0.4
-    dull = credit(round_scores(flat, group))[:4]
-    assert torch.equal(dull, dull[:1].expand(4, -1)) and (name == "anchored value" or not dull.any())
-    for factor in (1e6, 1e-6):
-        assert bool(credit(round_scores(factor * scores, group)).isfinite().all())
-
-
-@pytest.mark.parametrize("name", CREDITS)
-def test_a_missing_score_gets_exactly_zero_and_leaves_the_others_as_if_it_were_absent(name: str) -> None:
-    credit, scores = CREDITS[name], drawn(3, samples=5)
-    present = credit(round_scores(scores[:4]))
-    scores[4] = math.nan
-    joined = credit(round_scores(scores))
-    torch.testing.assert_close(joined[:4], present)
-    assert not joined[4].any()
-    scores[4] = 0.5
+@pytest.mark.parametrize("credit", [RewardGain(0.01), TurningPoint(), ValueAnchored(), ValueAnchored(reduction="min")])
+def test_credit_that_needs_a_missing_score_is_zero_and_changes_no_other(credit: Credit) -> None:
+    """Without R_2 there is no gain of steps 1 and 2, and no trajectory for the credits that need all of it."""
+    scores = drawn(3, samples=5)
     scores[4, 2] = math.nan
-    partial = credit(round_scores(scores))
-    assert bool(partial.isfinite().all()) and not partial[4, 1].any()
-    assert not credit(round_scores(torch.full((4, 3), math.nan))).any()
-
-
-@pytest.mark.parametrize("name", CREDITS)
-def test_groups_of_two_are_finite_and_single_samples_get_zero(name: str) -> None:
-    scores = drawn(4, samples=5)
-    result = CREDITS[name](round_scores(scores, [0, 0, 1, 1, 2]))
-    assert bool(result.isfinite().all()) and bool(result[:2].any())
-    assert name == "anchored value" or not result[4].any()
+    values, present = credit(round_scores(scores)), credit(round_scores(scores[:4]))
+    assert bool(values.isfinite().all()) and not values[4, 1:3].any()
+    torch.testing.assert_close(values[:4, 1:3], present[:, 1:3])
+    if not isinstance(credit, RewardGain):
+        assert not values[4].any()
+        torch.testing.assert_close(values[:4], present)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +159,7 @@ def test_groups_of_two_are_finite_and_single_samples_get_zero(name: str) -> None
     [
         (lambda: ValueAnchored(discount=1.5), r"discount must be in \[0, 1\], not 1.5"),
         (lambda: ValueAnchored(anchor=-0.1), "anchor and anchored_steps must be 0 or more"),
-        (lambda: ValueAnchored(reduction="mean"), "reduction must be"),
+        (lambda: ValueAnchored(reduction="mean"), "reduction must be"),  # type: ignore[arg-type]
         (lambda: TurningPoint(bonus=0.0), "bonus must be a positive number, not 0.0"),
         (lambda: turning_gains(torch.zeros(3, 1)), r"scores must be \(B, S \+ 1\)"),
         (lambda: ValueAnchored()(round_scores(drawn(0) - 0.5)), "use rewards of 0 or more with positive weights"),
