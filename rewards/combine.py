@@ -306,7 +306,7 @@ class EnsembleCredit:
     ``pool`` is ``worst_case``, ``mean_minus_variance``, ``mean_minus_std``, ``median``, ``nominal_and_worst`` or any
     function from (B, K) to (B,), over the rewards of non-zero weight. Preference rewards are defined up to a constant
     per prompt, so that without the first normalization a minimum of them would mean nothing (arXiv 2312.09244). A
-    sample that a reward could not score gets 0.
+    sample that a reward could not score gets 0, and is left out of all statistics.
     """
 
     pool: AnyCallable = worst_case
@@ -337,15 +337,15 @@ class UncertaintyDiscount:
 
 
 def _normalized_members(outcome: RoundScores) -> Tensor:
-    """Normalize the K' rewards of non-zero weight within their groups, (B, K'); NaN where a score is missing."""
-    columns = [
-        torch.where(scores.isnan(), torch.nan, group_advantages(scores, outcome.group, clip=None))
-        for scores, weight in zip(outcome.scores.unbind(1), outcome.weights, strict=True)
-        if weight
-    ]
-    if len(columns) < 2:
-        raise ValueError(f"an ensemble needs 2 rewards or more of non-zero weight, not {len(columns)}")
-    return torch.stack(columns, 1)
+    """Normalize the K' rewards of non-zero weight within their groups, (B, K'); a sample without all of them has NaN."""
+    used = [column for column, weight in enumerate(outcome.weights) if weight]
+    if len(used) < 2:
+        raise ValueError(f"an ensemble needs 2 rewards or more of non-zero weight, not {len(used)}")
+    scores = outcome.scores[:, used]
+    missing = scores.isnan().any(1, keepdim=True)
+    members = torch.where(missing, torch.nan, scores).unbind(1)
+    normalized = [group_advantages(member, outcome.group, clip=None) for member in members]
+    return torch.where(missing, torch.nan, torch.stack(normalized, 1))
 
 
 def _scores(rewards: Sequence[RewardFunction], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:

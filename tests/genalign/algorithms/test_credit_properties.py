@@ -15,6 +15,7 @@ GP7    Where all scores are NaN, all credit is 0.
 GP8    Scores times 1e6 and 1e-6 have finite credit, and some that is not 0.
 GP9    The result is float32; the arithmetic within is float64, so that a large constant in the scores is no error.
 GP10   A reward of weight 0 changes nothing.
+part   A sample without the score of one reward gets exactly 0, and leaves the others as if it were absent.
 shift  A constant for each group, added to its scores, changes nothing (a "contrastive reward" is such a constant).
 ties   Samples of a group with equal scores get equal credit.
 two    In groups of two credit is finite, and the sample that is better in all rewards at every step gets more.
@@ -121,6 +122,7 @@ VALUES = [[7.0, 0.2, 0.25, 0.5], [7.0, 0.3, 0.45, 0.4], [7.0, 0.1, 0.3, 0.2], [7
 
 TWO_REWARDS = round_scores([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1], [6.0, 0.3]])
 GLOBAL = dict.fromkeys(("GP3", "shift"), "divides by the standard deviation of all scores")
+PARTS = "a missing score adds nothing: the sample has the credit of its other rewards"
 PLAIN = "no normalization: PRDP takes the differences itself, and leaves out NaN"
 SHARES = "weighs a step by its share of the trajectory's scores"
 FLOOR = "the floor of the standard deviation is relative to the spread of all gains"
@@ -146,7 +148,7 @@ CASES: dict[str, Case] = {
     "NormalizedSum": Case(
         lambda scale: NormalizedSum(),
         (NormalizedSum(), TWO_REWARDS, [-0.83899712, -0.56650126, -0.29400541, 1.69950379]),
-        {"GP3": "normalized over the batch after the sum"},
+        {"GP3": "normalized over the batch after the sum", "part": PARTS},
     ),
     "LeaveOneOut": Case(
         lambda scale: LeaveOneOut(),
@@ -172,6 +174,7 @@ CASES: dict[str, Case] = {
         ),
         {
             "GP3": "weighs a group by the distribution of all groups' means",
+            "part": PARTS,
             "shift": "weighs a group by its mean",
         },
         refusals={"GP9": r"outside \[0, 1\]: set low and high"},
@@ -398,7 +401,7 @@ CASES: dict[str, Case] = {
     "PlainReward": Case(
         lambda scale: PlainReward(),
         (PlainReward(), TWO_REWARDS, [1.1, 2.1, 3.1, 6.3]),
-        dict.fromkeys(("GP4", "GP5", "GP6", "GP7", "GP9", "shift"), PLAIN),
+        dict.fromkeys(("GP4", "GP5", "GP6", "GP7", "GP9", "part", "shift"), PLAIN),
     ),
     "BestAndWorst": Case(
         lambda scale: BestAndWorst(),
@@ -413,7 +416,7 @@ CASES: dict[str, Case] = {
             [1.0, 1.0, -1.0, -1.0],  # of the sets with one of samples 0 and 2 and one of 1 and 3, {0, 1} is the nearest
         ),
         {
-            **dict.fromkeys(("GP1", "GP2", "GP3", "GP4", "GP5", "ties", "two"), SETS),
+            **dict.fromkeys(("GP1", "GP2", "GP3", "GP4", "GP5", "part", "ties", "two"), SETS),
             **dict.fromkeys(("GP9", "shift"), "this set reward has a fixed target"),
         },
         refusals={"GP7": "needs 2 pairs of samples or more"},
@@ -523,16 +526,26 @@ def independence(case: Case) -> None:
 
 def missing(case: Case) -> None:
     credit, scores = case.make(1.0), example()
-    rows = torch.tensor([1, 12])
-    others = torch.ones(len(scores.group), dtype=torch.bool).index_fill(0, rows, False)
-    values = credit(change(scores, rows, math.nan))
-    zero(values[rows])
-    close(values[others], credit(select(scores, others)))
+    check_absent(credit, math.nan)
     assert scores.stepwise is not None
     for step in (1, -1):
         one_reward_missing = scores.stepwise.clone()
         one_reward_missing[5, step, 1] = math.nan
         assert bool(credit(of_steps(one_reward_missing, scores.group)).isfinite().all())
+
+
+def missing_in_part(case: Case) -> None:
+    for reward in (0, 1):
+        check_absent(case.make(1.0), torch.zeros(3).index_fill(0, torch.tensor(reward), math.nan))
+
+
+def check_absent(credit: Credit, values: Tensor | float) -> None:
+    """Check that two samples with these scores get 0, and the others what they get without them."""
+    scores, rows = example(), torch.tensor([1, 12])
+    others = torch.ones(len(scores.group), dtype=torch.bool).index_fill(0, rows, False)
+    result = credit(change(scores, rows, values))
+    zero(result[rows])
+    close(result[others], credit(select(scores, others)))
 
 
 def no_spread(case: Case) -> None:
@@ -625,6 +638,7 @@ PROPERTIES: dict[str, Callable[[Case], None]] = {
     "GP8": scaling,
     "GP9": precision,
     "GP10": weightless_reward,
+    "part": missing_in_part,
     "shift": shift,
     "ties": ties,
     "two": groups_of_two,
