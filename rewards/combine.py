@@ -337,7 +337,7 @@ class UncertaintyDiscount:
 
 
 def _normalized_members(outcome: RoundScores) -> Tensor:
-    """Normalize the K' rewards of non-zero weight within their groups, (B, K'); a sample without all of them has NaN."""
+    """Normalize the K' rewards of non-zero weight in the groups, (B, K'); NaN for a sample without all of them."""
     used = [column for column, weight in enumerate(outcome.weights) if weight]
     if len(used) < 2:
         raise ValueError(f"an ensemble needs 2 rewards or more of non-zero weight, not {len(used)}")
