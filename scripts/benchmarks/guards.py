@@ -35,13 +35,12 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import Evaluation, SampleRecord, load_evaluation
 from genalign.evaluation.records import PromptRecord, ResultRow, mean, prompt_records
 from genalign.runtime.files import without_infinities, write_json
-from genalign.types import Prompt, RewardFunction
+from genalign.types import RewardFunction
 from genalign.worlds.shapes.diversity import evaluation_images
 from scripts.benchmarks.learned_proxies import Overrating, write_proxies
 from scripts.benchmarks.planted_rewards import Taste
@@ -92,7 +91,7 @@ GUARDS = (
     Guard("criteria", "balance", "sum", "balance"),
     Guard("proxies", "mean", "single"),
     Guard("proxies", "worst_case", "single", "worst_case"),
-    Guard("proxies", "mean_minus_std", "single"),
+    Guard("proxies", "mean_minus_variance", "single"),
     Guard("judges", "both_orders", "one_order", "win_rate"),
     Guard("judges", "always_first", "one_order", helps=False),
 )
@@ -213,20 +212,18 @@ def differences(
 
 def planted_records(name: str, seed: int, run: Path, planted: RewardFunction) -> list[PromptRecord]:
     """What a reward of single samples says of the held-out images of a run, before and after training, by prompt."""
+    sides = []
+    for side in ("before", "after"):
+        images, prompts = evaluation_images(run / side)
+        parts = range(0, len(prompts), 64)
+        sides.append(torch.cat([planted(images[i : i + 64], prompts[i : i + 64]) for i in parts]).tolist())
     values: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    (before, prompts), (after, _) = evaluation_images(run / "before"), evaluation_images(run / "after")
-    sides = [torch.cat([planted(*part) for part in _parts(images, prompts)]).tolist() for images in (before, after)]
-    for prompt, *pair in zip(prompts, *sides, strict=True):
-        values.setdefault((prompt.task, prompt.text), []).append((pair[0], pair[1]))
+    for prompt, before, after in zip(prompts, *sides, strict=True):
+        values.setdefault((prompt.task, prompt.text), []).append((before, after))
     return [
-        PromptRecord(name, "planted", seed, *key, *(mean(side) for side in zip(*pairs, strict=True)), len(pairs))
+        PromptRecord(name, "planted", seed, *key, mean(b for b, _ in pairs), mean(a for _, a in pairs), len(pairs))
         for key, pairs in values.items()
     ]
-
-
-def _parts(images: Tensor, prompts: Sequence[Prompt]) -> Iterable[tuple[Tensor, Sequence[Prompt]]]:
-    """Divide images and their prompts into batches of 64."""
-    return ((images[i : i + 64], prompts[i : i + 64]) for i in range(0, len(prompts), 64))
 
 
 def best_of_records(name: str, seed: int, run: Path) -> list[PromptRecord]:
@@ -293,10 +290,8 @@ def outcomes(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     table = []
     for guard in GUARDS:
         difference = named[f"{guard.bench}.{guard.arm}.difference"]
-        strict, shifts = (
-            [get(f"{guard.bench}.{arm}{suffix}") for arm in (guard.unguarded, guard.arm)]
-            for get, suffix in ((named.__getitem__, ""), (named.get, ".planted"))
-        )
+        arms = [f"{guard.bench}.{arm}" for arm in (guard.unguarded, guard.arm)]
+        strict, shifts = [named[arm] for arm in arms], [named.get(f"{arm}.planted") for arm in arms]
         honest = named[f"honest.{guard.honest}"] if guard.honest else None
         resisted = resists(difference, *shifts)
         outcome = {

@@ -20,7 +20,17 @@ from rewards.regressor import Regressor
 from rewards.shapes import rendered
 from scripts.benchmarks import guards
 from scripts.benchmarks.biased_judge import BiasedJudge
-from scripts.benchmarks.guards import CREDITS, GUARDS, PROXIES, REFERENCES, best_of, harmless, resists, verdict
+from scripts.benchmarks.guards import (
+    CREDITS,
+    GUARDS,
+    PROXIES,
+    REFERENCES,
+    Guard,
+    best_of,
+    harmless,
+    resists,
+    verdict,
+)
 from scripts.benchmarks.learned_proxies import Overrating, fitted
 from scripts.benchmarks.planted_rewards import LIKED, Taste, TinyGaps, UnsureBeyond
 from scripts.benchmarks.published_results import result_rows
@@ -29,11 +39,13 @@ from tests.packages import ROOT
 
 COMPARISONS = ROOT / "scripts" / "configs" / "compare"
 BENCHES = ("honest", "planted", "planted_apart", "tiny_gaps", "rare", "criteria", "proxies", "judges")
-ARMS = [
-    (bench, arm)
-    for bench in BENCHES
-    for arm in yaml.safe_load((COMPARISONS / f"shapes_{bench}.yaml").read_text())["runs"]
-]
+
+
+def arms(bench: str) -> list[str]:
+    return list(yaml.safe_load((COMPARISONS / f"shapes_{bench}.yaml").read_text())["runs"])
+
+
+ARMS = [(bench, arm) for bench in BENCHES for arm in arms(bench)]
 PROMPTS = shapes.prompts("train").prompts[:2]
 
 
@@ -113,20 +125,60 @@ def test_outcomes_and_their_table() -> None:
     assert lines[-1] == "\\* ought not to help: it does not see what is planted."
 
 
-def test_standing_of_credits() -> None:
+def standing_records() -> list[PromptRecord]:
+    """Every credit gains as much, and ends below the usual one."""
     made = [r for bench, own in CREDITS.items() for arm in own for r in records(f"{bench}.{arm}", 0.3, 0.4)]
-    made += [
-        r for bench, own in CREDITS.items() for arm in own[1:] for r in records(f"{bench}.{arm}.difference", 0.4, 0.3)
-    ]
-    table = guards.standing(result_rows(made))
+    for bench, own in CREDITS.items():
+        made += [r for arm in own[1:] for r in records(f"{bench}.{arm}.difference", 0.4, 0.3)]
+    return made
+
+
+def test_standing_of_credits() -> None:
+    table = guards.standing(result_rows(standing_records()))
     assert all(one["rises"] for one in table) and table[0]["difference"] is None
     assert table[1]["difference"]["mean"] == pytest.approx(-0.097) and len(table) == sum(map(len, CREDITS.values()))
 
 
-def test_every_arm_of_a_verdict_is_trained() -> None:
-    trained = set(ARMS) | {
-        ("honest", arm) for arm in yaml.safe_load((COMPARISONS / "shapes_step_credits.yaml").read_text())["runs"]
+def test_the_parts_write_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have names of their own, as the published ones must, and the verdicts stand beside them."""
+    trained: list[str] = []
+
+    def compared(_: Path, name: str) -> dict[str, dict[int, Path]]:
+        trained.append(name)
+        return {arm: {} for arm in arms(name.removeprefix("shapes_"))}
+
+    made = made_up()
+    monkeypatch.setattr(guards, "write_proxies", lambda folder: trained.append(str(folder)))
+    monkeypatch.setattr(guards, "write_references", lambda own: trained.append(own.name))
+    monkeypatch.setattr(guards, "compared", compared)
+    monkeypatch.setattr(guards, "silent_share", lambda runs: 0.5)
+    monkeypatch.setattr(guards, "RESULTS", tmp_path)
+    own = {"honest_records": "honest", "guard_records": None, "credit_records": None}
+    for function, bench in own.items():
+        monkeypatch.setattr(
+            guards,
+            function,
+            lambda *given, bench=bench: [r for r in made if r.name.split(".")[0] == (bench or given[0])],
+        )
+    guards.guards_part(tmp_path)
+    assert trained[0] == str(PROXIES) and set(trained[1:]) == {
+        *("calibrated.json", "shapes_honest", "shapes_step_credits"),
+        *(f"shapes_{guard.bench}" for guard in GUARDS),
     }
+    result = json.loads((tmp_path / "guards_shapes.json").read_text())
+    names = [found["name"] for found in result["rows"]]
+    assert len(set(names)) == len(names) == len({r.name for r in made}) and result["kind"] == "gain"
+    assert len(result["guards"]) == len(GUARDS) and result["command"] == "python scripts/benchmarks/proofs.py guards"
+
+    made = standing_records()
+    guards.credits_part(tmp_path)
+    result = json.loads((tmp_path / "credits_shapes.json").read_text())
+    assert len(result["credits"]) == sum(map(len, CREDITS.values()))
+    assert result["groups_without_signal"] == dict.fromkeys(arms("rare"), 0.5)
+
+
+def test_every_arm_of_a_verdict_is_trained() -> None:
+    trained = {*ARMS, *(("honest", arm) for arm in arms("step_credits"))}
     wanted = {(guard.bench, arm) for guard in GUARDS for arm in (guard.unguarded, guard.arm)}
     wanted |= {("honest", guard.honest) for guard in GUARDS if guard.honest}
     wanted |= {(bench, arm) for bench, own in CREDITS.items() for arm in own}
@@ -236,3 +288,29 @@ def test_a_round_of_every_arm(bench: str, arm: str, bench_folder: Path, monkeypa
     (line,) = (Path(output) / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)
     assert metrics["failed_rewards"] == 0 and metrics["nfe"] > 0
+
+
+def test_records_of_finished_runs(bench_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms of a bench with evaluations before and after: differences, planted shifts, and the best of three."""
+    monkeypatch.chdir(bench_folder)
+    guard = Guard("tiny_gaps", "leave_one_out", "group")
+    monkeypatch.setattr(guards, "GUARDS", (guard,))
+    comparison = yaml.safe_load((COMPARISONS / "shapes_tiny_gaps.yaml").read_text())
+    evaluated = {"before_after": {"prompts": "shapes:comp", "samples_per_task": 6, "seeds": 3, "batch_size": 32}}
+    Path("evaluated.json").write_text(json.dumps(evaluated))
+    for arm in (guard.arm, guard.unguarded):
+        Path("own.json").write_text(json.dumps(comparison["runs"][arm]))
+        configs = [str(COMPARISONS / comparison["base"]), "own.json", "tiny.json", "evaluated.json"]
+        arguments = [part for path in configs for part in ("--config", path)]
+        assert main(["train", *arguments, "--output", f"finished/{arm}"]) == 0
+    runs = {arm: {81: Path("finished") / arm} for arm in (guard.arm, guard.unguarded)}
+    rows = {found.name: found for found in result_rows(guards.guard_records("tiny_gaps", runs))}
+    arms_of_rows = [f"tiny_gaps.{arm}{part}" for arm in ("group", "leave_one_out") for part in ("", ".planted")]
+    assert list(rows) == [*arms_of_rows, "tiny_gaps.leave_one_out.difference"]
+    prompts = rows["tiny_gaps.leave_one_out.difference"].n
+    assert all(found.n == prompts for found in rows.values()) and prompts > 6
+    planted = guards.planted_records("a", 81, runs["group"][81], Taste("saturation"))
+    assert all(0 < record.before < 1 and record.n == 3 for record in planted)
+    best = guards.best_of_records("a", 81, runs["group"][81])
+    assert len(best) == prompts and all(record.n == 1 for record in best)
+    assert 0 <= guards.silent_share(runs["group"].values()) <= 1
