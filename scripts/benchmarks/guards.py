@@ -11,7 +11,7 @@ The plan, in minutes of two cores (comparisons in scripts/configs/compare/, seed
 
 | comparison | bench | arms x seeds x minutes |
 |---|---|---|
-| shapes_honest | H: partial and strict | 12 x 3 x 5.5 = 198 |
+| shapes_honest | H: partial and strict | 12 x 3 x 5.5 = 198, and 4 to score base samples |
 | shapes_planted | P: one reward with a taste | 12 x 3 x 2.5 = 90 |
 | shapes_planted_apart | S: a taste as a reward of its own | 7 x 3 x 2.5 = 53 |
 | shapes_tiny_gaps | T: gaps that mean nothing | 3 x 3 x 3.5 = 32 |
@@ -21,9 +21,10 @@ The plan, in minutes of two cores (comparisons in scripts/configs/compare/, seed
 | shapes_judges | J: a judge that favors the first | 2 x 3 x 3.7 + 1 x 3.7 = 26 |
 | shapes_step_credits | H: credits of steps | 8 x 3 x 5 + 6 x 5 = 150 |
 
-That is 11.7 hours. Its flow_grpo is that of H, and trained once. Where it takes longer, arms go before seeds, in this
-order: those of one seed in shapes_step_credits, shared_taste and own_tastes of P with their guards, log_sigmoid and
-ceiling of S, normalized_sum of C.
+That is 11.8 hours. The flow_grpo of shapes_step_credits is that of shapes_honest, and trained once. Where it takes
+longer, arms go before seeds, from the comparison and from GUARDS or CREDITS here, in this order: those of one seed in
+shapes_step_credits, shared_taste and own_tastes of P with their guards, log_sigmoid and ceiling of S, normalized_sum
+of C.
 """
 
 from __future__ import annotations
