@@ -3,7 +3,8 @@
     python scripts/benchmarks/proofs.py                 every part
     python scripts/benchmarks/proofs.py flow_grpo       one part
 
-Finished seeds are saved in runs/proofs; an interrupted proof resumes where it stopped.
+``guards`` and ``credits`` take up to 12 hours together; ``scripts/benchmarks/guards.py`` has their plan. Finished
+seeds are saved in runs/proofs; an interrupted proof resumes where it stopped.
 """
 
 from __future__ import annotations
