@@ -64,8 +64,8 @@ def equal_budgets(ranges: Iterable[tuple[float, float]]) -> bool:
 def summarize_recipes(recipes: Mapping[str, Mapping[int, Path]], diversity: DiversityFunction) -> list[RecipeSummary]:
     """Summarize every recipe by the scores that all runs have, of which the first is the main one.
 
-    ``recipes`` are the folders of each recipe's finished runs, at least one, by training seed. Raises ValueError if the
-    runs have no score in common.
+    ``recipes`` are the folders of each recipe's finished runs, at least one, by training seed. A score that failed for
+    every sample of a recipe is not among them. Raises ValueError if the runs have no score in common.
     """
     evaluations = {
         name: {seed: (load_evaluation(run / "before"), load_evaluation(run / "after")) for seed, run in runs.items()}
@@ -73,19 +73,23 @@ def summarize_recipes(recipes: Mapping[str, Mapping[int, Path]], diversity: Dive
     }
     by_run = [pair for by_seed in evaluations.values() for pair in by_seed.values()]
     first, *others = (side.score_names for pair in by_run for side in pair)
-    scores = [name for name in first if all(name in names for names in others)]
+    shared = [name for name in first if all(name in names for names in others)]
+    records: dict[str, dict[str, list[PromptRecord]]] = {
+        name: {
+            score: [row for seed, pair in by_seed.items() for row in prompt_records(name, score, seed, *pair)]
+            for score in shared
+        }
+        for name, by_seed in evaluations.items()
+    }
+    scores = [score for score in shared if all(of_recipe[score] for of_recipe in records.values())]
     if not scores:
         raise ValueError(
             "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
         )
-    summaries = []
-    for name, runs in recipes.items():
-        records: dict[str, list[PromptRecord]] = {
-            score: [row for seed, pair in evaluations[name].items() for row in prompt_records(name, score, seed, *pair)]
-            for score in scores
-        }
-        summaries.append(_summarize(records, list(runs.values()), diversity))
-    return summaries
+    return [
+        _summarize({score: records[name][score] for score in scores}, list(runs.values()), diversity)
+        for name, runs in recipes.items()
+    ]
 
 
 def _summarize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ def mean(values: Iterable[float]) -> float:
 def prompt_records(name: str, metric: str, seed: int, before: Evaluation, after: Evaluation) -> list[PromptRecord]:
     """Average one score of two paired evaluations over the noises of each prompt.
 
+    A noise whose score failed before or after is left out, and so is a prompt without any other.
+
     Args:
         name: The run or method that the records belong to.
         metric: The score to average.
@@ -58,7 +61,8 @@ def prompt_records(name: str, metric: str, seed: int, before: Evaluation, after:
     scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for pair in pairs(before, after):
         values = pair.before.scores[metric], pair.after.scores[metric]
-        scores.setdefault((pair.before.task, pair.before.prompt), []).append(values)
+        if all(map(math.isfinite, values)):
+            scores.setdefault((pair.before.task, pair.before.prompt), []).append(values)
     return [
         PromptRecord(name, metric, seed, task, prompt, mean(v[0] for v in rows), mean(v[1] for v in rows), len(rows))
         for (task, prompt), rows in scores.items()

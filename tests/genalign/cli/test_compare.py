@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -98,6 +99,20 @@ def test_recipes_without_a_common_score_are_refused(tmp_path: Path) -> None:
             Evaluation(protocol, (record,)).save(tmp_path / name / when)
     with pytest.raises(ValueError, match="no score in common: give each a reward of the same name"):
         summarize_recipes({name: {0: tmp_path / name} for name in ("red", "blue")}, lambda _: {})
+
+
+def test_samples_whose_score_failed_are_left_out(tmp_path: Path) -> None:
+    protocol = EvaluationProtocol("p", "0", 1.0, (1.0,), "ODE()", "float32", 3, (64, 64), 1, 1, "none")
+    red = {"before": (0.25, 0.5, 0.5), "after": (0.5, math.nan, 0.75)}
+    for when, judged in {"before": (1.0, math.nan, math.nan), "after": (math.nan, 1.0, 1.0)}.items():
+        rows = [
+            SampleRecord(f"prompt {n}", "all", n, n, f"{n}.png", {"judged": first, "red": second})
+            for n, (first, second) in enumerate(zip(judged, red[when], strict=True))
+        ]
+        Evaluation(protocol, tuple(rows)).save(tmp_path / when)
+    (tmp_path / "metrics.jsonl").write_text('{"kl": 0.0, "nfe": 9, "machine": {"seconds": 60}}\n')
+    (summary,) = summarize_recipes({"one": {0: tmp_path}}, lambda _: {})
+    assert summary.scores == {"red": 0.25} and summary.prompts == 2  # no sample was judged twice
 
 
 @pytest.mark.parametrize(
