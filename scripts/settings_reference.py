@@ -25,6 +25,7 @@ from jsonargparse.typing import Path_fr
 import genalign
 from genalign.algorithms.recipes import Recipe
 from genalign.cli.commands import COMMANDS, imported
+from genalign.cli.compare import OwnSettings
 from genalign.cli.structure import ALIASES
 from genalign.diffusion.transitions import Kernel
 from genalign.search.strategy import Strategy
@@ -47,6 +48,7 @@ _PLAIN = {
     Path_fr: "path",
     type(None): "null",
     Any: "any",
+    OwnSettings: "any by name",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from jsonargparse.typing import Path_fr
+from jsonargparse.typing import Path_fr, register_type
 
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table
@@ -23,6 +23,16 @@ from genalign.evaluation.report.words import count, duration, gain_verdict, poss
 from genalign.evaluation.standings import Standings, common_score, shared_looks, standings, write_standings
 from genalign.runtime.files import write_json
 from genalign.worlds.registry import diversity_of
+
+
+class OwnSettings:
+    """Settings that are parsed together with those of the base; ``plain`` is what they are until then, as JSON."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+
+
+register_type(OwnSettings, serializer=lambda own: own.plain)
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,11 @@ class Compare:
 
     output: str
     base: Path_fr
-    runs: dict[str, dict[str, Any]]
+    runs: dict[str, OwnSettings]
     seeds: list[int]
     once: list[str] = field(default_factory=list)
     budgets: Literal["equal", "own"] = "equal"
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, OwnSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds:
@@ -130,7 +140,14 @@ def own_settings(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     Args:
         plain: The settings of a comparison as plain JSON.
+
+    Raises:
+        ValueError: A run or a variant has something else than settings.
     """
+    for section in ("runs", "variants"):
+        for name, own in plain[section].items():
+            if not isinstance(own, Mapping):
+                raise ValueError(f"{section}.{name} must be settings by name, as in {{training: {{rounds: 9}}}}")
     if not plain["variants"]:
         return dict(plain["runs"])
     return {

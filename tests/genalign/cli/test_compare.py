@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from genalign.cli.compare import Compare, _standings, own_settings, run_settings
+from genalign.cli.compare import Compare, OwnSettings, _standings, own_settings, run_settings
 from genalign.cli.context import CommandContext
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
@@ -170,6 +170,19 @@ def test_runs_of_their_own_budgets_have_no_standings(source: Path) -> None:
     assert {name: run.training.max_nfe for name, run in runs.items()} == {"flow": 80, "dense": 60}
 
 
+def test_import_paths_within_classes_stay_as_they_are_written(tmp_path: Path, source: Path) -> None:
+    credit = {"class_path": "rewards.combine.EnsembleCredit", "init_args": {"pool": "rewards.combine.median"}}
+    inner = {"recipe": {"class_path": "genalign.flow_grpo", "init_args": {"window": 1}}, "credit": credit}
+    runs = {"median": {"recipe": {"class_path": "genalign.with_credit", "init_args": inner}}}
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs, "once": []}))
+    arguments = ["--config", str(source), "--config", str(tmp_path / "runs.json")]
+    _, plain = parse(Compare, arguments, "compare")
+    assert own_settings(plain) == runs
+    _, wrong = parse(Compare, [*arguments, "--runs", '{"flow": 3}'], "compare")
+    with pytest.raises(ValueError, match=r"runs\.flow must be settings by name, as in \{training: \{rounds: 9\}\}"):
+        own_settings(wrong)
+
+
 def test_every_run_is_trained_with_every_variant(source: Path, tmp_path: Path) -> None:
     (tmp_path / "tuning.yaml").write_text(
         """
@@ -207,4 +220,4 @@ OUTSIDE = [({name: {}}, [], "cannot name a run's folder") for name in ("../x", "
 )
 def test_impossible_comparisons(runs: dict[str, Any], once: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Compare("out", "base.yaml", runs, [1], once)
+        Compare("out", "base.yaml", {name: OwnSettings(own) for name, own in runs.items()}, [1], once)
