@@ -276,6 +276,7 @@ def bench_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) ->
     return folder
 
 
+@pytest.mark.slow  # all arms take 45 seconds; that they are configured is tested by test_configs
 @pytest.mark.parametrize(("bench", "arm"), ARMS)
 def test_a_round_of_every_arm(bench: str, arm: str, bench_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench_folder)
