@@ -68,7 +68,7 @@ class LeaveOneOut:
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfNCredit:
     """Credit (B,) for the best of ``n`` samples, for a model whose samples will be searched by ``search.BestOfN``.
 
     It is the expected amount by which a sample's weighted sum beats the best of n - 1 others of its group, over the
@@ -82,7 +82,7 @@ class BestOfN:
         largest = int(torch.unique(scores.group, return_counts=True)[1].max())
         if largest < self.n:
             raise UnsuitableScoresError(
-                f"BestOfN needs groups of n = {self.n} samples or more, not of {largest}: lower n, or raise group_size"
+                f"BestOfNCredit needs groups of {self.n} or more, not of {largest}: lower n, or raise group_size"
             )
         std = global_std(scores.combined) + 1e-4
         return (best_of_n(scores.combined, scores.group, self.n) / std).clamp(max=5.0).float()

@@ -23,7 +23,7 @@ from genalign.algorithms.advantages import (
     task_normalized,
     zero_std_share,
 )
-from genalign.algorithms.credit import BestOfN, BetaNormalized, LeaveOneOut, TaskNormalized
+from genalign.algorithms.credit import BestOfNCredit, BetaNormalized, LeaveOneOut, TaskNormalized
 from genalign.algorithms.interfaces import RoundScores
 from genalign.scoring.score import combine
 
@@ -350,7 +350,7 @@ FOUR, PAIRS = torch.tensor(FIRST), torch.rand(4, 2)
         (lambda: beta_normalized(FOUR, ONE), r"scores from 1 to 6 are outside \[0, 1\]: set low"),
         (lambda: beta_normalized(FOUR, ONE, 2.0, 2.0), "low must be less than high"),
         (lambda: best_of_n(FOUR, ONE, 1), "n must be 2 or more"),
-        (lambda: BestOfN(5)(RoundScores(PAIRS, (1.0, 1.0), ONE)), "groups of n = 5 samples or more, not of 4"),
+        (lambda: BestOfNCredit(5)(RoundScores(PAIRS, (1.0, 1.0), ONE)), "groups of 5 or more, not of 4"),
         (lambda: TaskNormalized("mean")(RoundScores(PAIRS, (1.0, 1.0), ONE)), "center must be"),
         (lambda: log_tamed(FOUR), r"scores must be \(B, K\)"),
         (lambda: correlation_weighted(FOUR, ONE), r"scores must be \(B, K\)"),

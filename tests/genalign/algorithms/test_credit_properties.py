@@ -38,7 +38,7 @@ from genalign.algorithms import credit as sample_credit
 from genalign.algorithms import multi_reward_credit, step_credit
 from genalign.algorithms.credit import (
     BestAndWorst,
-    BestOfN,
+    BestOfNCredit,
     BetaNormalized,
     DifficultyWeighted,
     GaussianRank,
@@ -155,9 +155,9 @@ CASES: dict[str, Case] = {
         (LeaveOneOut(2.0), PAR, [2 * a for a in (-0.4418188365, -0.1988849916, 0.0834034317, 0.5573003964)]),
         tolerance=ROUNDED,
     ),
-    "BestOfN": Case(
-        lambda scale: BestOfN(2),
-        (BestOfN(3), FOUR, [0.0, 0.0, 0.17816464, 1.78164639]),
+    "BestOfNCredit": Case(
+        lambda scale: BestOfNCredit(2),
+        (BestOfNCredit(3), FOUR, [0.0, 0.0, 0.17816464, 1.78164639]),
         GLOBAL,
     ),
     "BetaNormalized": Case(

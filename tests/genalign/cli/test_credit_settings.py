@@ -28,7 +28,7 @@ def _parse(folder: Path, recipe: dict[str, Any]) -> Train:
     ("name", "arguments"),
     [
         ("LeaveOneOut", {"scale": 3.0}),
-        ("BestOfN", {"n": 4}),
+        ("BestOfNCredit", {"n": 4}),
         ("BetaNormalized", {"low": 0.0, "high": 1.0}),
         ("VirtualBest", {"best": 2.0}),
         ("GaussianRank", {}),

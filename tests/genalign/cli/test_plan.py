@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import pipelines
-from genalign.algorithms.credit import BestOfN, BetaNormalized, VirtualBest
+from genalign.algorithms.credit import BestOfNCredit, BetaNormalized, VirtualBest
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.recipes import (
     Recipe,
@@ -88,7 +88,7 @@ def test_a_dry_run_counts_what_a_run_bills(tiny: SD3, name: str, guidance: float
     assert planned.rounds == len(rounds) == 2
 
 
-@pytest.mark.parametrize("credit", [VirtualBest(best=-9.0), BetaNormalized(20.0, 30.0), BestOfN(n=9)])
+@pytest.mark.parametrize("credit", [VirtualBest(best=-9.0), BetaNormalized(20.0, 30.0), BestOfNCredit(n=9)])
 def test_a_dry_run_takes_scores_that_do_not_suit_the_credit(tiny: SD3, credit: Credit) -> None:
     base = flow_grpo(window=1)
     planned = _planned(tiny, with_credit(base, credit), Sampling(4))
