@@ -9,22 +9,22 @@ of the gain without the guard. A guard to recommend is both; every other verdict
 The plan, in minutes of two cores (comparisons in scripts/configs/compare/, seeds 81 to 83; settings are fixed on seed
 100 and ``val`` before, apart from this budget):
 
-| comparison | bench | arms x seeds x minutes |
+| comparison | what it trains on | arms x seeds x minutes |
 |---|---|---|
-| shapes_honest | H: partial and strict | 12 x 3 x 5.5 = 198, and 4 to score base samples |
-| shapes_planted | P: one reward with a taste | 12 x 3 x 2.5 = 90 |
-| shapes_planted_apart | S: a taste as a reward of its own | 7 x 3 x 2.5 = 53 |
-| shapes_tiny_gaps | T: gaps that mean nothing | 3 x 3 x 3.5 = 32 |
-| shapes_rare | R: strict alone | 5 x 3 x 4 = 60 |
-| shapes_criteria | C: criteria, and a taste | 4 x 3 x 3.7 = 44 |
-| shapes_proxies | E: learned rewards | 4 x 3 x 3.7 = 44, and 2 to fit them |
-| shapes_judges | J: a judge that favors the first | 2 x 3 x 3.7 + 1 x 3.7 = 26 |
-| shapes_step_credits | H: credits of steps | 8 x 3 x 5 + 6 x 5 = 150 |
+| shapes_honest | partial and strict | 12 x 3 x 5.5 = 198, and 4 to score base samples |
+| shapes_planted | one reward with a taste | 12 x 3 x 2.5 = 90 |
+| shapes_planted_apart | a taste as a reward of its own | 7 x 3 x 2.5 = 53 |
+| shapes_tiny_gaps | gaps that mean nothing | 3 x 3 x 3.5 = 32 |
+| shapes_rare | strict alone | 5 x 3 x 4 = 60 |
+| shapes_criteria | criteria, and a taste | 4 x 3 x 3.7 = 44 |
+| shapes_proxies | learned rewards | 4 x 3 x 3.7 = 44, and 2 to fit them |
+| shapes_judges | a judge that favors the first | 2 x 3 x 3.7 + 1 x 3.7 = 26 |
+| shapes_step_credits | credits of steps | 8 x 3 x 5 + 6 x 5 = 150 |
 
 That is 11.8 hours. The flow_grpo of shapes_step_credits is that of shapes_honest, and trained once. Where it takes
 longer, arms go before seeds, from the comparison and from GUARDS or CREDITS here, in this order: those of one seed in
-shapes_step_credits, shared_taste and own_tastes of P with their guards, log_sigmoid and ceiling of S, normalized_sum
-of C.
+shapes_step_credits; of shapes_planted shared_taste and own_tastes with their guards; of shapes_planted_apart log_sigmoid
+and ceiling; of shapes_criteria normalized_sum.
 """
 
 from __future__ import annotations
