@@ -31,21 +31,12 @@ References = str | Mapping[str, Sequence[float]] | Sequence[float]
 
 
 @dataclass(frozen=True)
-class PreferenceAsReward:
-    """The mean probability, in (0, 1), that a sample is preferred to samples of its prompt before training.
-
-    This is PAR (arXiv 2502.18770): the mean of sigmoid(scale (score - reference)) over the references. The slope is
-    largest at the references, and fades above and below them. ``scale`` turns scores into logits of a preference: 1 for
-    PickScore and ImageReward, 100 for HPS and other cosines.
-    """
+class _AgainstReferences:
+    """A reward that compares the scores of another with those of samples before training."""
 
     reward: AnyCallable
     references: References
-    scale: float = 1.0
     saturates: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require_scale(self.scale)
 
     @property
     def reference_file(self) -> str | None:
@@ -55,6 +46,21 @@ class PreferenceAsReward:
     @cached_property
     def _references(self) -> _ByPrompt:
         return _ByPrompt.of(self.reward, self.references)
+
+
+@dataclass(frozen=True)
+class PreferenceAsReward(_AgainstReferences):
+    """The mean probability, in (0, 1), that a sample is preferred to samples of its prompt before training.
+
+    This is PAR (arXiv 2502.18770): the mean of sigmoid(scale (score - reference)) over the references. The slope is
+    largest at the references, and fades above and below them. ``scale`` turns scores into logits of a preference: 1 for
+    PickScore and ImageReward, 100 for HPS and other cosines.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_scale(self.scale)
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), differentiable; NaN stays NaN. Raises ValueError for a prompt without references."""
@@ -68,7 +74,7 @@ class PreferenceAsReward:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class Calibrated(_AgainstReferences):
     """The fraction of samples of its prompt before training that a sample is better than, in [0, 1]; equal ones half.
 
     This is InfAlign's calibrated reward u (arXiv 2412.19792). ``tilt`` t turns it into what a search at inference time
@@ -76,23 +82,11 @@ class Calibrated:
     worst of n; None leaves u. No increasing function of the reward changes it, and it has no gradient.
     """
 
-    reward: AnyCallable
-    references: References
     tilt: float | None = None
-    saturates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tilt == 0:
             raise ValueError("a tilt of 0 makes all samples equal: take null for the fraction itself, or 10")
-
-    @property
-    def reference_file(self) -> str | None:
-        """The file of the references."""
-        return _file(self.references)
-
-    @cached_property
-    def _references(self) -> _ByPrompt:
-        return _ByPrompt.of(self.reward, self.references)
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,); NaN stays NaN. Raises ValueError for a prompt without references."""

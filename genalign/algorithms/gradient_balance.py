@@ -59,16 +59,16 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     best, least = torch.full((count,), 1 / count, dtype=torch.float64), (torch.inf, torch.inf)
     for size in range(1, count + 1):
         for support in itertools.combinations(range(count), size):
-            chosen = list(support)
+            rows = list(support)
             system = torch.ones(size + 1, size + 1, dtype=torch.float64)
-            system[:size, :size], system[size, size] = products[chosen][:, chosen], 0.0
+            system[:size, :size], system[size, size] = products[rows][:, rows], 0.0
             target = torch.zeros(size + 1, 1, dtype=torch.float64)
             target[size] = 1.0
             own = torch.linalg.lstsq(system, target, driver="gelsd").solution[:size, 0]
             if bool((own < -1e-9).any()) or abs(float(own.sum()) - 1) > 1e-9:
                 continue
             weights = products.new_zeros(count)
-            weights[chosen] = own.clamp(min=0) / own.clamp(min=0).sum()
+            weights[rows] = own.clamp(min=0) / own.clamp(min=0).sum()
             value = float(weights @ products @ weights), float(weights @ weights)
             if value[0] < least[0] - _TIE or (value[0] <= least[0] + _TIE and value[1] < least[1] - _TIE):
                 best, least = weights, value

@@ -61,8 +61,8 @@ class RoundScores:
     def column_of(self, name: str) -> int:
         """Return the column of the reward ``name``. Raises ValueError where no reward has this name."""
         if name not in self.names:
-            known = f"the rewards are {', '.join(self.names)}" if self.names else "the rewards have no names"
-            raise ValueError(f"the credit names the reward {name!r}, but {known}")
+            names = f"the rewards are {', '.join(self.names)}" if self.names else "the rewards have no names"
+            raise ValueError(f"the credit names the reward {name!r}, but {names}")
         return self.names.index(name)
 
 

@@ -62,7 +62,7 @@ class ReferenceScores:
     rewards: tuple[RewardScores, ...]
 
     def save(self, path: Path) -> None:
-        """Write the scores as JSON."""
+        """Write the file that ``load`` reads, as JSON."""
         write_json(path, asdict(self))
 
     @classmethod
@@ -85,8 +85,10 @@ class ReferenceScores:
         for part in self.rewards:
             if part.reward == _in_json(reward):
                 return part.scores
-        known = ", ".join(json.dumps(part.reward) for part in self.rewards)
-        raise ValueError(f"{path} has scores by {known}, and none by {json.dumps(_in_json(reward))}: {_again(path)}")
+        available = ", ".join(json.dumps(part.reward) for part in self.rewards)
+        raise ValueError(
+            f"{path} has scores by {available}, and none by {json.dumps(_in_json(reward))}: {_again(path)}"
+        )
 
     def require_base(self, base: Mapping[str, Any], path: str | Path) -> None:
         """Raise ValueError, which names both models and what differs, unless the samples are of the model ``base``.

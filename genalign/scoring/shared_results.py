@@ -49,10 +49,10 @@ class SharedResults(Generic[T]):
         if self._batch() is not whole or self._version != version:
             self._batch, self._version, self._results = weakref.ref(whole), version, []
         results = self._results
-        for known in results:
-            same = known.place == place and len(known.prompts) == len(prompts) and known.source == source
-            if same and all(one is other for one, other in zip(known.prompts, prompts, strict=True)):
-                return known.value
+        for result in results:
+            same = result.place == place and len(result.prompts) == len(prompts) and result.source == source
+            if same and all(one is other for one, other in zip(result.prompts, prompts, strict=True)):
+                return result.value
         value = compute()
         results.append(_Result(source, place, tuple(prompts), value))
         return value

@@ -78,6 +78,6 @@ def fitted(images: Tensor, prompts: Sequence[Prompt], gold: RewardFunction, seed
         rows = torch.randint(len(target), (min(64, len(target)),), generator=generator)
         loss = F.mse_loss(network.head(inputs[rows]).squeeze(-1), target[rows])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
     return network

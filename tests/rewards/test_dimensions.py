@@ -33,9 +33,14 @@ def test_equal_judges_share_an_answer_in_any_order() -> None:
     judges = Grader(), Grader()
     light, dark = DimensionReward(judges[0], "light"), DimensionReward(judges[1], "dark")
     assert isinstance(light, Reward)
-    assert plain(dark(grays(0.1, 0.9), named(2))) == [0.9, -1]
-    assert plain(light(grays(0.9, 0.1), named(2)[::-1])) == [0.9, 0.1]
-    assert [judge.asked for judge in judges] == [[2], []] or [judge.asked for judge in judges] == [[], [2]]
+    images, prompts = grays(0.1, 0.9), named(2)
+    assert plain(dark(images, prompts)) == [0.9, -1]
+    assert plain(light(images, prompts)) == [0.1, 0.9]
+    assert [judge.asked for judge in judges] == [[], [2]]
+    halves = [light(part, prompts[row : row + 1]) for row, part in enumerate(images.split(1))]
+    assert plain(torch.cat(halves)) == [0.1, 0.9]
+    assert [plain(dark(part, prompts[row : row + 1])) for row, part in enumerate(images.split(1))] == [[0.9], [-1]]
+    assert [judge.asked for judge in judges] == [[1, 1], [2]]
 
 
 def test_other_prompts_samples_and_judges_are_asked_about() -> None:
@@ -44,12 +49,14 @@ def test_other_prompts_samples_and_judges_are_asked_about() -> None:
         judge.asked.append(len(samples)) or dict.fromkeys(judge.names, torch.zeros(len(samples)))
     )
     light, dark = DimensionReward(judge, "light"), DimensionReward(judge, "dark")
-    light(grays(0.1), [Prompt("a", {"index": 1})])
-    dark(grays(0.1), [Prompt("a", {"index": 2})])
-    dark(grays(0.1), [Prompt("b", {"index": 1})])
-    dark(grays(0.2), [Prompt("a", {"index": 1})])
-    assert judge.asked == [1] * 4
-    dark(grays(0.1), [Prompt("a", {"index": 1})])
+    image, prompt = grays(0.1), Prompt("a", {"index": 1})
+    light(image, [prompt])
+    dark(image, [Prompt("a", {"index": 2})])
+    dark(image, [Prompt("b", {"index": 1})])
+    assert judge.asked == [1] * 3
+    dark(image, [prompt])
+    assert judge.asked == [1] * 3
+    dark(grays(0.2), [prompt])
     assert judge.asked == [1] * 4
 
 

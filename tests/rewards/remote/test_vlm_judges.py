@@ -327,12 +327,13 @@ def test_judges_are_asked_once_for_all_dimensions() -> None:
 
         rewards = [DimensionReward(judge(), name) for name in judge().names]
         for batch in (grays(0.1, 0.2, 0.1), grays(0.4)):
-            scores = [plain(reward(batch, named(len(batch)))) for reward in rewards]
+            prompts = named(len(batch))
+            scores = [plain(reward(batch, prompts)) for reward in rewards]
             assert scores == [[0.424] * len(batch), [1] * len(batch), [0.5] * len(batch)]
         assert len(requests) == 4
         columns = score([NamedReward(r.dimension, r, score_batch=2) for r in rewards], grays(0.5, 0.6, 0.7), named(3))
         assert columns.shape == (3, 3) and len(requests) == 7
-        rewards[0](grays(0.5), named(1))  # a grade that was read is asked for again
+        rewards[0](grays(0.5), named(1))  # of another batch
         assert len(requests) == 8
 
 
