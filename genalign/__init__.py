@@ -10,7 +10,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genalign.algorithms.recipes import Recipe as Recipe
+    from genalign.algorithms.recipe import Recipe as Recipe
+    from genalign.algorithms.recipe_changes import with_chi_squared as with_chi_squared
+    from genalign.algorithms.recipe_changes import with_credit as with_credit
+    from genalign.algorithms.recipe_changes import with_elastic_reset as with_elastic_reset
+    from genalign.algorithms.recipe_changes import with_further_prompts as with_further_prompts
+    from genalign.algorithms.recipe_changes import with_gradient_balance as with_gradient_balance
+    from genalign.algorithms.recipe_changes import with_more_samples as with_more_samples
+    from genalign.algorithms.recipe_changes import with_recalibration as with_recalibration
     from genalign.algorithms.recipes import adv_grpo as adv_grpo
     from genalign.algorithms.recipes import awm as awm
     from genalign.algorithms.recipes import ddpo as ddpo
@@ -27,13 +34,6 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import turning_point as turning_point
     from genalign.algorithms.recipes import vgpo as vgpo
-    from genalign.algorithms.recipes import with_chi_squared as with_chi_squared
-    from genalign.algorithms.recipes import with_credit as with_credit
-    from genalign.algorithms.recipes import with_elastic_reset as with_elastic_reset
-    from genalign.algorithms.recipes import with_further_prompts as with_further_prompts
-    from genalign.algorithms.recipes import with_gradient_balance as with_gradient_balance
-    from genalign.algorithms.recipes import with_more_samples as with_more_samples
-    from genalign.algorithms.recipes import with_recalibration as with_recalibration
     from genalign.diffusion.policy import Lora as Lora
     from genalign.diffusion.policy import Policy as Policy
     from genalign.diffusion.sampling import Sampling as Sampling
@@ -67,11 +67,11 @@ if TYPE_CHECKING:
     from genalign.types import PromptSet as PromptSet
 
 _PUBLIC = {
-    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo"
-    " flow_grpo guard_grpo mix_grpo nft ngrpo prdp tempflow_grpo"
-    " turning_point vgpo with_gradient_balance with_chi_squared with_credit"
-    " with_elastic_reset with_further_prompts with_more_samples"
-    " with_recalibration",
+    "genalign.algorithms.recipe": "Recipe",
+    "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
+    " with_gradient_balance with_more_samples with_recalibration",
+    "genalign.algorithms.recipes": "adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo flow_grpo guard_grpo"
+    " mix_grpo nft ngrpo prdp tempflow_grpo turning_point vgpo",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

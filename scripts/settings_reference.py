@@ -23,7 +23,7 @@ import docstring_parser
 from jsonargparse.typing import Path_fr
 
 import genalign
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.cli.commands import COMMANDS, imported
 from genalign.cli.compare import OwnSettings
 from genalign.cli.structure import ALIASES

@@ -9,19 +9,18 @@ in ``diffusion.transitions``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from genalign.algorithms.advantages import Std
 from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, SetContrast, VirtualBest
-from genalign.algorithms.gradient_balance import GradientBalance
-from genalign.algorithms.interfaces import Credit, Objective
+from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
 from genalign.algorithms.preference_pairs import Criterion
-from genalign.algorithms.redraws import FurtherPrompts, MoreSamples, RedrawRule
+from genalign.algorithms.recipe import Lag, Recipe
 from genalign.algorithms.step_credit import Reduction, RewardGain, TurningPoint, ValueAnchored
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, Pace, RandomWindow, SlidingWindow, StepSchedule
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, Pace, RandomWindow, SlidingWindow
 from genalign.algorithms.trajectory import (
     ClippedSurrogate,
     CoupledObjective,
@@ -32,223 +31,11 @@ from genalign.algorithms.trajectory import (
     noise_weighted,
 )
 from genalign.diffusion.completion import Completion
-from genalign.diffusion.transitions import CPS, DDIM, ODE, Kernel, default_kernel, trainable_steps
-from genalign.types import AnyCallable, FeatureFunction, Grid, Path
+from genalign.diffusion.transitions import CPS, DDIM, ODE, Kernel
+from genalign.types import AnyCallable
 
 PreferenceLoss = Literal["dpo", "kto"]
 _PREFERENCE_LOSSES: dict[str, Callable[[float], MatchingLoss]] = {"dpo": DPOLoss, "kto": KTOLoss}
-
-
-@dataclass(frozen=True)
-class Lag:
-    """Exponential averaging of the sampling weights: after round i they keep a fraction min(slope * i, limit).
-
-    Args:
-        slope: Growth of the retained fraction per round.
-        limit: Largest retained fraction.
-    """
-
-    slope: float = 0.001
-    limit: float = 0.5
-
-    def decay(self, round_index: int) -> float:
-        """Return the fraction of the old sampling weights that is kept after a round."""
-        return min(self.slope * round_index, self.limit)
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """Noise levels that move as the policy does: DenseGRPO's calibration (arXiv 2601.20218, algorithm 1) in training.
-
-    After every ``every``-th round the levels move by the gains of that round's samples, which the credit per step has
-    scored already, see ``genalign.training.noise_calibration.moved_levels``. The paper calibrates; when to do so again
-    is our choice.
-
-    Args:
-        every: Number of rounds between two moves.
-        step: Move of a level, as a fraction of its first value.
-    """
-
-    every: int = 1
-    step: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or not 0 < self.step < 1:
-            raise ValueError(f"a recalibration needs every of 1 or more and a step in (0, 1), not {self}")
-
-
-@dataclass(frozen=True)
-class ElasticReset:
-    """Elastic Reset (arXiv 2312.07551): the policy returns to an average of its weights, and the average to the start.
-
-    Every ``every`` rounds the weights become an exponential moving average of themselves, apart from the one that is
-    evaluated and saved, and the average starts again from the first weights. The optimizer's moments stay, as in the
-    published code. That resets once in about 1.3 time constants of an average with decay 0.995; the defaults have the
-    same ratio for runs of about a hundred updates, which is our choice.
-
-    Args:
-        every: Number of rounds between two resets.
-        decay: Decay of the average, per optimizer step.
-    """
-
-    every: int = 15
-    decay: float = 0.95
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or not 0 <= self.decay < 1:
-            raise ValueError(f"an elastic reset needs every of 1 or more and a decay in [0, 1), not {self}")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training method.
-
-    Attributes:
-        kernel: The stochastic sampler of the scheduled steps; all other steps follow the ODE. None takes the published
-            one of the model's path: ``FlowSDE(0.7)`` on a flow, ``DDIM(1.0)`` on a variance-preserving path, ``DPMSDE``
-            on any other.
-        schedule: The choice of the steps that a round samples with ``kernel``, stores and trains.
-        shared_noise: Whether all samples of a group start from the same initial noise.
-        credit: The rule from the scores of a round to advantages of samples (B,) or steps (B, S).
-        objective: The rule from advantages to gradients.
-        completion: How stored states are completed to clean samples and scored, for credit per step; None for no
-            scores per step.
-        features: The feature function of the samples, for credit from set rewards; None for no features.
-        lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
-        recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
-        reset: When the weights return to their average; None never resets them.
-        balance: How rewards are weighted by their gradients; None weighs them as the credit does.
-        redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
-    """
-
-    kernel: Kernel | None
-    schedule: StepSchedule
-    shared_noise: bool
-    credit: Credit
-    objective: Objective
-    completion: Completion | None = None
-    features: FeatureFunction | None = None
-    lag: Lag | None = None
-    recalibration: Recalibration | None = None
-    reset: ElasticReset | None = None
-    balance: GradientBalance | None = None
-    redraw: RedrawRule | None = None
-
-    def __post_init__(self) -> None:
-        if self.recalibration and self.completion is None:
-            raise ValueError(
-                "a recalibration of the noise levels needs scores of every stored state: choose a recipe with a"
-                " completion, such as dense_grpo"
-            )
-        if self.redraw and not self.redraw.whole_groups and self.objective.unit != "sample":
-            raise ValueError(
-                f"the loss of this recipe ties a whole {self.objective.unit} together, which unequal groups do not"
-                " allow: choose with_further_prompts, or a recipe such as flow_grpo"
-            )
-
-    def kernel_on(self, path: Path) -> Kernel:
-        """Return the kernel for a model on ``path``."""
-        return default_kernel(path) if self.kernel is None else self.kernel
-
-    def steps(self, path: Path, grid: Grid, round_index: int, seed: int) -> tuple[int, ...]:
-        """Choose the grid indices of the steps to train in a round, for a model on ``path``.
-
-        Raises ValueError if the grid has too few steps that the kernel can train.
-        """
-        kernel = self.kernel_on(path)
-        try:
-            return self.schedule(trainable_steps(kernel, grid), len(grid), round_index, seed)
-        except ValueError as error:
-            raise ValueError(f"{kernel}: {error}") from error
-
-
-def with_credit(recipe: Recipe, credit: AnyCallable) -> Recipe:
-    """Replace the credit of a recipe, for example by ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit``.
-
-    Args:
-        recipe: The recipe whose credit is replaced.
-        credit: The rule from the scores of a round to advantages.
-    """
-    return replace(recipe, credit=credit)
-
-
-def with_chi_squared(recipe: Recipe, sharpness: float) -> Recipe:
-    """Replace the KL penalty of a recipe by a chi-squared penalty, which punishes large distances more.
-
-    It is the regularizer of arXiv 2403.03185, per transition, see ``losses.chi_squared``. Use it where few transitions
-    move far, which the mean of their KL hides.
-
-    Args:
-        recipe: A recipe that learns from stored steps, with a ``kl`` above 0.
-        sharpness: The sharpness k: with 2 k KL about 1 at the largest KL per dimension that is acceptable.
-    """
-    if not isinstance(recipe.objective, PolicyGradient) or not recipe.objective.kl:
-        raise ValueError("with_chi_squared needs a recipe with a KL penalty, such as flow_grpo: set its kl above 0")
-    return replace(recipe, objective=replace(recipe.objective, kl_sharpness=sharpness))
-
-
-def with_recalibration(recipe: Recipe, every: int = 1, step: float = 0.05) -> Recipe:
-    """Recalibrate the noise levels of a recipe with a completion, such as ``dense_grpo``, as the policy moves.
-
-    Args:
-        recipe: The recipe. Its kernel, a ``FlowSDE``, ``DanceSDE`` or ``CalibratedSDE``, gives the first levels.
-        every: The number of rounds between two moves of the levels.
-        step: The move of a level, as a fraction of its first value.
-    """
-    return replace(recipe, recalibration=Recalibration(every, step))
-
-
-def with_elastic_reset(recipe: Recipe, every: int = 15, decay: float = 0.95) -> Recipe:
-    """Reset the weights to their average at intervals, against drift from the model that training began with.
-
-    Args:
-        recipe: The recipe.
-        every: The number of rounds between two resets.
-        decay: The decay of the average, per optimizer step.
-    """
-    return replace(recipe, reset=ElasticReset(every, decay))
-
-
-def with_gradient_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -> Recipe:
-    """Weigh the rewards of a recipe so that their gradients balance, in the form of MARBLE (arXiv 2605.06507).
-
-    Use it where a weighted sum follows one of several rewards. Of the rewards' own weights only the signs matter. The
-    step is taken with the sum of the rewards' credits times their factors, which is the published sum of their
-    gradients as long as no ratio is clipped; in between, the credits are weighted by the averaged weights.
-
-    Args:
-        recipe: The recipe, whose loss must not tie the samples of a group together.
-        every: The number of updates between two in which every reward's own gradient is computed, at the cost of as
-            many backward passes as there are rewards.
-        decay: The fraction of the averaged weights that such an update keeps.
-    """
-    return replace(recipe, balance=GradientBalance(every, decay))
-
-
-def with_further_prompts(recipe: Recipe, extra: float = 1.0) -> Recipe:
-    """Replace groups without spread by further prompts in the same round (DAPO, arXiv 2503.14476, section 3.2).
-
-    Use it where many groups get equal scores, such as with rewards that are right or wrong. What is dropped is billed,
-    too; rewards in the log are those of the prompts that were drawn first.
-
-    Args:
-        recipe: The recipe.
-        extra: The most further samples of a round, as a multiple of its own.
-    """
-    return replace(recipe, redraw=FurtherPrompts(extra))
-
-
-def with_more_samples(recipe: Recipe, extra: float = 1.0) -> Recipe:
-    """Replace groups without spread by more samples of the others, most where scores vary most.
-
-    After the idea of Knapsack RL, see ``redraws.MoreSamples``. Groups become unequal. Use it where further prompts are
-    as silent as the first, or the prompt set is small.
-
-    Args:
-        recipe: The recipe, whose loss must not tie the samples of a group together.
-        extra: The most further samples of a round, as a multiple of its own.
-    """
-    return replace(recipe, redraw=MoreSamples(extra))
 
 
 def flow_grpo(

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from safetensors import SafetensorError
 
 import genalign
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.cli.error_messages import error_line, explain, unknown_setting
 from genalign.cli.structure import (
     RawSettings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.cli.evaluate_settings import EvaluationSize
 from genalign.cli.generation_settings import Generation, require_rewards
 from genalign.diffusion.policy import Lora

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import UnsuitableScoresError
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.scoring.score import NamedReward, parts
 from genalign.types import SaturatingReward
 

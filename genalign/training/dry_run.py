@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from genalign.algorithms.advantages import UnsuitableScoresError
 from genalign.algorithms.credit import GroupRelative, SetContrast
 from genalign.algorithms.interfaces import Credit, RoundScores
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Policy

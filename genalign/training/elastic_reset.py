@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genalign.algorithms.recipes import ElasticReset
+from genalign.algorithms.recipe import ElasticReset
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.state import State

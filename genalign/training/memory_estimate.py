@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.score import NamedReward

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import Rollout, generate
 from genalign.diffusion.sampling import Sampling

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipes import Recalibration, Recipe
+from genalign.algorithms.recipe import Recalibration, Recipe
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.files import write_json
@@ -125,7 +125,7 @@ def moved_levels(
 
 
 class MovingNoise:
-    """The kernel of a run that is recalibrated, see ``recipes.Recalibration``; the same on all ranks.
+    """The kernel of a run that is recalibrated, see ``recipe.Recalibration``; the same on all ranks.
 
     Args:
         settings: When the levels move, and how far.

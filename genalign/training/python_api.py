@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from genalign.algorithms.recipes import Recipe, flow_grpo
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.runtime.progress import Progress

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed

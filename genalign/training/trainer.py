@@ -33,7 +33,7 @@ from genalign.algorithms.interfaces import (
     half_micro_batch,
     with_stronger_kl,
 )
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Policy
@@ -58,7 +58,7 @@ from genalign.training.out_of_memory import PartSizes, free_memory, is_out_of_me
 from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
-from genalign.training.settings import TrainerSettings, optimizer_class
+from genalign.training.settings import FittedSettings, TrainerSettings, optimizer_class
 from genalign.training.trust_region import RateController, RoundLimit
 from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
@@ -97,21 +97,8 @@ class Trainer:
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
-        if policy.sharded and 0 in self.batch_sizes:
-            raise ValueError(
-                f"updates of {sum(self.batch_sizes) // settings.updates_per_round} samples do not give each of"
-                f" {self.processes.world_size} processes equally many batches, which FSDP needs: change"
-                " training.batch_size"
-            )
-        if policy.sharded and settings.epochs > 1:
-            raise ValueError(
-                "training.epochs above 1 gives ranks unequal parts of an update, which FSDP does not allow: set it to 1"
-            )
-        if policy.sharded and recipe.redraw:
-            raise ValueError(
-                "drawing other samples in place of groups without spread gives ranks unequal work, which FSDP does not"
-                " allow: leave with_further_prompts or with_more_samples out"
-            )
+        if policy.sharded:
+            _require_equal_work(recipe, settings, self.batch_sizes, self.processes.world_size)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
@@ -573,3 +560,21 @@ class Trainer:
         if self.rates:
             self.rates.rate = numbers["learning_rate"]
         self.ledger.counts.update(numbers["calls"])
+
+
+def _require_equal_work(recipe: Recipe, settings: FittedSettings, batch_sizes: Sequence[int], ranks: int) -> None:
+    """Raise ValueError for what gives the ranks of a sharded network unequal work, which FSDP does not allow."""
+    if 0 in batch_sizes:
+        raise ValueError(
+            f"updates of {sum(batch_sizes) // settings.updates_per_round} samples do not give each of {ranks} processes"
+            " equally many batches, which FSDP needs: change training.batch_size"
+        )
+    if settings.epochs > 1:
+        raise ValueError(
+            "training.epochs above 1 gives ranks unequal parts of an update, which FSDP does not allow: set it to 1"
+        )
+    if recipe.redraw:
+        raise ValueError(
+            "drawing other samples in place of groups without spread gives ranks unequal work, which FSDP does not"
+            " allow: leave with_further_prompts or with_more_samples out"
+        )

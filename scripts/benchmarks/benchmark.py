@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout

@@ -23,8 +23,8 @@ The plan, in minutes of two cores (comparisons in scripts/configs/compare/, seed
 
 That is 11.8 hours. The flow_grpo of shapes_step_credits is that of shapes_honest, and trained once. Where it takes
 longer, arms go before seeds, from the comparison and from GUARDS or CREDITS here, in this order: those of one seed in
-shapes_step_credits; of shapes_planted shared_taste and own_tastes with their guards; of shapes_planted_apart log_sigmoid
-and ceiling; of shapes_criteria normalized_sum.
+shapes_step_credits; of shapes_planted shared_taste and own_tastes with their guards; of shapes_planted_apart
+log_sigmoid and ceiling; of shapes_criteria normalized_sum.
 """
 
 from __future__ import annotations

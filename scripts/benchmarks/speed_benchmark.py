@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.step_schedules import AllSteps
 from genalign.cli import parsing
 from genalign.cli.context import named_rewards, prompt_set

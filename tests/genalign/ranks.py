@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from genalign.algorithms import recipes
-from genalign.algorithms.recipes import Lag, Recipe
+from genalign.algorithms import recipe_changes, recipes
+from genalign.algorithms.recipe import Lag, Recipe
 from genalign.cli import main
 from genalign.cli import train as train_module
 from genalign.diffusion.policy import Lora, Policy
@@ -79,15 +79,15 @@ CASES: Mapping[str, Case] = {
     "adapted rate": Case(recipes.flow_grpo(window=1, kl=0.01), settings=ADAPTED),
     "adapted rate matched": Case(recipes.nft(lag=Lag(slope=0.3)), settings=ADAPTED),
     "epochs": Case(recipes.flow_grpo(window=1), settings=replace(SETTINGS, epochs=2)),
-    "recalibrated": Case(recipes.with_recalibration(recipes.dense_grpo(window=1), step=0.3)),
-    "reset": Case(recipes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=1, decay=0.5)),
+    "recalibrated": Case(recipe_changes.with_recalibration(recipes.dense_grpo(window=1), step=0.3)),
+    "reset": Case(recipe_changes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=1, decay=0.5)),
     "constrained": Case(
         recipes.flow_grpo(window=1),
         lambda: Constrained({"red": redness, "green": greenness}, {"red": -9.0, "green": 9.0}, 1.0),
     ),
-    "balanced": Case(recipes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
-    "further prompts": Case(recipes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
-    "more samples": Case(recipes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
+    "balanced": Case(recipe_changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
+    "further prompts": Case(recipe_changes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
+    "more samples": Case(recipe_changes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
 }
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks
     "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),

@@ -19,10 +19,11 @@ from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteSch
 from torch import Tensor, nn
 
 from genalign import search
+from genalign.algorithms import recipe_changes as changes
 from genalign.algorithms import recipes
 from genalign.algorithms.credit import GroupRelative, NormalizedSum
 from genalign.algorithms.matching import MatchingObjective, RewardWeightedLoss
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
@@ -183,13 +184,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(VendiReward(), channels, quality=0.5, loss="kto", draws=1),
     "nft": lambda: recipes.nft(draws=1),
     "awm": lambda: recipes.awm(draws=1),
-    "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
-    "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
-    "with_gradient_balance": lambda: recipes.with_gradient_balance(recipes.flow_grpo(window=1)),
-    "with_further_prompts": lambda: recipes.with_further_prompts(recipes.flow_grpo(window=1)),
-    "with_more_samples": lambda: recipes.with_more_samples(recipes.flow_grpo(window=1)),
-    "with_recalibration": lambda: recipes.with_recalibration(recipes.dense_grpo(window=1)),
-    "with_elastic_reset": lambda: recipes.with_elastic_reset(recipes.flow_grpo(window=1), every=1),
+    "with_chi_squared": lambda: changes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
+    "with_credit": lambda: changes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
+    "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1)),
+    "with_further_prompts": lambda: changes.with_further_prompts(recipes.flow_grpo(window=1)),
+    "with_more_samples": lambda: changes.with_more_samples(recipes.flow_grpo(window=1)),
+    "with_recalibration": lambda: changes.with_recalibration(recipes.dense_grpo(window=1)),
+    "with_elastic_reset": lambda: changes.with_elastic_reset(recipes.flow_grpo(window=1), every=1),
     "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),
 }
 OBJECTIVES = {  # a recipe of each family
@@ -201,8 +202,12 @@ OTHERS = [name for name in MODELS if name != "sd35_medium"]
 
 
 def test_every_recipe_is_among_them() -> None:
-    functions = inspect.getmembers(recipes, inspect.isfunction)
-    own = {name: function for name, function in functions if function.__module__ == recipes.__name__}
+    own = {
+        name: function
+        for module in (recipes, changes)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+    }
     assert {name for name, function in own.items() if inspect.signature(function).return_annotation == "Recipe"} == {
         *RECIPES
     }

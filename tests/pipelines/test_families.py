@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import pipelines
 from genalign.algorithms import matching
 from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from genalign import assets
 from genalign.algorithms import recipes
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.gradient_balance import Direction, GradientBalance, min_norm_weights
-from genalign.algorithms.recipes import flow_grpo, with_gradient_balance
+from genalign.algorithms.recipe_changes import with_gradient_balance
+from genalign.algorithms.recipes import flow_grpo
 
 GRADIENTS = torch.tensor([[1, 0, 0], [-0.5, 0.6, 0.2], [0.8, 0.4, -1]], dtype=torch.float64)
 

@@ -21,9 +21,9 @@ from genalign.algorithms.matching import (
     NoisedSamples,
     RewardWeightedLoss,
 )
+from genalign.algorithms.recipe import Lag, Recipe
+from genalign.algorithms.recipe_changes import with_chi_squared, with_credit
 from genalign.algorithms.recipes import (
-    Lag,
-    Recipe,
     adv_grpo,
     awm,
     ddpo,
@@ -41,8 +41,6 @@ from genalign.algorithms.recipes import (
     tempflow_grpo,
     turning_point,
     vgpo,
-    with_chi_squared,
-    with_credit,
 )
 from genalign.algorithms.trajectory import PolicyGradient
 from genalign.diffusion.policy import Lora, Policy

@@ -9,7 +9,8 @@ import torch
 
 from genalign.algorithms.advantages import group_advantages, group_spread
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipes import dragon, flow_grpo, with_further_prompts, with_more_samples
+from genalign.algorithms.recipe_changes import with_further_prompts, with_more_samples
+from genalign.algorithms.recipes import dragon, flow_grpo
 from genalign.algorithms.redraws import FurtherPrompts, MoreSamples, allocation
 from genalign.types import Prompt
 

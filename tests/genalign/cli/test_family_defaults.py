@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from genalign.__main__ import main
-from genalign.algorithms.recipes import flow_grpo, with_credit
+from genalign.algorithms.recipe_changes import with_credit
+from genalign.algorithms.recipes import flow_grpo
 from genalign.cli.family_defaults import with_family_defaults, with_recorded_defaults
 from genalign.diffusion.paths import EDMPath, FlowPath, VPPath
 from genalign.diffusion.sampling import Sampling

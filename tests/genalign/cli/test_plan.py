@@ -17,8 +17,9 @@ from torch import nn
 import pipelines
 from genalign.algorithms.credit import BestOfNCredit, BetaNormalized, VirtualBest
 from genalign.algorithms.interfaces import Credit
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipe_changes import with_credit, with_gradient_balance
 from genalign.algorithms.recipes import (
-    Recipe,
     dense_grpo,
     dragon,
     flow_grpo,
@@ -28,8 +29,6 @@ from genalign.algorithms.recipes import (
     tempflow_grpo,
     turning_point,
     vgpo,
-    with_credit,
-    with_gradient_balance,
 )
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy

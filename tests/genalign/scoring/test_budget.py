@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward

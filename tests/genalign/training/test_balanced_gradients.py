@@ -16,7 +16,9 @@ from genalign.algorithms.credit import GroupRelative
 from genalign.algorithms.gradient_balance import GradientBalance
 from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.multi_reward_credit import Decorrelated
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, with_gradient_balance
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipe_changes import with_gradient_balance
+from genalign.algorithms.recipes import dense_grpo, dragon, flow_grpo, nft
 from genalign.diffusion.policy import Lora, Policy
 from genalign.scoring.score import NamedReward
 from genalign.training.balanced_gradients import BalancedGradients

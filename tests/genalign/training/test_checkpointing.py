@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms import recipe_changes as changes
 from genalign.algorithms import recipes
 from genalign.algorithms.credit import NormalizedSum
-from genalign.algorithms.recipes import Lag, Recipe
+from genalign.algorithms.recipe import Lag, Recipe
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.metrics.vendi import vendi_score
@@ -74,21 +75,22 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(vendi_score, channels, quality=0.5),
     "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
     "awm": recipes.awm,
-    "with_chi_squared": lambda: recipes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
-    "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
-    "with_gradient_balance": lambda: recipes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3),
-    "with_elastic_reset": lambda: recipes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=2, decay=0.5),
-    "with_further_prompts": lambda: recipes.with_further_prompts(recipes.flow_grpo(window=1)),
-    "with_more_samples": lambda: recipes.with_more_samples(recipes.flow_grpo(window=1)),
-    "with_recalibration": lambda: recipes.with_recalibration(recipes.dense_grpo(window=1)),
+    "with_chi_squared": lambda: changes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
+    "with_credit": lambda: changes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
+    "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3),
+    "with_elastic_reset": lambda: changes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=2, decay=0.5),
+    "with_further_prompts": lambda: changes.with_further_prompts(recipes.flow_grpo(window=1)),
+    "with_more_samples": lambda: changes.with_more_samples(recipes.flow_grpo(window=1)),
+    "with_recalibration": lambda: changes.with_recalibration(recipes.dense_grpo(window=1)),
 }
 
 
 def test_the_grid_has_every_recipe() -> None:
     factories = {
         name
-        for name, function in inspect.getmembers(recipes, inspect.isfunction)
-        if function.__module__ == recipes.__name__ and inspect.signature(function).return_annotation == "Recipe"
+        for module in (recipes, changes)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and inspect.signature(function).return_annotation == "Recipe"
     }
     assert {name for name in factories if not name.startswith("_")} - {"matching"} == set(GRID)
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Lag, Recipe, dragon, flow_grpo, nft, with_further_prompts, with_more_samples
+from genalign.algorithms.recipe import Lag, Recipe
+from genalign.algorithms.recipe_changes import with_further_prompts, with_more_samples
+from genalign.algorithms.recipes import dragon, flow_grpo, nft
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler

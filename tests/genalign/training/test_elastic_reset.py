@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.algorithms.recipes import ElasticReset, flow_grpo, with_elastic_reset
+from genalign.algorithms.recipe import ElasticReset
+from genalign.algorithms.recipe_changes import with_elastic_reset
+from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.training.elastic_reset import ResetWeights
 from genalign.training.trust_region import TrustRegion

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from genalign.algorithms.interfaces import UpdateBatch
 from genalign.algorithms.matching import MatchingObjective
-from genalign.algorithms.recipes import Recipe, awm, flow_grpo, nft, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import awm, flow_grpo, nft, prdp
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step
 from genalign.diffusion.sampling import Sampling

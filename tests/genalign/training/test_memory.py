@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe, flow_grpo, nft, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import flow_grpo, nft, prdp
 from genalign.diffusion.transitions import FlowSDE
 from genalign.runtime.distributed import ProcessGroup
 from genalign.training.sampler import SampledBatch

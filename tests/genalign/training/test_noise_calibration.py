@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipes import Recalibration, dense_grpo, flow_grpo, with_recalibration
+from genalign.algorithms.recipe import Recalibration
+from genalign.algorithms.recipe_changes import with_recalibration
+from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.diffusion.transitions import CPS, CalibratedSDE, DanceSDE, FlowSDE, trainable_steps
 from genalign.scoring.score import NamedReward
 from genalign.training.noise_calibration import (

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward, score
 from genalign.training.round_result import RoundResult

@@ -14,7 +14,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe, awm, flow_grpo, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import awm, flow_grpo, prdp
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout

@@ -11,7 +11,8 @@ from torch import nn
 
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.matching import MatchingObjective
-from genalign.algorithms.recipes import Recipe, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import dragon, flow_grpo, nft, prdp
 from genalign.algorithms.trajectory import transition_divergence
 from genalign.diffusion.policy import Policy
 from genalign.training.settings import TrainerSettings

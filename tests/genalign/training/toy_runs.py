@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe
+from genalign.algorithms.recipe import Recipe
 from genalign.cli.resume import EncoderCache
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling

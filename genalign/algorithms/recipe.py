@@ -1,0 +1,136 @@
+"""What a recipe is: a kernel, a step schedule, a credit and an objective, and what may change during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from genalign.algorithms.gradient_balance import GradientBalance
+from genalign.algorithms.interfaces import Credit, Objective
+from genalign.algorithms.redraws import RedrawRule
+from genalign.algorithms.step_schedules import StepSchedule
+from genalign.diffusion.completion import Completion
+from genalign.diffusion.transitions import Kernel, default_kernel, trainable_steps
+from genalign.types import FeatureFunction, Grid, Path
+
+
+@dataclass(frozen=True)
+class Lag:
+    """Exponential averaging of the sampling weights: after round i they keep a fraction min(slope * i, limit).
+
+    Args:
+        slope: Growth of the retained fraction per round.
+        limit: Largest retained fraction.
+    """
+
+    slope: float = 0.001
+    limit: float = 0.5
+
+    def decay(self, round_index: int) -> float:
+        """Return the fraction of the old sampling weights that is kept after a round."""
+        return min(self.slope * round_index, self.limit)
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """Noise levels that move as the policy does: DenseGRPO's calibration (arXiv 2601.20218, algorithm 1) in training.
+
+    After every ``every``-th round the levels move by the gains of that round's samples, which the credit per step has
+    scored already, see ``genalign.training.noise_calibration.moved_levels``. The paper calibrates; when to do so again
+    is our choice.
+
+    Args:
+        every: Number of rounds between two moves.
+        step: Move of a level, as a fraction of its first value.
+    """
+
+    every: int = 1
+    step: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 < self.step < 1:
+            raise ValueError(f"a recalibration needs every of 1 or more and a step in (0, 1), not {self}")
+
+
+@dataclass(frozen=True)
+class ElasticReset:
+    """Elastic Reset (arXiv 2312.07551): the policy returns to an average of its weights, and the average to the start.
+
+    Every ``every`` rounds the weights become an exponential moving average of themselves, apart from the one that is
+    evaluated and saved, and the average starts again from the first weights. The optimizer's moments stay, as in the
+    published code. That resets once in about 1.3 time constants of an average with decay 0.995; the defaults have the
+    same ratio for runs of about a hundred updates, which is our choice.
+
+    Args:
+        every: Number of rounds between two resets.
+        decay: Decay of the average, per optimizer step.
+    """
+
+    every: int = 15
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.decay < 1:
+            raise ValueError(f"an elastic reset needs every of 1 or more and a decay in [0, 1), not {self}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training method.
+
+    Attributes:
+        kernel: The stochastic sampler of the scheduled steps; all other steps follow the ODE. None takes the published
+            one of the model's path: ``FlowSDE(0.7)`` on a flow, ``DDIM(1.0)`` on a variance-preserving path, ``DPMSDE``
+            on any other.
+        schedule: The choice of the steps that a round samples with ``kernel``, stores and trains.
+        shared_noise: Whether all samples of a group start from the same initial noise.
+        credit: The rule from the scores of a round to advantages of samples (B,) or steps (B, S).
+        objective: The rule from advantages to gradients.
+        completion: How stored states are completed to clean samples and scored, for credit per step; None for no
+            scores per step.
+        features: The feature function of the samples, for credit from set rewards; None for no features.
+        lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
+        recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
+        reset: When the weights return to their average; None never resets them.
+        balance: How rewards are weighted by their gradients; None weighs them as the credit does.
+        redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
+    """
+
+    kernel: Kernel | None
+    schedule: StepSchedule
+    shared_noise: bool
+    credit: Credit
+    objective: Objective
+    completion: Completion | None = None
+    features: FeatureFunction | None = None
+    lag: Lag | None = None
+    recalibration: Recalibration | None = None
+    reset: ElasticReset | None = None
+    balance: GradientBalance | None = None
+    redraw: RedrawRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.recalibration and self.completion is None:
+            raise ValueError(
+                "a recalibration of the noise levels needs scores of every stored state: choose a recipe with a"
+                " completion, such as dense_grpo"
+            )
+        if self.redraw and not self.redraw.whole_groups and self.objective.unit != "sample":
+            raise ValueError(
+                f"the loss of this recipe ties a whole {self.objective.unit} together, which unequal groups do not"
+                " allow: choose with_further_prompts, or a recipe such as flow_grpo"
+            )
+
+    def kernel_on(self, path: Path) -> Kernel:
+        """Return the kernel for a model on ``path``."""
+        return default_kernel(path) if self.kernel is None else self.kernel
+
+    def steps(self, path: Path, grid: Grid, round_index: int, seed: int) -> tuple[int, ...]:
+        """Choose the grid indices of the steps to train in a round, for a model on ``path``.
+
+        Raises ValueError if the grid has too few steps that the kernel can train.
+        """
+        kernel = self.kernel_on(path)
+        try:
+            return self.schedule(trainable_steps(kernel, grid), len(grid), round_index, seed)
+        except ValueError as error:
+            raise ValueError(f"{kernel}: {error}") from error
