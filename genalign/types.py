@@ -222,7 +222,7 @@ class SaturatingReward(Protocol):
 
     @property
     def saturates(self) -> bool:
-        """True."""
+        """Whether the reward levels off: True."""
 
 
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]

@@ -101,7 +101,7 @@ class Constrained:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the multipliers (K,)."""
+        """Return the multipliers (K,) for a checkpoint."""
         return {"multipliers": self.multipliers}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.evaluation.benchmarks.benchmark import describe
+from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferenceScores, ScoresByPrompt, scores_by_prompt
 from genalign.types import AnyCallable, Prompt, RewardFunction
 

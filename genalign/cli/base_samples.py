@@ -14,8 +14,8 @@ from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train_settings import Train
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import OdeSamples
-from genalign.evaluation.benchmarks.benchmark import describe
 from genalign.evaluation.folder import adapter_hash
+from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferencedReward, ReferenceScores
 from genalign.scoring.score import parts
 from genalign.types import Prompt

@@ -16,8 +16,8 @@ from genalign.cli.context import CommandContext, named_rewards
 from genalign.cli.generation_settings import RewardChoice, require_positive
 from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train_settings import Train
-from genalign.evaluation.benchmarks.benchmark import describe
 from genalign.runtime.progress import Progress
+from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferenceScores, RewardScores, scores_by_prompt
 from genalign.scoring.score import NamedReward, probe, score
 from genalign.types import Prompt

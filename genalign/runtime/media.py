@@ -311,3 +311,11 @@ def _png(image: Image.Image, optimize: bool = False) -> bytes:
 def data_uri(kind: str, content: bytes) -> str:
     """Return ``content`` of the media type ``kind`` as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the images of a folder and its subfolders, sorted. Raises FileNotFoundError for none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ImageMedium.suffixes)
+    if not files:
+        raise FileNotFoundError(f"there are no images in {folder}: give a folder of {', '.join(ImageMedium.suffixes)}")
+    return files

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("round_worker.py")
 
 
-class Worker:
+class RoundWorker:
     """A process that runs the round of the code in ``folder`` for every question."""
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ def benchmark_round(repeats: int, against: str | None = None) -> list[Measuremen
         folders = {"now": ROOT}
         if against is not None:
             folders["before"] = stack.enter_context(checked_out(against))
-        workers = {name: stack.enter_context(Worker(folder)) for name, folder in folders.items()}
+        workers = {name: stack.enter_context(RoundWorker(folder)) for name, folder in folders.items()}
         flops = {name: worker.ask("flops") for name, worker in workers.items()}
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(repeats):

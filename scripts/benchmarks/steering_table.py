@@ -158,7 +158,7 @@ SEARCHED = {"clip": tuple(ARMS), "partial": tuple(name for name in ARMS if name 
 
 
 @dataclass(frozen=True)
-class Prices:
+class MeasuredPrices:
     """What a call costs.
 
     Attributes:
@@ -227,7 +227,7 @@ class Bench:
         return SearchRun(self.pipeline, prompts, [named], Sampling(STEPS).grid(self.pipeline), 1.0, BATCH, seed)
 
     @functools.cached_property
-    def prices(self) -> Prices:
+    def prices(self) -> MeasuredPrices:
         """What calls cost here, and the spreads of the rewards: measured once."""
 
         def measured() -> dict[str, Any]:
@@ -237,7 +237,7 @@ class Bench:
             spreads = {name: self._spread(name) for name in SEARCHED}
             return {"seconds": seconds, "spreads": spreads}
 
-        return Prices(**cached(self.work / "prices.json", measured))
+        return MeasuredPrices(**cached(self.work / "prices.json", measured))
 
     def _spread(self, reward: str) -> float:
         """The standard deviation of a reward among eight samples of a prompt, averaged over the prompts to tune on."""
@@ -433,7 +433,7 @@ def _records(
 
 
 def _cost(
-    prices: Prices, reward: str, arm: str, budget: int, setting: str, rows: Sequence[Mapping[str, Any]]
+    prices: MeasuredPrices, reward: str, arm: str, budget: int, setting: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What an arm cost and how large it was, on average over prompts and seeds."""
     return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import leave_one_out
-from genalign.evaluation.benchmarks.benchmark import describe
+from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferencedReward, ReferenceScores, RewardScores
 from genalign.types import Prompt, Reward, SaturatingReward
 from rewards.combine import Standardized, WeightedSum

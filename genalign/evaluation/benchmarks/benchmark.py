@@ -5,18 +5,17 @@ This package contains no prompts of a benchmark: users bring the files that its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.scorers import Scorer
-from genalign.runtime.media import ImageMedium
+from genalign.scoring.descriptions import describe
 from genalign.types import AnyCallable, Prompt, PromptSet
 
 _log = logging.getLogger(__name__)
@@ -86,31 +85,6 @@ class Judges:
         return judge
 
 
-def describe(judge: Any) -> Any:
-    """Describe a judge in JSON types: its own ``description``, or its class and settings, or its name.
-
-    A folder of images is described by the names and sizes of its files, wherever it lies.
-    """
-    if isinstance(judge, Path):
-        files = [[path.relative_to(judge).as_posix(), path.stat().st_size] for path in image_files(judge)]
-        return {"images": len(files), "hash": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}
-    if isinstance(description := getattr(judge, "description", None), Mapping):
-        return dict(description)
-    if is_dataclass(judge) and not isinstance(judge, type):
-        return {
-            "class": type(judge).__name__,
-            **{item.name: describe(getattr(judge, item.name)) for item in fields(judge)},
-        }
-    if isinstance(judge, Mapping):
-        return {str(key): describe(value) for key, value in judge.items()}
-    if isinstance(judge, list | tuple):
-        return [describe(value) for value in judge]
-    if judge is None or isinstance(judge, str | int | float):
-        return judge
-    named = judge if hasattr(judge, "__qualname__") else type(judge)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """A benchmark with its own files, rules and numbers.
@@ -141,14 +115,6 @@ class Benchmark:
         """
         described = {name: describe(judges.need(name)) for name in self.needs(prompts, judges)}
         return f"{self.rules} | {json.dumps(described, sort_keys=True, default=str)}"
-
-
-def image_files(folder: Path) -> list[Path]:
-    """List the images of a folder and its subfolders, sorted. Raises FileNotFoundError for none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ImageMedium.suffixes)
-    if not files:
-        raise FileNotFoundError(f"there are no images in {folder}: give a folder of {', '.join(ImageMedium.suffixes)}")
-    return files
 
 
 def distinct_prompts(name: str, prompts: Sequence[Prompt]) -> PromptSet:

@@ -27,7 +27,6 @@ from genalign.evaluation.benchmarks.benchmark import (
     average,
     by_prompt,
     distinct_prompts,
-    image_files,
     require_metadata,
 )
 from genalign.evaluation.benchmarks.boxes import detect, iou, require_classes
@@ -36,7 +35,7 @@ from genalign.evaluation.geneval.grammar import NUMBERS, plural
 from genalign.evaluation.geneval.scoring import Box
 from genalign.evaluation.geneval.vocabulary import OBJECTS, natural_plural
 from genalign.evaluation.scorers import Judgment
-from genalign.runtime.media import read_image
+from genalign.runtime.media import image_files, read_image
 from genalign.runtime.prompt_files import load_prompts
 from genalign.types import FeatureFunction, Prompt, PromptSet
 

@@ -20,7 +20,7 @@ from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from pipelines import SD3
 from scripts.benchmarks import round_benchmark
-from scripts.benchmarks.round_benchmark import Worker, checked_out, measurements
+from scripts.benchmarks.round_benchmark import RoundWorker, checked_out, measurements
 from scripts.benchmarks.round_worker import GROUPS, RepeatedRound, RoundCounter, group_of
 
 
@@ -108,7 +108,7 @@ def test_a_worker_answers_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
     script.write_text("import os, sys\nfor line in sys.stdin:\n    print(len(line) if line != 'x\\n' else exit(1))\n")
     script.write_text(script.read_text().replace("))\n", "), flush=True)\n"))
     monkeypatch.setattr(round_benchmark, "WORKER", script)
-    with Worker(tmp_path) as worker:
+    with RoundWorker(tmp_path) as worker:
         assert worker.ask("seconds") == 8
         with pytest.raises(RuntimeError, match="ended: its error is above"):
             worker.ask("x")
