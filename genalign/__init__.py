@@ -10,6 +10,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genalign.algorithms.pathwise import Ascent as Ascent
+    from genalign.algorithms.pathwise_recipes import align_prop as align_prop
+    from genalign.algorithms.pathwise_recipes import direct_align as direct_align
+    from genalign.algorithms.pathwise_recipes import draft as draft
+    from genalign.algorithms.pathwise_recipes import draft_lv as draft_lv
+    from genalign.algorithms.pathwise_recipes import drtune as drtune
+    from genalign.algorithms.pathwise_recipes import flow_bp as flow_bp
+    from genalign.algorithms.pathwise_recipes import instruct_video as instruct_video
+    from genalign.algorithms.pathwise_recipes import refl as refl
     from genalign.algorithms.recipe import Recipe as Recipe
     from genalign.algorithms.recipe_changes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipe_changes import with_credit as with_credit
@@ -67,6 +76,8 @@ if TYPE_CHECKING:
     from genalign.types import PromptSet as PromptSet
 
 _PUBLIC = {
+    "genalign.algorithms.pathwise": "Ascent",
+    "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video refl",
     "genalign.algorithms.recipe": "Recipe",
     "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
     " with_gradient_balance with_more_samples with_recalibration",

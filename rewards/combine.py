@@ -1,11 +1,11 @@
 """Combinations of rewards, and credit over an ensemble of them.
 
 Combinations of single samples are rewards again and can be nested: ``WeightedSum``, ``Product``, ``HarmonicMean``,
-``WorstCase``, ``MeanMinusVariance``, ``Standardized``, ``Gate``, ``DirectionalCorrection``. A sum or a minimum
-of rewards in different units is meaningless: put each into ``Standardized`` first, whose statistics are fixed, so that
-a score does not depend on its batch; bounded shapes of one reward are in ``rewards.shaped``. Combinations that need
-whole groups are credits of a recipe: ``EnsembleCredit`` and ``UncertaintyDiscount``; others are in
-``genalign.algorithms.credit`` and ``genalign.algorithms.multi_reward_credit``.
+``WorstCase``, ``MeanMinusVariance``, ``Standardized``, ``Gate``, ``DirectionalCorrection``, ``TextRelativeReward``. A
+sum or a minimum of rewards in different units is meaningless: put each into ``Standardized`` first, whose statistics
+are fixed, so that a score does not depend on its batch; bounded shapes of one reward are in ``rewards.shaped``.
+Combinations that need whole groups are credits of a recipe: ``EnsembleCredit`` and ``UncertaintyDiscount``; others are
+in ``genalign.algorithms.credit`` and ``genalign.algorithms.multi_reward_credit``.
 
 A sample that a member could not score has score NaN.
 """
@@ -236,6 +236,32 @@ class DirectionalCorrection:
         if _DIRECTION not in tensors:
             raise ValueError(f"{self.direction} holds no direction: write one with genalign reward direction")
         return tensors[_DIRECTION]
+
+
+@dataclass(frozen=True, eq=False)
+class TextRelativeReward:
+    """(1 + k) cos(image, positive + prompt) - cos(image, negative + prompt): SRPO's reward (arXiv 2509.06942).
+
+    What both texts reward alike, such as a style that the encoder likes in every picture, cancels but for k.
+
+    Args:
+        base: The reward whose encoder is used.
+        positive: The words before the prompt that say what is wanted, such as "realistic".
+        negative: The words before the prompt that say what is not.
+        k: How much more the positive text counts.
+    """
+
+    base: DualEncoderReward
+    positive: str
+    negative: str
+    k: float = 0.1
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable; NaN where an image has NaN."""
+        texts = [[f"{words} {prompt.text}".strip() for prompt in prompts] for words in (self.positive, self.negative)]
+        encoder = self.base.encoder(samples.device)
+        image, (positive, negative) = F.normalize(encoder(samples), dim=-1), map(encoder.text, texts)
+        return (1 + self.k) * cosine(image, positive) - cosine(image, negative)
 
 
 def embedded(base: DualEncoderReward, samples: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:

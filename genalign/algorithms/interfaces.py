@@ -18,8 +18,8 @@ from genalign.diffusion.paths import promote
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import Kernel
-from genalign.scoring.score import combine
-from genalign.types import Grid, Pipeline
+from genalign.scoring.score import NamedReward, combine
+from genalign.types import Grid, Pipeline, Prompt
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,10 @@ class MetricSums:
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """The model, the sampler and the metrics of an update.
+    """The model, the sampler, the rewards and the metrics of an update.
 
-    ``old`` holds the sampling weights of a recipe with a lag, and is None without one.
+    ``old`` holds the sampling weights of a recipe with a lag, and is None without one. ``prompts`` are those of the
+    round, which ``UpdateBatch.group`` indexes.
     """
 
     pipeline: Pipeline
@@ -196,6 +197,8 @@ class UpdateContext:
     guidance: float
     old: WeightSnapshot | None
     metrics: MetricSums
+    prompts: Sequence[Prompt] = ()
+    rewards: Sequence[NamedReward] = ()
 
     def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
         """Batch the stored transitions that a mask (B, S) bool selects.

@@ -71,7 +71,7 @@ class NoisedSamples:
 
 
 @dataclass(frozen=True)
-class _Noising:
+class Noising:
     """N samples ``x0``, noised to ``x`` at their levels, with the network's training target and their conditioning."""
 
     x0: Tensor
@@ -83,6 +83,22 @@ class _Noising:
     def predict(self, pipeline: Pipeline) -> Tensor:
         """Predict with the current weights, without guidance."""
         return pipeline.predict(self.x, self.level, self.conditioning, 1.0)
+
+
+def noised_samples(pipeline: Pipeline, batch: UpdateBatch, rows: Tensor, u: Tensor, seeds: Sequence[int]) -> Noising:
+    """Noise final samples of a batch.
+
+    Args:
+        pipeline: The model.
+        batch: B samples.
+        rows: The samples (N,) to noise, on the CPU.
+        u: The places (N,) of their levels in the path's range, in [0, 1].
+        seeds: The seeds (N) of their noises.
+    """
+    x0 = batch.rollout.final[rows.to(batch.rollout.final.device, non_blocking=True)]
+    level, path, eps = pipeline.level(u), pipeline.path, seeded_noise(seeds, x0)
+    conditioning = batch.rollout.inputs.conditioning[batch.rollout.inputs.prompt[rows]]
+    return Noising(x0, path.add_noise(x0, eps, level), level, path.prediction(x0, eps, level), conditioning)
 
 
 class MatchingLoss(Protocol):
@@ -213,17 +229,13 @@ class MatchingObjective:
 
     def _noising(
         self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: Sequence[int], seed: int
-    ) -> _Noising:
+    ) -> Noising:
         """Noise the samples ``rows`` (N,) at the levels of their draws (N): both follow from draw and prompt."""
         seeds = [derived_seed(seed, draw, group) for draw, group in zip(draws, batch.group[rows].tolist(), strict=True)]
-        x0 = batch.rollout.final[rows.to(batch.rollout.final.device, non_blocking=True)]
         # A draw's stratum is [draw, draw + 1) / draws; a group's seed gives its place there.
         place = [draw + seed / 2**63 for draw, seed in zip(draws, seeds, strict=True)]
         u = self.low + (self.high - self.low) * torch.tensor(place, dtype=torch.float64) / self.draws
-        level, path = context.pipeline.level(u), context.pipeline.path
-        eps = seeded_noise(seeds, x0)
-        conditioning = batch.rollout.inputs.conditioning[batch.rollout.inputs.prompt[rows]]
-        return _Noising(x0, path.add_noise(x0, eps, level), level, path.prediction(x0, eps, level), conditioning)
+        return noised_samples(context.pipeline, batch, rows, u, seeds)
 
 
 Link = Callable[[Tensor], Tensor]

@@ -131,6 +131,9 @@ class Recipe:
         """
         kernel = self.kernel_on(path)
         try:
-            return self.schedule(trainable_steps(kernel, grid), len(grid), round_index, seed)
+            steps = self.schedule(trainable_steps(kernel, grid), len(grid), round_index, seed)
         except ValueError as error:
             raise ValueError(f"{kernel}: {error}") from error
+        if len(grid) - 1 in steps and bool(kernel(grid[len(grid) - 1]).s > 0):
+            raise ValueError(f"{kernel} ends in noise, which a gradient cannot remove: choose ODE, CPS, DDIM or DPMSDE")
+        return steps

@@ -44,6 +44,55 @@ class AllSteps:
 
 
 @dataclass(frozen=True)
+class LastSteps:
+    """The last steps of the grid, with noise or without.
+
+    Args:
+        size: The number of steps, or the fraction of the grid's in (0, 1), rounded up; None takes all steps.
+    """
+
+    size: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not (0 < self.size < 1 or (self.size >= 1 and self.size == int(self.size))):
+            raise ValueError(f"the last steps are a number of at least 1, or a fraction in (0, 1), not {self.size}")
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        size = total if self.size is None else math.ceil(self.size * total) if self.size < 1 else int(self.size)
+        if size > total:
+            raise ValueError(f"the recipe trains the last {size} steps, but there are only {total}: lower its steps")
+        return tuple(range(total - size, total))
+
+
+@dataclass(frozen=True)
+class RandomLastSteps:
+    """A random number of last steps, drawn once a round: AlignProp's (arXiv 2310.03739).
+
+    The fraction of the grid's steps is normal. It is rounded up to a number of steps, as in the published code, and
+    drawn again until that is at least one and not all.
+
+    Args:
+        mean: The mean of the fraction.
+        std: Its standard deviation.
+    """
+
+    mean: float = 0.16
+    std: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mean < 1 or not 0 < self.std <= 1:
+            raise ValueError(f"mean and std are fractions of the steps in (0, 1), not {self.mean} and {self.std}")
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        if total < 2:
+            raise ValueError("a random number of last steps needs at least 2 sampling steps")
+        generator, size = random.Random(f"{seed}/{round_index}"), 0
+        while not 1 <= size < total:
+            size = math.ceil(total * generator.gauss(self.mean, self.std))
+        return tuple(range(total - size, total))
+
+
+@dataclass(frozen=True)
 class RandomWindow:
     """A window of ``size`` consecutive steps at random, as in Flow-GRPO-Fast and MixGRPO's "random" strategy.
 

@@ -245,6 +245,23 @@ class Policy:
         if self.sharded and tensors:
             reshard(self.denoiser)
 
+    def drift(self) -> Tensor:
+        """Return the squared distance () of the trained network's weights from the reference policy's, with a gradient.
+
+        That of a LoRA, |s B A|^2, is the sum over layers of s^2 tr((A A^T) (B^T B)), without forming the product.
+        """
+        if self._first is not None:
+            first = zip(self.parameters, self._first.tensors, strict=True)
+            return torch.stack([(now - was.to(now.device)).square().sum() for now, was in first]).sum()
+        from peft.tuners.lora import LoraLayer  # takes seconds
+
+        squares = []
+        for layer in self.denoiser.modules():
+            if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+                a, b = (factors[ADAPTER].weight.flatten(1) for factors in (layer.lora_A, layer.lora_B))
+                squares.append(layer.scaling[ADAPTER] ** 2 * ((a @ a.T) * (b.T @ b)).sum())
+        return torch.stack(squares).sum()
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Run the network with the moving average of the weights, within the context, to evaluate or save it."""
         return self.using(self.average)

@@ -225,8 +225,10 @@ def rollout(
         move = transition(pipeline.path, kernels[i], x, prediction, step)
         x_next = move.sample(step_noise(inputs.step_seeds, i, x)) if stochastic[i] else move.mean
         if i in store:
-            states += [x_next] if i - 1 in store else [x, x_next]
-            predictions.append(prediction)
+            stored = (x_next, prediction) if i - 1 in store else (x, x_next, prediction)
+            *latents, output = stored if i >= branch else (tensor[origin] for tensor in stored)
+            states += latents
+            predictions.append(output)
         x = x_next
     final = x if branch < len(grid) else x[origin]
     empty = final.new_empty(len(final), 0, *final.shape[1:])

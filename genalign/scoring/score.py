@@ -64,8 +64,8 @@ class NamedReward:
             if not takes_no_gradient(error):
                 raise
             raise RewardError(
-                f"reward {self.name!r} has no gradient, which noise optimization and guided steering follow: use"
-                f" another strategy, or torch operations in it ({described(error)})"
+                f"reward {self.name!r} has no gradient, which noise optimization, guided steering and recipes such as"
+                f" draft follow: use another strategy or recipe, or torch operations in it ({described(error)})"
             ) from error
 
     def parts(self, samples: Tensor, prompts: Sequence[Prompt]) -> Iterator[tuple[Tensor, Sequence[Prompt]]]:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genalign.algorithms.reward_gradient import latent_gradient
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import Kernel, transition
 from genalign.scoring.score import score
@@ -61,15 +62,12 @@ class RewardGradient:
         x = batch.x.detach().clone().requires_grad_(True)
         step = run.grid[batch.steps_done]
         prediction = run.pipeline.predict(x, step, run.conditioning[batch.prompt], run.guidance)
-        samples = run.pipeline.decode(run.pipeline.path.x0(x.to(prediction.device), prediction, step))
+        preview = run.pipeline.path.x0(x.to(prediction.device), prediction, step)
         weighted = [reward for reward in run.rewards if reward.weight]  # the others are only reported
-        columns = [reward(samples, run.prompts_of(batch)).to(samples.device) for reward in weighted]
-        total = sum(reward.weight * column.sum() for reward, column in zip(weighted, columns, strict=True))
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            raise ValueError("the rewards give no gradient to guide by: use DoobGuide, which needs none, or no guide")
-        gradient = self.scale * lam * torch.autograd.grad(total, x)[0].nan_to_num(0.0).cpu()
-        scores = torch.stack(columns, dim=1).detach().float().cpu() if len(weighted) == len(run.rewards) else None
-        return Guidance(prediction.detach().cpu(), gradient, scores)
+        found = latent_gradient(run.pipeline, weighted, preview, run.prompts_of(batch))
+        (gradient,) = torch.autograd.grad(preview, x, found.gradient)
+        scores = found.scores.cpu() if len(weighted) == len(run.rewards) else None
+        return Guidance(prediction.detach().cpu(), self.scale * lam * gradient.nan_to_num(0.0).cpu(), scores)
 
 
 @dataclass(frozen=True)

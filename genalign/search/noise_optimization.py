@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from genalign.algorithms.reward_gradient import latent_gradient
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import DDIM, ODE, Kernel, transition
 from genalign.scoring.budget import Budget
-from genalign.search.engine import ScoredParticles, SearchRun
+from genalign.search.engine import Particles, ScoredParticles, SearchRun
 from genalign.search.strategy import Strategy, largest_size
 
 
@@ -68,25 +69,24 @@ class NoiseOptimization(ABC):
         unit = initial / _initial_std(run)
         noises = torch.stack([unit, *(seeded_noise(row, initial) for row in seeds)], dim=1).requires_grad_(True)
         optimizer, best = self.optimizer(noises), None
-        weights = torch.tensor(run.weights, device=noises.device)
         for number in range(iterations):
             plain = number == 0 and self.initial_search is None and not stochastic
-            finished, scores = self._sample(run, noises, stochastic, plain)
+            x, candidates = self._sample(run, noises, stochastic, plain)
+            samples, scores, ascent = self._scores(run, x, with_gradient=number + 1 < iterations)
+            finished = run.finished(ScoredParticles(candidates, samples, scores, run.weights))
             both = finished if best is None else best.extend(finished)
             best = both.rows(both.best())
-            if number + 1 < iterations:
-                loss = self.penalty(noises).sum() - (scores @ weights).sum()
-                gradient = torch.autograd.grad(loss, noises)[0].nan_to_num(0.0, 0.0, 0.0)  # where a reward failed
+            if ascent is not None:
+                loss = self.penalty(noises).sum() - (x * ascent).sum()
+                gradient = torch.autograd.grad(loss, noises)[0].nan_to_num(0.0, 0.0, 0.0)
                 norms = gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.ndim - 1))
                 noises.grad = gradient * (self.clip / norms.clamp(min=self.clip))
                 optimizer.step()
         assert best is not None, "there is at least one iteration"
         return best
 
-    def _sample(
-        self, run: SearchRun, noises: Tensor, stochastic: list[int], plain: bool
-    ) -> tuple[ScoredParticles, Tensor]:
-        """Return the samples as new candidates, and their scores (P, K) with a gradient, on the device of the noises.
+    def _sample(self, run: SearchRun, noises: Tensor, stochastic: list[int], plain: bool) -> tuple[Tensor, Particles]:
+        """Return clean latents (P, ...) with a gradient, and the same as new candidates.
 
         Args:
             run: The search.
@@ -103,20 +103,18 @@ class NoiseOptimization(ABC):
                 x = checkpoint(self._move, run, x, noise, i, use_reentrant=False)
             else:
                 x = self._move(run, x, noise, i)
-        samples = run.pipeline.decode(x)
-        columns = [  # a reward of weight 0 is only reported, so that it needs no gradient
-            reward(samples if reward.weight else samples.detach(), run.prompts).float().to(samples.device)
-            for reward in run.rewards
-        ]
-        scores = torch.stack(columns, dim=1)
-        if not scores.requires_grad:
-            raise ValueError("the rewards give no gradient: noise optimization needs one; use ZeroOrder or Evolution")
-        latents = x.detach().cpu()
-        flags = torch.full_like(candidates.plain, plain)
-        candidates = replace(candidates, x=latents, preview=latents, plain=flags, steps_done=run.steps)
-        detached = samples.detach().cpu(), scores.detach().cpu()
-        finished = run.finished(ScoredParticles(candidates, *detached, run.weights))
-        return finished, scores.to(noises.device)
+        latents, flags = x.detach().cpu(), torch.full_like(candidates.plain, plain)
+        return x, replace(candidates, x=latents, preview=latents, plain=flags, steps_done=run.steps)
+
+    def _scores(self, run: SearchRun, x: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Decode and score clean latents (P, ...); return the rewards' gradient at them, if it is needed."""
+        if with_gradient:
+            found = latent_gradient(run.pipeline, run.rewards, x, run.prompts)
+            return found.samples.cpu(), found.scores.cpu(), found.gradient
+        with torch.no_grad():
+            samples = run.pipeline.decode(x)
+            columns = [reward(samples, run.prompts).float().cpu() for reward in run.rewards]
+        return samples.cpu(), torch.stack(columns, dim=1), None
 
     def _move(self, run: SearchRun, x: Tensor, noise: Tensor | None, index: int) -> Tensor:
         step = run.grid[index]

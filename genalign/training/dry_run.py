@@ -35,28 +35,33 @@ class ToyPipeline:
 
     compute_dtype = torch.float32
 
-    def __init__(self, path: Path, grid: Grid, level: Callable[[Tensor], NoiseLevel]) -> None:
-        self.path, self.level, self.steps = path, level, grid
+    def __init__(
+        self, path: Path, grid: Grid, level: Callable[[Tensor], NoiseLevel], other_grid: Callable[[int], Grid]
+    ) -> None:
+        self.path, self.level, self.steps, self.other_grid = path, level, grid, other_grid
         self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.denoiser.weight, 0.1)
 
     @classmethod
     def like(cls, pipeline: Pipeline, sampling: Sampling) -> Self:
         """Take path, grid and training levels from a pipeline, which may be on the meta device."""
-        return cls(pipeline.path, sampling.grid(pipeline), pipeline.level)
+        return cls(pipeline.path, sampling.grid(pipeline), pipeline.level, pipeline.grid)
 
     @classmethod
     def flow(cls, num_steps: int) -> Self:
         """Take a flow on equal steps, for a checkpoint that could not be opened."""
-        sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        grid = Grid(1000 * sigma[:-1], 1 - sigma, sigma)
-        return cls(FlowPath(), grid, lambda u: NoiseLevel(1000 * u, 1 - u, u))
+
+        def grid(steps: int) -> Grid:
+            sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            return Grid(1000 * sigma[:-1], 1 - sigma, sigma)
+
+        return cls(FlowPath(), grid(num_steps), lambda u: NoiseLevel(1000 * u, 1 - u, u), grid)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning({"text": torch.zeros(len(prompts), 1)})
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        return self.steps
+        return self.steps if num_steps == len(self.steps) else self.other_grid(num_steps)
 
     def guidance_scale(self, guidance: float | None) -> float:
         return 1.0 if guidance is None else guidance

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.interfaces import RoundScores
+from genalign.algorithms.pathwise import PathwiseObjective
 from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import Rollout, generate
@@ -167,7 +168,8 @@ class MemoryCounter:
             after = (memory.live - before) // len(batches)
 
             # Learn
-            rollout = _first_transition(batch.rollout)
+            chained = isinstance(self.recipe.objective, PathwiseObjective)  # whose graph may span all stored steps
+            rollout = batch.rollout if chained else _first_transition(batch.rollout)
             part = replace(batch, rollout=next(rollout.split(micro_batch)))
             scores = _first_scores(trainer.gather_scores(batches, prompts), micro_batch)
             trainer.batch_sizes, trainer.micro_batch = (micro_batch,), micro_batch
@@ -240,12 +242,18 @@ class _Calls:
         if self.sampled is None:
             self.sampled = self.memory.peak
             self.memory.reset_peak()
+        if torch.is_grad_enabled():
+            return self.pipeline.decode(latents)
         return self._once(("decode", latents.shape), latents, lambda: self.pipeline.decode(latents))
 
     def share_decoding(self) -> None:
         """Run the VAE once for all parts of a batch that are decoded one by one."""
         run_vae, pipeline = self.pipeline.run_vae, cast(Any, self.pipeline)
-        pipeline.run_vae = lambda latents: self._once(("vae", latents.shape), latents, lambda: run_vae(latents))
+        pipeline.run_vae = lambda latents: (
+            run_vae(latents)
+            if torch.is_grad_enabled()
+            else self._once(("vae", latents.shape), latents, lambda: run_vae(latents))
+        )
 
     def _once(self, key: tuple[Any, ...], latents: Tensor, call: Callable[[], Tensor]) -> Tensor:
         """Run a call, or count the memory that the same call took before."""
@@ -301,6 +309,9 @@ class _EightBit(torch.optim.Optimizer):
 
 
 def _random_scores(samples: Tensor, prompts: object) -> Tensor:
+    """Random scores, or for samples with a gradient what has one, too: the memory of rewards is not counted."""
+    if samples.requires_grad:
+        return samples.flatten(1).mean(1)
     return torch.rand(len(samples), generator=torch.Generator().manual_seed(len(samples)))
 
 

@@ -33,6 +33,7 @@ from genalign.algorithms.interfaces import (
     half_micro_batch,
     with_stronger_kl,
 )
+from genalign.algorithms.pathwise import PathwiseObjective
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
@@ -97,6 +98,8 @@ class Trainer:
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
+        if isinstance(recipe.objective, PathwiseObjective):
+            _require_current_samples(recipe, settings, policy)
         if policy.sharded:
             _require_equal_work(recipe, settings, self.batch_sizes, self.processes.world_size)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
@@ -293,7 +296,8 @@ class Trainer:
             rate_factor: The learning rate as a fraction of the highest.
         """
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
-        context = UpdateContext(self.pipeline, self.policy, self.grid, self.kernel, self.guidance, self.old, sums)
+        model = self.pipeline, self.policy, self.grid, self.kernel, self.guidance
+        context = UpdateContext(*model, self.old, sums, prompts, self.rewards)
         own = self._own_batches(sampled, scores)
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
@@ -560,6 +564,20 @@ class Trainer:
         if self.rates:
             self.rates.rate = numbers["learning_rate"]
         self.ledger.counts.update(numbers["calls"])
+
+
+def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: Policy) -> None:
+    """Raise ValueError for what a pathwise objective cannot do: its gradient is that of the policy that sampled."""
+    if settings.epochs > 1:
+        raise ValueError(
+            "this recipe follows the gradient of the sampler that made the samples, and does not learn from them again:"
+            " set training.epochs to 1"
+        )
+    if recipe.lag or recipe.balance:
+        name = "lag" if recipe.lag else "balance of rewards"
+        raise ValueError(f"this recipe follows the rewards' gradients through the sampler, and takes no {name}")
+    if policy.sharded:
+        raise ValueError("gradients through the sampler are not trained with FSDP: train a LoRA without it")
 
 
 def _require_equal_work(recipe: Recipe, settings: FittedSettings, batch_sizes: Sequence[int], ranks: int) -> None:

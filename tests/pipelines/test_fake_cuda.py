@@ -19,11 +19,14 @@ from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteSch
 from torch import Tensor, nn
 
 from genalign import search
+from genalign.algorithms import pathwise_recipes, recipes
 from genalign.algorithms import recipe_changes as changes
-from genalign.algorithms import recipes
 from genalign.algorithms.credit import GroupRelative, NormalizedSum
 from genalign.algorithms.matching import MatchingObjective, RewardWeightedLoss
+from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.step_schedules import LastSteps
+from genalign.algorithms.tails import Chain
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
@@ -184,6 +187,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(VendiReward(), channels, quality=0.5, loss="kto", draws=1),
     "nft": lambda: recipes.nft(draws=1),
     "awm": lambda: recipes.awm(draws=1),
+    "align_prop": pathwise_recipes.align_prop,
+    "direct_align": lambda: pathwise_recipes.direct_align(high=0.8, inversion=0.5),
+    "draft": lambda: pathwise_recipes.draft(2, Ascent(ceiling=9.0, equalized=True, limit=1.0, anchor=0.1, leash=0.1)),
+    "draft_lv": pathwise_recipes.draft_lv,
+    "drtune": pathwise_recipes.drtune,
+    "flow_bp": lambda: pathwise_recipes.flow_bp(active=2),
+    "instruct_video": lambda: pathwise_recipes.instruct_video(moves=4),
+    "refl": pathwise_recipes.refl,
+    "pathwise": lambda: pathwise_recipes.pathwise(Chain(), LastSteps(1)),
     "with_chi_squared": lambda: changes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: changes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
     "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1)),
@@ -197,6 +209,7 @@ OBJECTIVES = {  # a recipe of each family
     "flow_grpo": lambda: recipes.flow_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
     "nft": lambda: recipes.nft(draws=1),
+    "draft": pathwise_recipes.draft,
 }
 OTHERS = [name for name in MODELS if name != "sd35_medium"]
 
@@ -204,7 +217,7 @@ OTHERS = [name for name in MODELS if name != "sd35_medium"]
 def test_every_recipe_is_among_them() -> None:
     own = {
         name: function
-        for module in (recipes, changes)
+        for module in (recipes, pathwise_recipes, changes)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__
     }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rewards.combine import (
     MeanMinusVariance,
     Product,
     Standardized,
+    TextRelativeReward,
     UncertaintyDiscount,
     WeightedSum,
     WorstCase,
@@ -214,6 +216,22 @@ def test_a_direction_that_is_zero_changes_nothing_and_another_one_does() -> None
     image, text = embedded(base, images, prompts)
     expected = F.cosine_similarity(image, guided_text(text, direction, 2.0))
     torch.testing.assert_close(DirectionalCorrection(base, direction, 2.0)(images, prompts), expected)
+
+
+def test_a_text_relative_reward_by_hand() -> None:
+    """(1 + k) cos(image, positive prompt) - cos(image, negative prompt), on the embeddings of fixture F16."""
+    texts = {"real a circle": [1.0, 0.0, 1.0], "drawn a circle": [0.0, 1.0, 0.0]}
+
+    class Encoder:
+        def __call__(self, samples: Tensor) -> Tensor:
+            return torch.tensor([[1.0, 2.0, 2.0]]).expand(len(samples), 3)
+
+        def text(self, prompts: Sequence[str]) -> Tensor:
+            return F.normalize(torch.tensor([texts[prompt] for prompt in prompts]), dim=-1)
+
+    base = SimpleNamespace(encoder=lambda device: Encoder())
+    reward = TextRelativeReward(base, "real", "drawn", k=0.1)
+    assert float(reward(torch.zeros(1, 3, 8, 8), [Prompt("a circle")])) == pytest.approx(0.111150792639, abs=1e-6)
 
 
 def test_a_direction_is_learned_saved_and_loaded(tmp_path: Path) -> None:

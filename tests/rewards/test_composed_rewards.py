@@ -28,6 +28,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "HarmonicMean": {"rewards": ["rewards.jpeg.incompressibility"] * 2, "weights": [1.0, 2.0]},
     "Gate": {"reward": RED, "condition": SIZE, "threshold": -1.0},
     "DirectionalCorrection": {"base": RED, "direction": "direction.safetensors"},
+    "TextRelativeReward": {"base": RED, "positive": "realistic", "negative": "painted"},
 }
 SHAPED: dict[str, dict[str, Any]] = {
     "LogSigmoidCentered": {"reward": RED, "reference": 0.2, "scale": 100.0},

@@ -21,6 +21,17 @@ from genalign.algorithms.matching import (
     NoisedSamples,
     RewardWeightedLoss,
 )
+from genalign.algorithms.pathwise import Ascent
+from genalign.algorithms.pathwise_recipes import (
+    align_prop,
+    direct_align,
+    draft,
+    draft_lv,
+    drtune,
+    flow_bp,
+    instruct_video,
+    refl,
+)
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.algorithms.recipe_changes import with_chi_squared, with_credit
 from genalign.algorithms.recipes import (
@@ -89,6 +100,18 @@ def green_set(features: Tensor) -> float:
     return float(features[:, 1].mean())
 
 
+PATHWISE: dict[str, Callable[[], Recipe]] = {
+    "draft": draft,
+    "draft through all steps": lambda: draft(None, Ascent(limit=1.0)),
+    "draft_lv": draft_lv,
+    "align_prop": lambda: align_prop(mean=0.5),
+    "refl": lambda: refl(last=0.5),
+    "flow_bp": lambda: flow_bp(active=2),
+    "drtune": lambda: drtune(active=2),
+    "direct_align": lambda: direct_align(high=0.8, inversion=0.2),
+    "instruct_video": lambda: instruct_video(moves=4),
+}
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "dense_grpo": lambda: dense_grpo(KERNEL, clip_range=1e-2),
     "guard_grpo": lambda: guard_grpo(KERNEL, clip_range=1e-3),
@@ -109,13 +132,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dragon with quality": lambda: dragon_set(green_set, color, quality=3.0, beta=100.0),
     "nft": lambda: nft(lag=Lag(slope=0.0)),
     "awm": awm,
+    **PATHWISE,
 }
 
 
 FAST = ("dense_grpo", "tempflow_grpo", "turning_point", "prdp")
 """Recipes that learn in half the rounds, of which all but the last have the most costly ones."""
 
-EACH_FAMILY = ("dense_grpo", "guard_grpo", "ddpo", "prdp", "dragon with dpo", "nft")
+EACH_FAMILY = ("dense_grpo", "guard_grpo", "ddpo", "prdp", "dragon with dpo", "nft", "draft")
 """Recipes whose losses and credits have little in common; the others take a minute more together."""
 
 
@@ -186,11 +210,12 @@ def _all(self: object, credit: Tensor, *group: Tensor) -> Tensor:
     return torch.ones(len(credit), dtype=torch.bool)
 
 
-# KTO asks who has credit, not how much; DiffusionNFT, an anchor and set rewards take part of every sample; one step of
-# a batch is one network call
+# KTO asks who has credit, not how much; DiffusionNFT, an anchor, set rewards and gradients of rewards take part of
+# every sample; one step of a batch is one network call
 WITHOUT_SKIPPING = (
     *("awm", "dragon with kto", "nft", "dragon with a set reward", "dragon with quality"),
     "tempflow_grpo with branching",
+    *PATHWISE,
 )
 
 

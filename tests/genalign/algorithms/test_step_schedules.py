@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, Pace, RandomWindow, SlidingWindow
+from genalign.algorithms.pathwise_recipes import draft
+from genalign.algorithms.step_schedules import (
+    AllSteps,
+    LastSteps,
+    NoSteps,
+    Pace,
+    RandomLastSteps,
+    RandomWindow,
+    SlidingWindow,
+)
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import CPS, FlowSDE
+from genalign.types import Grid
 
 USABLE = (0, 1, 2, 3, 4)
 
@@ -67,3 +82,33 @@ def test_impossible_schedules() -> None:
         SlidingWindow(0)
     with pytest.raises(ValueError, match="one of progressive, decay, exp_decay, not 'linear'"):
         SlidingWindow(1, pace="linear")  # type: ignore[arg-type]  # which is refused
+
+
+def test_the_last_steps_by_number_fraction_and_all() -> None:
+    assert [LastSteps(size)((), 8, 0, 0) for size in (1, 3)] == [(7,), (5, 6, 7)]
+    assert LastSteps(0.3)((), 8, 0, 0) == (5, 6, 7) and LastSteps()((), 3, 0, 0) == (0, 1, 2)
+    with pytest.raises(ValueError, match="trains the last 9 steps, but there are only 8: lower its steps"):
+        LastSteps(9)((), 8, 0, 0)
+    for size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="a number of at least 1, or a fraction"):
+            LastSteps(size)
+
+
+def test_a_random_number_of_last_steps_has_alignprops_distribution() -> None:
+    """Of 50 steps, by N(8, 5): one with probability 0.0275, eight with 0.0839 (fixture F20), never none or all."""
+    schedule = RandomLastSteps(mean=0.16, std=0.1)
+    sizes = [len(schedule((), 50, number, 1)) for number in range(20_000)]
+    assert min(sizes) >= 1 and max(sizes) < 50 and schedule((), 50, 7, 1) == schedule((), 50, 7, 1)
+    assert sizes.count(1) / 20_000 == pytest.approx(0.02746, abs=0.004)
+    assert sizes.count(8) / 20_000 == pytest.approx(0.08385, abs=0.006)
+    with pytest.raises(ValueError, match="at least 2 sampling steps"):
+        schedule((), 1, 0, 0)
+
+
+def test_a_gradient_cannot_follow_a_sampler_that_ends_in_noise() -> None:
+    sigma = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    grid = Grid(sigma[:-1], 1 - sigma, sigma)
+    recipe = replace(draft(), kernel=FlowSDE(0.7))
+    with pytest.raises(ValueError, match=r"FlowSDE.* ends in noise, .*: choose ODE, CPS, DDIM or DPMSDE"):
+        recipe.steps(FlowPath(), grid, 0, 0)
+    assert replace(draft(), kernel=CPS(0.8)).steps(FlowPath(), grid, 0, 0) == (1,)

@@ -17,6 +17,8 @@ from torch import nn
 import pipelines
 from genalign.algorithms.credit import BestOfNCredit, BetaNormalized, VirtualBest
 from genalign.algorithms.interfaces import Credit
+from genalign.algorithms.pathwise import Ascent
+from genalign.algorithms.pathwise_recipes import draft, draft_lv, flow_bp, instruct_video, refl
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipe_changes import with_credit, with_gradient_balance
 from genalign.algorithms.recipes import (
@@ -59,6 +61,11 @@ RECIPES = {
     "prdp": prdp(),
     "dragon": dragon(),
     "nft": nft(),
+    "draft": draft(2, Ascent(anchor=0.1)),
+    "draft_lv": draft_lv(),
+    "refl": refl(last=0.5),
+    "flow_bp": flow_bp(active=2),
+    "instruct_video": instruct_video(moves=6),
 }
 SETTINGS = TrainerSettings(rounds=2, prompts_per_round=4, group_size=2, batch_size=4, updates_per_round=2)
 

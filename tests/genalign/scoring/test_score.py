@@ -87,7 +87,9 @@ def test_an_async_function_is_refused_without_a_warning() -> None:
 def test_a_reward_in_numpy_cannot_be_followed_by_its_gradient() -> None:
     reward = NamedReward("mine", lambda samples, prompts: torch.from_numpy(samples.numpy().mean((1, 2, 3))))
     assert reward(IMAGES, PROMPTS).shape == (4,)
-    with pytest.raises(RewardError, match=r"reward 'mine' has no gradient, .*: use another strategy, or torch opera"):
+    with pytest.raises(
+        RewardError, match=r"reward 'mine' has no gradient, .*: use another strategy or recipe, or torch opera"
+    ):
         reward(IMAGES.clone().requires_grad_(), PROMPTS)
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms import pathwise_recipes, recipes
 from genalign.algorithms import recipe_changes as changes
-from genalign.algorithms import recipes
 from genalign.algorithms.credit import NormalizedSum
+from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
@@ -75,6 +76,14 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(vendi_score, channels, quality=0.5),
     "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
     "awm": recipes.awm,
+    "align_prop": lambda: pathwise_recipes.align_prop(mean=0.5, std=0.3),
+    "direct_align": lambda: pathwise_recipes.direct_align(high=0.8, inversion=0.3),
+    "draft": lambda: pathwise_recipes.draft(2, Ascent(anchor=0.1, leash=0.01)),
+    "draft_lv": pathwise_recipes.draft_lv,
+    "drtune": pathwise_recipes.drtune,
+    "flow_bp": lambda: pathwise_recipes.flow_bp(active=2),
+    "instruct_video": lambda: pathwise_recipes.instruct_video(moves=4),
+    "refl": lambda: pathwise_recipes.refl(last=0.6),
     "with_chi_squared": lambda: changes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: changes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
     "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3),
@@ -88,11 +97,11 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
 def test_the_grid_has_every_recipe() -> None:
     factories = {
         name
-        for module in (recipes, changes)
+        for module in (recipes, pathwise_recipes, changes)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and inspect.signature(function).return_annotation == "Recipe"
     }
-    assert {name for name in factories if not name.startswith("_")} - {"matching"} == set(GRID)
+    assert {name for name in factories if not name.startswith("_")} - {"matching", "pathwise"} == set(GRID)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,226 @@
+"""The pathwise family: the gradient of differentiable rewards, through the decoder and the sampler, into the weights.
+
+A *tail* says where the sampler carries a gradient: it yields clean latents that depend on the weights. A *direction*
+says where these latents are moved: along the gradient of the rewards.
+
+N counts the clean latents of a tail, B the samples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from genalign.algorithms.interfaces import (
+    Distance,
+    RoundScores,
+    TermCounts,
+    TermScales,
+    Unit,
+    UpdateBatch,
+    UpdateContext,
+)
+from genalign.algorithms.losses import mean_square, require_per_sample
+from genalign.algorithms.matching import noised_samples
+from genalign.algorithms.reward_gradient import LatentGradient, latent_gradient
+from genalign.diffusion.noise import derived_seed
+from genalign.types import Conditioning, NoiseLevel, Prompt
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A call of the network with a gradient: its inputs x (N, ...), level and conditioning, and its output."""
+
+    x: Tensor
+    level: NoiseLevel
+    conditioning: Conditioning
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Clean latents that depend on the weights.
+
+    Attributes:
+        x0: The latents (N, ...), with a gradient.
+        rows: The sample (N,) long of each, on the CPU.
+        weights: By how much each counts (N,), on the CPU; negative to move away from the direction. Over all endpoints
+            of a sample the absolute values add up to 1.
+        predictions: The calls of the network that carry the gradient.
+    """
+
+    x0: Tensor
+    rows: Tensor
+    weights: Tensor
+    predictions: Sequence[Prediction]
+
+
+class Tail(Protocol):
+    """Where the sampler carries a gradient."""
+
+    def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
+        """Yield the endpoints of the samples ``rows`` (N,), one after the other: memory holds the graph of one.
+
+        Args:
+            context: The model and the sampler.
+            batch: B samples.
+            rows: The samples to train, on the CPU.
+            seed: The seed of all noise.
+        """
+
+
+class Direction(Protocol):
+    """Where clean latents are moved."""
+
+    def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the direction (N, ...) of latents (N, ...), and add metrics to ``context.metrics``."""
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """How samples are moved along the rewards' gradients, and what holds the policy back.
+
+    Args:
+        ceiling: The weighted sum of rewards from which on a sample is moved no further (ImageReward's hinge, arXiv
+            2304.05977); None for none.
+        equalized: Whether every reward's gradient has length 1 at each decoded sample, so that the weights alone say
+            what counts (arXiv 2503.13070).
+        limit: The greatest length of a sample's gradient at its latents; None for none.
+        batch_size: The number of samples that are decoded and scored with a gradient at once; None for all.
+        anchor: The weight of the mean squared distance of the tail's predictions from the reference policy's (DRaFT+).
+        leash: The weight of the squared distance of the weights from the reference policy's.
+    """
+
+    ceiling: float | None = None
+    equalized: bool = False
+    limit: float | None = None
+    batch_size: int | None = None
+    anchor: float = 0.0
+    leash: float = 0.0
+
+    def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the gradient (N, ...) of the weighted sum of the run's rewards at latents (N, ...)."""
+        rewards, size = [reward for reward in context.rewards if reward.weight], self.batch_size or len(latents)
+        parts = [
+            latent_gradient(
+                context.pipeline, rewards, part, prompts[i * size : (i + 1) * size], self.ceiling, self.equalized
+            )
+            for i, part in enumerate(torch.split(latents, size))
+        ]
+        ascent = LatentGradient.joined(parts)
+        gradient, length = ascent.gradient, ascent.gradient.flatten(1).norm(dim=1)
+        weights = torch.tensor([reward.weight for reward in rewards], dtype=ascent.scores.dtype)
+        context.metrics.add("loss", -(ascent.scores * weights.to(ascent.scores.device)).sum(1).nan_to_num())
+        context.metrics.add("reward_gradient", length)
+        context.metrics.add("saturated", _at_the_ends_of_its_range(ascent.samples))
+        if self.limit is not None:
+            factor = (self.limit / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
+            gradient = gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
+        return gradient
+
+
+def _at_the_ends_of_its_range(samples: Tensor) -> Tensor:
+    """The share (N,) of values of images in [0, 1], or of sound in [-1, 1], that are clamped and have no gradient."""
+    lowest = 0.0 if samples.ndim == 4 else -1.0
+    return ((samples <= lowest) | (samples >= 1)).float().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class EqualCredit:
+    """Credit 1 for every sample that could be scored: the rewards' gradients say the rest."""
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        return scores.combined.isfinite().float()
+
+
+@dataclass(frozen=True)
+class PathwiseObjective:
+    """The mean over samples of -credit times the reward at their endpoints, by its exact gradient.
+
+    Attributes:
+        tail: Where the sampler carries a gradient.
+        ascent: How the endpoints are moved along the rewards' gradients, and what holds the policy back.
+        further: Other directions, which are added.
+    """
+
+    unit: ClassVar[Unit] = "sample"
+    clip_range: ClassVar[float | None] = None
+    distance_target: ClassVar[float] = 1e-3  # of predictions
+    tail: Tail
+    ascent: Ascent = Ascent()
+    further: Sequence[Direction] = ()
+
+    def with_stronger_kl(self, minimum: float) -> PathwiseObjective:
+        return replace(self, ascent=replace(self.ascent, anchor=max(2 * self.ascent.anchor, minimum)))
+
+    def terms(self, batch: UpdateBatch) -> TermCounts:
+        """Count the samples with credit. Raises ValueError for credit per step."""
+        require_per_sample(len(batch.group), credit=batch.credit)
+        count = int((batch.credit != 0).sum())
+        return TermCounts(count, count)
+
+    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
+        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
+        seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
+        u = torch.tensor([own / 2**63 for own in seeds], dtype=torch.float64)
+        noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
+
+        @torch.no_grad()
+        def predictions() -> Tensor:
+            return noised.predict(context.pipeline)
+
+        before = predictions()
+        return lambda: mean_square(predictions(), before)
+
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
+        """Run the tail for the samples with credit, and accumulate their gradients.
+
+        Args:
+            context: The model, the sampler, the rewards and the metrics.
+            batch: B samples with credit (B,).
+            scales: The factors of the summed losses and distances.
+            seed: The seed of the tail's noise.
+        """
+        rows = batch.credit.nonzero()[:, 0]
+        if not len(rows):
+            return
+        for ends in self.tail(context, batch, rows, seed):
+            self._backward_from(context, batch, ends, scales)
+        if self.ascent.leash:
+            drift = context.policy.drift()
+            context.metrics.add("drift", drift.reshape(1))
+            torch.autograd.backward(self.ascent.leash * scales.losses * len(rows) * drift)
+
+    def _backward_from(self, context: UpdateContext, batch: UpdateBatch, ends: Endpoints, scales: TermScales) -> None:
+        """Accumulate the gradients of endpoints, one part of each sample's."""
+        latents = ends.x0.detach()
+        prompts = [context.prompts[place] for place in batch.group[ends.rows].tolist()]
+        total = sum(
+            (move(context, latents, prompts) for move in (self.ascent, *self.further)), torch.zeros_like(latents)
+        )
+        shape = (-1, *[1] * (latents.ndim - 1))
+        counted = (scales.losses * ends.weights * batch.credit[ends.rows]).to(latents.dtype)
+        cotangent = -counted.to(latents.device, non_blocking=True).view(shape) * total
+        tensors, gradients = [ends.x0], [cotangent]
+        if self.ascent.anchor or not context.metrics.sizes.get("kl"):  # logged of one part of a round at least
+            distance = self._distance(context, ends)
+            context.metrics.add("kl", distance)
+        if self.ascent.anchor:
+            shares = ends.weights.abs().to(distance.device, distance.dtype, non_blocking=True)
+            tensors.append((shares * distance).sum())
+            gradients.append(torch.full_like(tensors[-1], self.ascent.anchor * scales.distances))
+        torch.autograd.backward(tensors, gradients)
+
+    @staticmethod
+    def _distance(context: UpdateContext, ends: Endpoints) -> Tensor:
+        """The mean squared distance (N,) of the predictions from the reference policy's, a mean over the calls."""
+        distances = []
+        for call in ends.predictions:
+            with torch.no_grad(), context.policy.reference():
+                reference = context.pipeline.predict(call.x.detach(), call.level, call.conditioning, context.guidance)
+            distances.append(mean_square(call.output, reference))
+        return torch.stack(distances).mean(0)

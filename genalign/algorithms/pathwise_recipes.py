@@ -1,0 +1,150 @@
+"""Recipes of the pathwise family: differentiable rewards, followed through the sampler into the weights.
+
+They differ in the tail, where the sampler carries a gradient, and are otherwise alike: samples of different noises,
+each moved along its own reward's gradient. Every reward that counts must be differentiable.
+"""
+
+from __future__ import annotations
+
+from genalign.algorithms.pathwise import Ascent, EqualCredit, PathwiseObjective, Tail
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.step_schedules import LastSteps, NoSteps, RandomLastSteps, StepSchedule
+from genalign.algorithms.tails import Chain, DirectAlign, OneStepEstimate, PartialChain, RenoisedCopies, SparseSteps
+from genalign.diffusion.transitions import DDIM, ODE, Kernel
+
+_ODE, _PLAIN = ODE(), Ascent()
+
+
+def pathwise(tail: Tail, schedule: StepSchedule, ascent: Ascent = _PLAIN, kernel: Kernel = _ODE) -> Recipe:
+    """A recipe that follows the rewards' gradient through a part of the sampler.
+
+    Args:
+        tail: Where the sampler carries a gradient.
+        schedule: The steps that the tail needs stored.
+        ascent: How samples are moved, and what holds the policy back.
+        kernel: The sampler at the stored steps; the ODE elsewhere.
+    """
+    return Recipe(kernel, schedule, shared_noise=False, credit=EqualCredit(), objective=PathwiseObjective(tail, ascent))
+
+
+def draft(steps: int | None = 1, ascent: Ascent = _PLAIN) -> Recipe:
+    """DRaFT-K (arXiv 2309.17400): the gradient through the last ``steps`` moves; through all of them for None.
+
+    Its length grows with every move, by orders of magnitude beyond about ten: keep ``steps`` small, or set
+    ``ascent.limit``. ``ascent.anchor`` is DRaFT+'s.
+
+    Args:
+        steps: The number of moves K with a gradient; None for all.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(Chain(), LastSteps(steps), ascent)
+
+
+def draft_lv(copies: int = 2, ascent: Ascent = _PLAIN) -> Recipe:
+    """DRaFT-LV (arXiv 2309.17400): the gradient through the last move, averaged over noised copies of the sample.
+
+    Args:
+        copies: The number of copies.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(RenoisedCopies(copies), LastSteps(1), ascent)
+
+
+def align_prop(
+    mean: float = 0.16,
+    std: float = 0.1,
+    eta: float = 1.0,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """AlignProp (arXiv 2310.03739): the gradient through a random number of last moves, by DDIM.
+
+    Left out: noise before the tail, where moves are the ODE here, and a number for each batch: it is one for a round.
+
+    Args:
+        mean: The mean fraction of the steps that carry a gradient; 8 of 50 is the published one.
+        std: Its standard deviation.
+        eta: The stochasticity of DDIM.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(Chain(), RandomLastSteps(mean, std), ascent, DDIM(eta))
+
+
+def refl(last: float = 0.25, ascent: Ascent = _PLAIN) -> Recipe:
+    """ReFL (arXiv 2304.05977): the reward of the clean latent that one late prediction implies.
+
+    Its hinge is ``ascent.ceiling``.
+
+    Args:
+        last: The fraction of last steps, one of which is drawn for each sample.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(OneStepEstimate(), LastSteps(last), ascent)
+
+
+def flow_bp(
+    active: int = 4,
+    late_bias: float = 1.0,
+    rescale: float = 0.5,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """FlowBP-sparse (arXiv 2606.11075): some steps of the whole chain, each with detached inputs.
+
+    Args:
+        active: The number of steps that carry a gradient.
+        late_bias: How much more often late steps are drawn.
+        rescale: By how much the active steps stand for the others.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(SparseSteps(active, late_bias, rescale), LastSteps(), ascent)
+
+
+def drtune(
+    active: int = 3,
+    early_stop: float = 0.4,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """DRTune: equally spaced steps with detached inputs, up to a step drawn from the last ones, whose estimate counts.
+
+    Args:
+        active: The number of steps that carry a gradient.
+        early_stop: The fraction of last steps, one of which is drawn as the end.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    tail = SparseSteps(active, rescale=0.0, even=True, early_stop=early_stop)
+    return pathwise(tail, LastSteps(), ascent)
+
+
+def direct_align(
+    low: float = 0.2,
+    high: float = 0.95,
+    gap: float = 0.1,
+    inversion: float = 0.0,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """Direct-Align, the idea of SRPO (arXiv 2509.06942): one move from any level, with noise that is known.
+
+    Its text-relative reward is ``rewards.combine.TextRelativeReward``.
+
+    Args:
+        low: The lowest level from which a sample moves, as a fraction of the path's range.
+        high: The highest level.
+        gap: The move, in levels.
+        inversion: The fraction of samples that move up, away from the rewards' gradient.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(DirectAlign(low, high, gap, inversion), NoSteps(), ascent)
+
+
+def instruct_video(
+    strength: float = 0.6,
+    moves: int = 20,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """InstructVideo's editing (arXiv 2312.12490): samples are noised and denoised again, the last move with a gradient.
+
+    Args:
+        strength: The level to which a sample is noised, sigma / (alpha + sigma).
+        moves: The number of steps of the whole grid, of which those below ``strength`` are made.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(PartialChain(strength, 1, moves), NoSteps(), ascent)
