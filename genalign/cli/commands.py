@@ -141,6 +141,12 @@ COMMANDS = {
             f"{_CLI}.export:Export",
         ),
         Command(
+            "soup",
+            "mix LoRAs of one base model, and draw the front between two of them",
+            f"{_CLI}.soup:soup_command",
+            f"{_CLI}.soup:Soup",
+        ),
+        Command(
             "reward check",
             "test a reward function against the reward contract",
             f"{_CLI}.reward:reward_check_command",

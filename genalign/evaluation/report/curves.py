@@ -108,6 +108,23 @@ def lines_chart(series: Mapping[str, Sequence[Point]], x_axis: Axis, y_axis: Axi
     return svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))
 
 
+def crosses_chart(
+    points: Sequence[Point], across: Sequence[tuple[float, float] | None], x_axis: Axis, y_axis: Axis
+) -> Markup:
+    """Draw points in their order as a line, each with its interval along both axes; ``across`` are those along x."""
+    spans = [span or (point.x, point.x) for point, span in zip(points, across, strict=True)]
+    ends = [Point(end, point.y, point.interval) for point, span in zip(points, spans, strict=True) for end in span]
+    x, y = _scales(ends, y_axis)
+    parts = [_grid(x, y, x_axis, y_axis)]
+    parts.append(f'<polyline class="line" points="{_pixels([(p.x, p.y) for p in points], x, y)}"/>')
+    for point, (left, right) in zip(points, spans, strict=True):
+        (low, high), at, up = point.span, x(point.x), y(point.y)
+        parts.append(f'<line class="reach" x1="{x(left):g}" x2="{x(right):g}" y1="{up:g}" y2="{up:g}"/>')
+        parts.append(f'<line class="reach" x1="{at:g}" x2="{at:g}" y1="{y(low):g}" y2="{y(high):g}"/>')
+        parts.append(f'<circle class="dot" cx="{at:g}" cy="{up:g}" r="3"/>')
+    return svg(WIDTH, HEIGHT, "chart", f"{y_axis.label} against {x_axis.label}", "".join(parts))
+
+
 def line_color(place: int) -> str:
     """A color for the line at a place among several, on light and dark pages."""
     return f"hsl({(210 + 137 * place) % 360} 65% 52%)"

@@ -1,0 +1,130 @@
+"""``genalign soup``: weighted sums of LoRAs of one base model, and the front of two of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from genalign.cli import parsing
+from genalign.cli.context import CommandContext
+from genalign.cli.evaluate import prompts_command
+from genalign.cli.export import trained_weights
+from genalign.cli.lora_forms import TrainedAdapter
+from genalign.cli.model_card import base_of
+from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, adapter_file, sort_metadata
+from genalign.diffusion.lora_soup import Factors, lora_soup
+from genalign.evaluation.evaluate import load_evaluation
+from genalign.evaluation.report.front_page import FrontPoint, write_front
+from genalign.runtime.files import apply_umask, write_json
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Soup:
+    """A weighted sum of the LoRAs of several runs from one base model, or the front between two of them.
+
+    With weights, one adapter is written. With ``evaluate``, mixtures of two adapters from one to the other are
+    evaluated, and front.html draws what each scores.
+
+    Args:
+        adapters: The adapters: folders of runs, lora/ folders or .safetensors files.
+        output: Folder to write.
+        weights: The weight of each adapter; they need not add up to 1.
+        rank: Cut the sum to this rank, by its largest singular values; null adds up the ranks, and is exact.
+        evaluate: A configuration of ``genalign evaluate prompts``, by which mixtures of two adapters are evaluated.
+        points: The number of mixtures, the two adapters themselves included.
+    """
+
+    adapters: list[str]
+    output: str
+    weights: list[float] | None = None
+    rank: int | None = None
+    evaluate: str | None = None
+    points: int = 5
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) == (self.evaluate is None):
+            raise ValueError("give weights for one mixture, or evaluate: CONFIG for the front of two adapters")
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(
+                f"give one weight for each adapter: there are {len(self.adapters)} adapters and {len(self.weights)}"
+                " weights"
+            )
+        if self.evaluate is not None and (len(self.adapters) != 2 or self.points < 2):
+            raise ValueError("a front is between two adapters, with at least 2 points")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}; null adds up the ranks")
+
+
+def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
+    """Run ``genalign soup``."""
+    settings, _ = parsing.parse(Soup, arguments, "soup")
+    output, sources = Path(settings.output), [Path(adapter) for adapter in settings.adapters]
+    _require_one_base(sources)
+    adapters = [TrainedAdapter.read(_weights_of(source)) for source in sources]
+    if settings.weights is not None:
+        if output.exists():
+            raise FileExistsError(f"{output} exists: choose another output, or remove it")
+        _write(output, adapters, settings.adapters, settings.weights, settings.rank)
+        print(f"lora: {output}")
+        return 0
+    points = []
+    for number in range(settings.points):
+        share = number / (settings.points - 1)
+        folder = output / f"share-{share:.3f}"
+        if not (folder / "lora" / "soup.json").is_file():
+            _write(folder / "lora", adapters, settings.adapters, [1 - share, share], settings.rank)
+        where = ["--lora", str(folder / "lora"), "--output", str(folder / "evaluation")]
+        if status := prompts_command(context, ["--config", str(settings.evaluate), *where]):
+            return status
+        points.append(FrontPoint(share, load_evaluation(folder / "evaluation").overall))
+    write_json(output / "front.json", [point.as_dict() for point in points])
+    print(f"front: {write_front(output / 'front.html', points, [source.name for source in sources])}")
+    return 0
+
+
+def _weights_of(source: Path) -> Path:
+    """The folder or file of the weights: those that a run offers, or the source itself."""
+    return trained_weights(source, None).path if (source / "config.json").is_file() else adapter_file(source)
+
+
+def _require_one_base(sources: Sequence[Path]) -> None:
+    """Raise ValueError for runs that began with different checkpoints; plain files do not say."""
+    bases = {source: base_of(source).name for source in sources if (source / "config.json").is_file()}
+    if len(set(bases.values())) > 1:
+        named = ", ".join(f"{source} of {base}" for source, base in bases.items())
+        raise ValueError(f"the adapters are of different base models ({named}): mix adapters of one")
+
+
+def _write(
+    output: Path, adapters: Sequence[TrainedAdapter], names: Sequence[str], weights: Sequence[float], rank: int | None
+) -> None:
+    """Write a mixture as an adapter of diffusers, with the scale in its second matrices."""
+    components = {adapter.component for adapter in adapters}
+    if len(components) > 1:
+        raise ValueError(f"the adapters are of different networks ({', '.join(sorted(components))}): mix those of one")
+    mixed = lora_soup([_factors(adapter) for adapter in adapters], weights, rank)
+    component, common = components.pop(), len(next(iter(mixed.values()))[0])
+    tensors = {
+        f"{component}.{layer}{end}": tensor.contiguous()
+        for layer, factors in mixed.items()
+        for end, tensor in zip((_A, _B), factors, strict=True)
+    }
+    own = {"r": common, "lora_alpha": common, "target_modules": sorted(mixed)}
+    header = json.dumps({f"{component}.{name}": value for name, value in own.items()}, sort_keys=True)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / DIFFUSERS_WEIGHTS, metadata={"format": "pt", "lora_adapter_metadata": header})
+    sort_metadata(output / DIFFUSERS_WEIGHTS)
+    apply_umask(output)
+    write_json(output / "soup.json", {"adapters": list(names), "weights": list(weights), "rank": common})
+
+
+def _factors(adapter: TrainedAdapter) -> dict[str, Factors]:
+    """The matrices of an adapter by layer, with the scale in the second."""
+    folded = {name.removeprefix(f"{adapter.component}."): tensor for name, tensor in adapter.folded().items()}
+    return {layer: (folded[f"{layer}{_A}"], folded[f"{layer}{_B}"]) for layer in adapter.alphas}

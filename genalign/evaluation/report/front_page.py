@@ -1,0 +1,76 @@
+"""The page of a front: what mixtures of two adapters score, from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from genalign.evaluation.report.curves import Axis, Point, crosses_chart, line_chart
+from genalign.evaluation.report.html import write_page
+from genalign.evaluation.report.words import SHARES, number, percent, plain, possible
+from genalign.metrics.intervals import Estimate
+
+_CHARTS = 6  # of pairs of scores, on a page
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A mixture: the ``share`` of the second adapter, and the estimate of each score."""
+
+    share: float
+    scores: Mapping[str, Estimate]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the share and the estimates as JSON types."""
+        return {"share": self.share, "scores": {name: one.as_dict() for name, one in self.scores.items()}}
+
+
+def write_front(path: Path, points: Sequence[FrontPoint], adapters: Sequence[str]) -> Path:
+    """Write one offline HTML page of a front, and return its path.
+
+    Args:
+        path: The file.
+        points: The mixtures, by their share.
+        adapters: The names of both adapters.
+    """
+    names = list(points[0].scores)
+    estimates = {name: [possible(name, point.scores[name], least=0.0) for point in points] for name in names}
+    return write_page(
+        path,
+        "front.html.j2",
+        adapters=list(adapters),
+        shares=[point.share for point in points],
+        scores=estimates,
+        charts={name: _against_share(name, estimates[name], points) for name in names},
+        fronts={
+            f"{plain(second)} against {plain(first)}": _against_each_other(first, second, estimates)
+            for first, second in list(combinations(names, 2))[:_CHARTS]
+        },
+    )
+
+
+def _against_share(name: str, estimates: Sequence[Estimate], points: Sequence[FrontPoint]) -> Markup:
+    """Draw a score against the share of the second adapter."""
+    marks = [Point(p.share, one.mean, _interval(one)) for p, one in zip(points, estimates, strict=True)]
+    return line_chart(marks, Axis("share of the second adapter", number), _axis(name), f"{plain(name)} score")
+
+
+def _against_each_other(first: str, second: str, estimates: Mapping[str, Sequence[Estimate]]) -> Markup:
+    """Draw two scores of all mixtures with both intervals."""
+    across = [_interval(one) for one in estimates[first]]
+    both = zip(estimates[first], estimates[second], strict=True)
+    points = [Point(one.mean, other.mean, _interval(other)) for one, other in both]
+    return crosses_chart(points, across, _axis(first), _axis(second))
+
+
+def _interval(estimate: Estimate) -> tuple[float, float] | None:
+    return (estimate.low, estimate.high) if estimate.has_interval else None
+
+
+def _axis(name: str) -> Axis:
+    return Axis(plain(name), percent if name in SHARES else number)
