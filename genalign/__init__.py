@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from genalign.algorithms.pathwise_recipes import flow_bp as flow_bp
     from genalign.algorithms.pathwise_recipes import instruct_video as instruct_video
     from genalign.algorithms.pathwise_recipes import refl as refl
+    from genalign.algorithms.preference_recipes import crd as crd
+    from genalign.algorithms.preference_recipes import dgpo as dgpo
+    from genalign.algorithms.preference_recipes import dp2o_sr as dp2o_sr
+    from genalign.algorithms.preference_recipes import dpo as dpo
+    from genalign.algorithms.preference_recipes import gdro as gdro
+    from genalign.algorithms.preference_recipes import kto as kto
+    from genalign.algorithms.preference_recipes import rwr as rwr
+    from genalign.algorithms.preference_recipes import sft as sft
     from genalign.algorithms.recipe import Recipe as Recipe
     from genalign.algorithms.recipe_changes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipe_changes import with_credit as with_credit
@@ -78,6 +86,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "genalign.algorithms.pathwise": "Ascent",
     "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video refl",
+    "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rwr sft",
     "genalign.algorithms.recipe": "Recipe",
     "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
     " with_gradient_balance with_more_samples with_recalibration",

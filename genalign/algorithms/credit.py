@@ -201,6 +201,112 @@ class PlainReward:
 
 
 @dataclass(frozen=True)
+class BestOnly:
+    """Credit (B,) for the best ``count`` samples of a prompt, as many times 1 / count in all: for fine-tuning on them.
+
+    Samples that are equal to the last of them share its place. A group without a score has none.
+    """
+
+    count: int = 1
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        credit = torch.zeros(len(scores.group))
+        for members in _scored_members(scores):
+            values = scores.combined[members]
+            least = values.sort(descending=True).values[: self.count][-1]
+            best = members[values >= least]
+            credit[best] = 1 / len(best)
+        return credit
+
+
+@dataclass(frozen=True)
+class ExponentialWeights:
+    """Reward-weighted regression's credit (B,): exp(reward / temperature) over its mean in the group (2501.13918)."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, in units of the reward, not {self.temperature}")
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        credit = torch.zeros(len(scores.group))
+        for members in _scored_members(scores):
+            values = scores.combined[members].double()
+            credit[members] = (len(members) * torch.softmax(values / self.temperature, dim=0)).float()
+        return credit
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """Credit (B,): +1 for a weighted sum of at least ``threshold``, -1 below, 0 without a score; for Diffusion-KTO."""
+
+    threshold: float
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        credit = torch.where(scores.combined >= self.threshold, 1.0, -1.0)
+        return torch.where(scores.combined.isfinite(), credit, 0.0)
+
+
+@dataclass(frozen=True)
+class HierarchicalPairs:
+    """DP2O-SR's credit (B,) (arXiv 2510.18851): the best ``count`` samples of a prompt against the worst.
+
+    The rewards are mapped to [0, 1] within the group, those of negative weight turned around, and averaged by the size
+    of their weights. Half the difference of the credits of a winner and a loser is the weight of their pair,
+    w_intra w_inter: w_intra = their lead + 1 - the mean lead in the group, and w_inter = the group's standard deviation
+    + 1 - its mean over all groups. For ``DPOLoss(pairs="all", weighted=True)``. A group with a missing score, or whose
+    last winner is no better than its first loser, has none.
+    """
+
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1 sample, not {self.count}")
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        hybrid = _within_group(scores)
+        credit, spreads, ranked = torch.zeros(len(scores.group), dtype=torch.float64), {}, {}
+        for key in torch.unique(scores.group).tolist():
+            members = (scores.group == key).nonzero()[:, 0]
+            values = hybrid[members]
+            if len(members) >= 2 * self.count and bool(values.isfinite().all()):
+                order = torch.sort(values, descending=True, stable=True).indices
+                spreads[key], ranked[key] = float(values.std(correction=0)), members[order]
+        mean_spread = sum(spreads.values()) / max(len(spreads), 1)
+        for key, members in ranked.items():
+            best, worst = members[: self.count], members[-self.count :]
+            if hybrid[best[-1]] <= hybrid[worst[0]]:
+                continue
+            middle = (hybrid[best[-1]] + hybrid[worst[0]]) / 2
+            lead = (hybrid[best][:, None] - hybrid[worst][None]).mean()
+            for rows, sign in ((best, 1.0), (worst, -1.0)):
+                credit[rows] = (spreads[key] + 1 - mean_spread) * (2 * (hybrid[rows] - middle) + sign * (1 - lead))
+        return credit.float()
+
+
+def _within_group(scores: RoundScores) -> Tensor:
+    """The mean of the rewards (B,) after each was mapped to [0, 1] within the group; float64."""
+    weights = torch.tensor(scores.weights, dtype=torch.float64)
+    turned = scores.scores.double() * weights.sign()
+    unit = torch.empty_like(turned)
+    for key in torch.unique(scores.group):
+        rows = scores.group == key
+        low, high = turned[rows].amin(0), turned[rows].amax(0)
+        unit[rows] = (turned[rows] - low) / torch.where(high > low, high - low, 1.0)
+    used = weights != 0
+    return (unit[:, used] * weights[used].abs()).sum(1) / weights.abs().sum()
+
+
+def _scored_members(scores: RoundScores) -> list[Tensor]:
+    """The samples with a score of each prompt that has some."""
+    finite = scores.combined.isfinite()
+    members = [((scores.group == key) & finite).nonzero()[:, 0] for key in torch.unique(scores.group)]
+    return [rows for rows in members if len(rows)]
+
+
+@dataclass(frozen=True)
 class BestAndWorst:
     """DRAGON's demonstrations for rewards of single samples, (B,): +1 for the best and -1 for the worst of a prompt.
 

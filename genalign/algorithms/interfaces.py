@@ -186,8 +186,8 @@ class MetricSums:
 class UpdateContext:
     """The model, the sampler, the rewards and the metrics of an update.
 
-    ``old`` holds the sampling weights of a recipe with a lag, and is None without one. ``prompts`` are those of the
-    round, which ``UpdateBatch.group`` indexes.
+    ``old`` holds the sampling weights of a recipe with a lag, and is None without one; ``memory`` the weights of its
+    memory. ``prompts`` are those of the round, which ``UpdateBatch.group`` indexes.
     """
 
     pipeline: Pipeline
@@ -199,6 +199,7 @@ class UpdateContext:
     metrics: MetricSums
     prompts: Sequence[Prompt] = ()
     rewards: Sequence[NamedReward] = ()
+    memory: WeightSnapshot | None = None
 
     def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
         """Batch the stored transitions that a mask (B, S) bool selects.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from genalign.algorithms.losses import capped_expm1, mean_square, require_per_sa
 from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.paths import expand
+from genalign.diffusion.policy import WeightSnapshot
 from genalign.types import Conditioning, NoiseLevel, Path, Pipeline
 
 _ADAPTIVE_FLOOR = 1e-5
@@ -37,7 +38,8 @@ class NoisedSamples:
         target: The network's training target.
         prediction: The current policy's prediction, with a gradient.
         reference: The reference policy's prediction.
-        old: The sampling policy's prediction. Without a lag of the recipe this is the current policy's, detached.
+        old: The prediction of the policy to compare with; without one, the current policy's, detached.
+        memory: The prediction of the recipe's memory; None where none is needed.
     """
 
     path: Path
@@ -48,13 +50,17 @@ class NoisedSamples:
     prediction: Tensor
     reference: Tensor
     old: Tensor
+    memory: Tensor | None = None
 
     def where(self, rows: Tensor) -> NoisedSamples:
         """Select the samples of the indices ``rows`` (N,) long, on the CPU."""
         level = NoiseLevel(self.level.timestep[rows], self.level.alpha[rows], self.level.sigma[rows])
         rows = rows.to(self.x.device, non_blocking=True)
-        parts = (self.target, self.prediction, self.reference, self.old)
-        return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
+        memory = None if self.memory is None else self.memory[rows]
+        target, prediction, reference, old = (
+            part[rows] for part in (self.target, self.prediction, self.reference, self.old)
+        )
+        return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, target, prediction, reference, old, memory)
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """Move a tensor of the CPU to the device of the samples, without waiting for it."""
@@ -80,9 +86,9 @@ class Noising:
     target: Tensor
     conditioning: Conditioning
 
-    def predict(self, pipeline: Pipeline) -> Tensor:
-        """Predict with the current weights, without guidance."""
-        return pipeline.predict(self.x, self.level, self.conditioning, 1.0)
+    def predict(self, pipeline: Pipeline, guidance: float = 1.0) -> Tensor:
+        """Predict with the current weights."""
+        return pipeline.predict(self.x, self.level, self.conditioning, guidance)
 
 
 def noised_samples(pipeline: Pipeline, batch: UpdateBatch, rows: Tensor, u: Tensor, seeds: Sequence[int]) -> Noising:
@@ -135,7 +141,12 @@ class MatchingObjective:
         high: The upper end of the noise levels.
         anchor: The weight of the mean squared distance from the reference policy's prediction, a mean over all samples,
             which is added to the loss; 0 for none.
-        old: Whether the loss needs the predictions of a lagging sampling policy, which the recipe's ``lag`` keeps.
+        old: The policy that the loss compares with: "sampling" for the lagging weights that the recipe's ``lag`` keeps,
+            "memory" for those of its ``memory``; None for none.
+        anchor_guidance: The guidance scale of the reference policy that the anchor holds to; 1 is none.
+        anchor_least: The weight of the anchor for a sample of the worst credit, in [0, 1], where one of the best has
+            weight 1; None weighs all alike.
+        trail: The weight of a second anchor, the distance from the recipe's ``memory``.
     """
 
     clip_range: ClassVar[float | None] = None
@@ -145,7 +156,10 @@ class MatchingObjective:
     low: float = 0.02
     high: float = 0.98
     anchor: float = 0.0
-    old: bool = False
+    old: Literal["sampling", "memory"] | None = None
+    anchor_guidance: float = 1.0
+    anchor_least: float | None = None
+    trail: float = 0.0
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -187,7 +201,7 @@ class MatchingObjective:
             seed: The seed of noise levels and noises.
         """
         used = self.loss.used(batch.credit)
-        rows = (used | bool(self.anchor)).nonzero()[:, 0]
+        rows = (used | bool(self.anchor or self.trail)).nonzero()[:, 0]
         if not len(rows) and context.policy.sharded:
             # All ranks run a sharded network together: run it as often as a rank with samples does.
             for draw in range(self.draws):
@@ -201,7 +215,13 @@ class MatchingObjective:
             noised = self._noised(context, batch, rows, draws, seed)
             distance = mean_square(noised.prediction, noised.reference)
             context.metrics.add("kl", distance)
-            total = self.anchor * scales.distances * distance.sum()
+            weights = noised.on_device(self._anchor_weights(batch.credit[rows]).repeat(len(draws)))
+            total = self.anchor * scales.distances * (weights * distance).sum()
+            if self.trail:
+                assert noised.memory is not None, "an objective with a trail predicts with the memory"
+                trailing = mean_square(noised.prediction, noised.memory)
+                context.metrics.add("trail", trailing)
+                total = total + self.trail * scales.distances * trailing.sum()
             for place in range(len(draws)):
                 part = noised.where(place * len(rows) + in_loss)
                 losses = self.loss(part, batch.credit[rows[in_loss]], group[in_loss])
@@ -215,17 +235,34 @@ class MatchingObjective:
         """Noise and predict the samples ``rows`` (N,) in each of the draws, in this order: (draws * N, ...)."""
         noising = self._noising(context, batch, rows.repeat(len(draws)), [d for d in draws for _ in rows], seed)
         with torch.no_grad(), context.policy.reference():
-            reference = noising.predict(context.pipeline)
-        old = None
-        if self.old:
-            if context.old is None:
-                raise ValueError("this objective needs the lagging sampling weights: give the recipe a lag")
-            with torch.no_grad(), context.policy.using(context.old):
-                old = noising.predict(context.pipeline)
+            reference = noising.predict(context.pipeline, self.anchor_guidance)
+        memory = self._earlier(context, context.memory, noising, "a memory") if self._needs_memory else None
+        old = memory if self.old == "memory" else None
+        if self.old == "sampling":
+            old = self._earlier(context, context.old, noising, "a lag")
         prediction = noising.predict(context.pipeline)
-        old = prediction.detach() if old is None else old
+        policies = prediction, reference, prediction.detach() if old is None else old, memory
         path = context.pipeline.path
-        return NoisedSamples(path, noising.x0, noising.x, noising.level, noising.target, prediction, reference, old)
+        return NoisedSamples(path, noising.x0, noising.x, noising.level, noising.target, *policies)
+
+    @property
+    def _needs_memory(self) -> bool:
+        return self.old == "memory" or bool(self.trail)
+
+    @staticmethod
+    @torch.no_grad()
+    def _earlier(context: UpdateContext, weights: WeightSnapshot | None, noising: Noising, name: str) -> Tensor:
+        """Predict with earlier weights. Raises ValueError if the recipe keeps none."""
+        if weights is None:
+            raise ValueError(f"this objective compares with earlier weights: give the recipe {name}")
+        with context.policy.using(weights):
+            return noising.predict(context.pipeline)
+
+    def _anchor_weights(self, credit: Tensor) -> Tensor:
+        """By how much the distance of each sample (N,) counts."""
+        if self.anchor_least is None:
+            return torch.ones(len(credit))
+        return self.anchor_least + (1 - self.anchor_least) * optimality(credit)
 
     def _noising(
         self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: Sequence[int], seed: int
@@ -355,12 +392,17 @@ def nft_loss(clean: Tensor, old: Tensor, x0: Tensor, optimality: Tensor, beta: f
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
-    positive = _normalized_error(beta * clean + (1 - beta) * old - x0)
-    negative = _normalized_error((1 + beta) * old - beta * clean - x0)
+    positive = normalized_error(beta * clean + (1 - beta) * old - x0)
+    negative = normalized_error((1 + beta) * old - beta * clean - x0)
     return (optimality * positive + (1 - optimality) * negative) / beta
 
 
-def _normalized_error(difference: Tensor) -> Tensor:
+def optimality(credit: Tensor, largest: float = 5.0) -> Tensor:
+    """Map credit (N,) to [0, 1], linearly between +-``largest``: DiffusionNFT's probability of being right."""
+    return credit.clamp(-largest, largest) / (2 * largest) + 0.5
+
+
+def normalized_error(difference: Tensor) -> Tensor:
     """Mean square (N,) over mean absolute value, the latter without gradient.
 
     It is computed in float64: one update may change it by less than float32 resolves.
@@ -395,24 +437,38 @@ class _CreditedSamples:
 
 @dataclass(frozen=True)
 class DPOLoss(_CreditedSamples):
-    """Diffusion-DPO on the pairs of ``sign_pairs``, see ``dpo_loss``; a term is a pair."""
+    """Diffusion-DPO on pairs of samples of positive and of negative credit, see ``dpo_loss``; a term is a pair.
+
+    Args:
+        beta: The strength.
+        link: The link of the gains; None compares the gains themselves.
+        pairs: "matched" pairs the k-th winner of a prompt with its k-th loser, "all" each winner with each loser.
+        weighted: Whether a pair counts by half the difference of its credits, as in DP2O-SR (arXiv 2510.18851).
+        sft: The weight of the winner's error, which keeps the policy near what won (arXiv 2405.16436).
+    """
 
     unit: ClassVar[Unit] = "group"
     beta: float
     link: Link | None = None
+    pairs: Literal["matched", "all"] = "matched"
+    weighted: bool = False
+    sft: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        return len(sign_pairs(credit, group))
+        return len(sign_pairs(credit, group, self.pairs))
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        pairs = sign_pairs(credit, group)
+        pairs = sign_pairs(credit, group, self.pairs)
         errors, reference = noised.error, mean_square(noised.reference, noised.target)
         better, worse = noised.on_device(pairs.winners), noised.on_device(pairs.losers)
-        return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta, self.link)
+        loss = dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta, self.link)
+        if self.weighted:
+            loss = loss * noised.on_device((credit[pairs.winners] - credit[pairs.losers]) / 2).to(loss.dtype)
+        return loss + self.sft * errors[better] if self.sft else loss
 
 
 @dataclass(frozen=True)
@@ -442,10 +498,9 @@ class NFTLoss(_CreditedSamples):
         return torch.ones_like(credit, dtype=torch.bool)
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        limit = self.largest_advantage
-        optimality = noised.on_device((credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype))
+        weight = noised.on_device(optimality(credit, self.largest_advantage).to(noised.x.dtype))
         clean, old = noised.clean(noised.prediction), noised.clean(noised.old)
-        return limit * nft_loss(clean, old, noised.x0, optimality, self.beta)
+        return self.largest_advantage * nft_loss(clean, old, noised.x0, weight, self.beta)
 
 
 @dataclass(frozen=True)
@@ -477,12 +532,18 @@ class RewardWeightedLoss(_CreditedSamples):
         return noised.on_device(credit) * noised.error
 
 
-def sign_pairs(credit: Tensor, group: Tensor) -> PreferencePairs:
-    """Pair the k-th sample of positive credit with the k-th of negative credit in each group; leave out the rest."""
+def sign_pairs(credit: Tensor, group: Tensor, pairs: Literal["matched", "all"] = "matched") -> PreferencePairs:
+    """Pair samples of positive credit with samples of negative credit in each group.
+
+    "matched" pairs the k-th with the k-th and leaves out the rest; "all" pairs each with each.
+    """
     winners, losers = [group.new_zeros(0)], [group.new_zeros(0)]
     for key in torch.unique(group):
         positive, negative = ((group == key) & (credit * sign > 0) for sign in (1, -1))
-        count = min(int(positive.sum()), int(negative.sum()))
-        winners.append(positive.nonzero()[:count, 0])
-        losers.append(negative.nonzero()[:count, 0])
+        above, below = positive.nonzero()[:, 0], negative.nonzero()[:, 0]
+        if pairs == "all":
+            above, below = above.repeat_interleave(len(below)), below.repeat(len(above))
+        count = min(len(above), len(below))
+        winners.append(above[:count])
+        losers.append(below[:count])
     return PreferencePairs(torch.cat(winners), torch.cat(losers))

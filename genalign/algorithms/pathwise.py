@@ -73,7 +73,7 @@ class Tail(Protocol):
         """
 
 
-class Direction(Protocol):
+class LatentDirection(Protocol):
     """Where clean latents are moved."""
 
     def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -152,7 +152,7 @@ class PathwiseObjective:
     distance_target: ClassVar[float] = 1e-3  # of predictions
     tail: Tail
     ascent: Ascent = Ascent()
-    further: Sequence[Direction] = ()
+    further: Sequence[LatentDirection] = ()
 
     def with_stronger_kl(self, minimum: float) -> PathwiseObjective:
         return replace(self, ascent=replace(self.ascent, anchor=max(2 * self.ascent.anchor, minimum)))

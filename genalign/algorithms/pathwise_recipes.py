@@ -95,7 +95,7 @@ def flow_bp(
         rescale: By how much the active steps stand for the others.
         ascent: How samples are moved, and what holds the policy back.
     """
-    return pathwise(SparseSteps(active, late_bias, rescale), LastSteps(), ascent)
+    return pathwise(SparseSteps(active, late_bias, rescale), LastSteps(least=active), ascent)
 
 
 def drtune(
@@ -111,7 +111,7 @@ def drtune(
         ascent: How samples are moved, and what holds the policy back.
     """
     tail = SparseSteps(active, rescale=0.0, even=True, early_stop=early_stop)
-    return pathwise(tail, LastSteps(), ascent)
+    return pathwise(tail, LastSteps(least=active), ascent)
 
 
 def direct_align(

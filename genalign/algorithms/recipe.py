@@ -15,19 +15,25 @@ from genalign.types import FeatureFunction, Grid, Path
 
 @dataclass(frozen=True)
 class Lag:
-    """Exponential averaging of the sampling weights: after round i they keep a fraction min(slope * i, limit).
+    """Exponential averaging of weights: after round i they keep a fraction min(first + slope (i - start), limit).
 
     Args:
         slope: Growth of the retained fraction per round.
         limit: Largest retained fraction.
+        start: The round from which on anything is retained; before, the weights follow without a lag.
+        first: The fraction that is retained after that round.
     """
 
     slope: float = 0.001
     limit: float = 0.5
+    start: int = 0
+    first: float = 0.0
 
     def decay(self, round_index: int) -> float:
-        """Return the fraction of the old sampling weights that is kept after a round."""
-        return min(self.slope * round_index, self.limit)
+        """Return the fraction of the old weights that is kept after a round."""
+        if round_index < self.start:
+            return 0.0
+        return min(self.first + self.slope * (round_index - self.start), self.limit)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class Recipe:
             scores per step.
         features: The feature function of the samples, for credit from set rewards; None for no features.
         lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
+        memory: The lag of one more copy of the weights, which does not sample: a loss compares with it, or an anchor
+            holds the policy near it. None keeps none.
         recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
         reset: When the weights return to their average; None never resets them.
         balance: How rewards are weighted by their gradients; None weighs them as the credit does.
@@ -103,6 +111,7 @@ class Recipe:
     completion: Completion | None = None
     features: FeatureFunction | None = None
     lag: Lag | None = None
+    memory: Lag | None = None
     recalibration: Recalibration | None = None
     reset: ElasticReset | None = None
     balance: GradientBalance | None = None

@@ -440,19 +440,21 @@ def nft(
         std: Whether advantages are divided by the "group" or the "global" standard deviation.
         lag: The lag of the sampling weights.
     """
-    return matching(GroupRelative(std), MatchingObjective(NFTLoss(beta), draws, anchor=anchor, old=True), lag)
+    return matching(GroupRelative(std), MatchingObjective(NFTLoss(beta), draws, anchor=anchor, old="sampling"), lag)
 
 
-def awm(draws: int = 2, anchor: float = 1e-3, std: Std = "global") -> Recipe:
+def awm(draws: int = 2, anchor: float = 1e-3, std: Std = "global", trail: float = 0.0) -> Recipe:
     """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss weighted by advantages.
 
     Use it as the simplest policy gradient without densities. The ratio is to the weights that sampled the round, as in
-    the paper's on-policy mode. Its second anchor, to an average of the weights, is not implemented.
+    the paper's on-policy mode.
 
     Args:
         draws: The number of noise levels per sample and update.
         anchor: The weight of the distance from the reference policy.
         std: Whether advantages are divided by the "group" or the "global" standard deviation.
+        trail: The weight of the paper's second anchor, the distance from an average of the weights; 0 keeps none.
     """
-    objective = MatchingObjective(AWMLoss(), draws, anchor=anchor, old=True)
-    return matching(GroupRelative(std), objective, Lag(slope=0.0))  # the weights that the round began with
+    objective = MatchingObjective(AWMLoss(), draws, anchor=anchor, old="sampling", trail=trail)
+    recipe = matching(GroupRelative(std), objective, Lag(slope=0.0))  # the weights that the round began with
+    return replace(recipe, memory=Lag(slope=0.001, limit=0.3)) if trail else recipe

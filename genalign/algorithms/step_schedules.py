@@ -49,9 +49,11 @@ class LastSteps:
 
     Args:
         size: The number of steps, or the fraction of the grid's in (0, 1), rounded up; None takes all steps.
+        least: The least number of steps that the grid must have.
     """
 
     size: int | float | None = None
+    least: int = 1
 
     def __post_init__(self) -> None:
         if self.size is not None and not (0 < self.size < 1 or (self.size >= 1 and self.size == int(self.size))):
@@ -59,8 +61,9 @@ class LastSteps:
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         size = total if self.size is None else math.ceil(self.size * total) if self.size < 1 else int(self.size)
-        if size > total:
-            raise ValueError(f"the recipe trains the last {size} steps, but there are only {total}: lower its steps")
+        if max(size, self.least) > total:
+            needed = f"trains the last {size} steps" if size > total else f"needs {self.least} active steps"
+            raise ValueError(f"the recipe {needed}, but there are only {total}: lower its steps, or raise num_steps")
         return tuple(range(total - size, total))
 
 

@@ -65,7 +65,7 @@ class Mover:
         return self.batch.rollout.states[self.on_device, self.batch.rollout.levels.index(step)]
 
     def predict(self, x: Tensor, level: NoiseLevel) -> Prediction:
-        """Call the network."""
+        """Call the network for latents (N, ...) at a level, with the run's guidance."""
         output = self.context.pipeline.predict(x, level, self.conditioning, self.context.guidance)
         return Prediction(x, level, self.conditioning, output)
 
@@ -164,7 +164,7 @@ class SparseSteps:
     that of the active steps (FlowBP-sparse, arXiv 2606.11075; DRTune). Every step must be stored.
 
     Args:
-        active: The number of steps that carry a gradient, drawn for each batch.
+        active: The number of steps that carry a gradient, drawn for each batch; at most as many as there are.
         late_bias: Steps are drawn with weights (i + 1) ** late_bias, without replacement.
         rescale: By how much the active steps stand for the others: 1 restores the sum of all weights, 0 leaves theirs.
         even: Equally spaced steps in place of drawn ones, as DRTune's.

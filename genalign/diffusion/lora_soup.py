@@ -42,16 +42,13 @@ def lora_soup(
 
 def _sum(factors: Sequence[Factors | None], weights: Sequence[float], layer: str) -> Factors:
     """Join the factors of one layer."""
-    own = [(a.float(), weight * b.float()) for (a, b), weight in _present(factors, weights)]
+    present = [(pair, weight) for pair, weight in zip(factors, weights, strict=True) if pair is not None]
+    own = [(a.float(), weight * b.float()) for (a, b), weight in present]
     shapes = {(a.shape[1:], b.shape[:1]) for a, b in own}
     if len(shapes) > 1:
         sizes = " and ".join(sorted(f"{b[0]} x {tuple(a)}" for a, b in shapes))
         raise ValueError(f"layer {layer} has other sizes in another adapter ({sizes}): mix adapters of one base model")
     return torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], dim=1)
-
-
-def _present(factors: Sequence[Factors | None], weights: Sequence[float]) -> list[tuple[Factors, float]]:
-    return [(pair, weight) for pair, weight in zip(factors, weights, strict=True) if pair is not None]
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> Factors:
@@ -65,7 +62,7 @@ def _truncated(a: Tensor, b: Tensor, rank: int) -> Factors:
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """Fill up the rank with zeros."""
+    """Fill the factors of a layer up to a rank with zeros, which change nothing."""
     missing = rank - len(a)
     return (
         torch.cat([a, a.new_zeros(missing, *a.shape[1:])]),

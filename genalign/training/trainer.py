@@ -60,6 +60,7 @@ from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import FittedSettings, TrainerSettings, optimizer_class
+from genalign.training.trailing_weights import TrailingWeights
 from genalign.training.trust_region import RateController, RoundLimit
 from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
@@ -120,7 +121,8 @@ class Trainer:
         self.noise = MovingNoise(moving, kernel, self.grid, self.guidance, counted) if moving else None
         self.reset = ResetWeights(recipe.reset, policy) if recipe.reset else None
         self.balance = BalancedGradients(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
-        parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
+        self.memory = TrailingWeights(recipe.memory, policy) if recipe.memory else None
+        parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance, "memory": self.memory}
         self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
         # Refuse an impossible recipe before any compute
         try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(self._steps(0)))
@@ -166,6 +168,8 @@ class Trainer:
         sums = self.learn(index, prompts, batches, scores, progress, factor)
         if self.old is not None and self.recipe.lag is not None:
             self.old.update(self.recipe.lag.decay(index))
+        if self.memory:
+            self.memory.after_round(index)
         if self.reset:
             self.reset.after_round(index, self.old)
         noise_metrics = self.noise.after_round(index, self._steps(index), scores) if self.noise else {}
@@ -297,7 +301,8 @@ class Trainer:
         """
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         model = self.pipeline, self.policy, self.grid, self.kernel, self.guidance
-        context = UpdateContext(*model, self.old, sums, prompts, self.rewards)
+        memory = self.memory.weights if self.memory else None
+        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, memory)
         own = self._own_batches(sampled, scores)
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)

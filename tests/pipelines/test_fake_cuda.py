@@ -19,7 +19,7 @@ from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteSch
 from torch import Tensor, nn
 
 from genalign import search
-from genalign.algorithms import pathwise_recipes, recipes
+from genalign.algorithms import pathwise_recipes, preference_recipes, recipes
 from genalign.algorithms import recipe_changes as changes
 from genalign.algorithms.credit import GroupRelative, NormalizedSum
 from genalign.algorithms.matching import MatchingObjective, RewardWeightedLoss
@@ -196,6 +196,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "instruct_video": lambda: pathwise_recipes.instruct_video(moves=4),
     "refl": pathwise_recipes.refl,
     "pathwise": lambda: pathwise_recipes.pathwise(Chain(), LastSteps(1)),
+    "crd": lambda: preference_recipes.crd(draws=1, anchor_guidance=3.0),
+    "dgpo": lambda: preference_recipes.dgpo(draws=1),
+    "dp2o_sr": lambda: preference_recipes.dp2o_sr(count=1, draws=1),
+    "dpo": lambda: preference_recipes.dpo(draws=1, sft=0.5),
+    "gdro": lambda: preference_recipes.gdro(draws=1),
+    "kto": lambda: preference_recipes.kto(threshold=0.0, draws=1),
+    "rwr": lambda: preference_recipes.rwr(draws=1),
+    "sft": lambda: preference_recipes.sft(draws=1),
     "with_chi_squared": lambda: changes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: changes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
     "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1)),
@@ -217,7 +225,7 @@ OTHERS = [name for name in MODELS if name != "sd35_medium"]
 def test_every_recipe_is_among_them() -> None:
     own = {
         name: function
-        for module in (recipes, pathwise_recipes, changes)
+        for module in (recipes, pathwise_recipes, preference_recipes, changes)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__
     }

@@ -39,16 +39,20 @@ from genalign.algorithms import multi_reward_credit, step_credit
 from genalign.algorithms.credit import (
     BestAndWorst,
     BestOfNCredit,
+    BestOnly,
     BetaNormalized,
     DifficultyWeighted,
+    ExponentialWeights,
     GaussianRank,
     GroupRelative,
+    HierarchicalPairs,
     LeaveOneOut,
     NormalizedSum,
     PlainReward,
     SetContrast,
     SpreadDiscounted,
     TaskNormalized,
+    Thresholded,
     VirtualBest,
 )
 from genalign.algorithms.interfaces import Credit, RoundScores
@@ -407,6 +411,43 @@ CASES: dict[str, Case] = {
         lambda scale: BestAndWorst(),
         (BestAndWorst(), one_reward([2.0, 6.0, 1.0], [3.0, 3.0, 3.0]), [0.0, 1.0, -1.0, 0.0, 0.0, 0.0]),
         dict.fromkeys(("GP1", "ties"), "among equal scores the first counts"),
+    ),
+    "BestOnly": Case(
+        lambda scale: BestOnly(),
+        (BestOnly(), one_reward([2.0, 6.0, 1.0], [3.0, 3.0, 1.0]), [0.0, 1.0, 0.0, 0.5, 0.5, 0.0]),
+        dict.fromkeys(("GP5", "GP6"), "the best is imitated, however it compares"),
+    ),
+    "ExponentialWeights": Case(
+        lambda scale: ExponentialWeights(),
+        (
+            ExponentialWeights(),
+            one_reward([0.2, 0.9, 0.9, -0.3]),
+            [0.709970604909, 1.42970522786, 1.42970522786, 0.430618939372],
+        ),
+        dict.fromkeys(("GP5", "GP6"), "a regression weighs all samples, with mean 1"),
+        tolerance=ROUNDED,
+    ),
+    "Thresholded": Case(
+        lambda scale: Thresholded(0.5 * scale),
+        (Thresholded(0.5), one_reward([0.25, 0.5, 0.75]), [-1.0, 1.0, 1.0]),
+        dict.fromkeys(("GP5", "GP6", "GP9", "shift"), "the threshold is fixed"),
+    ),
+    "HierarchicalPairs": Case(
+        lambda scale: HierarchicalPairs(1),
+        (
+            HierarchicalPairs(2),
+            replace(
+                round_scores([[0.3, 0.1, 3.0], [0.2, 0.4, 4.0], [0.25, 0.3, 3.5], [0.1, 0.2, 2.0]]),
+                weights=(-0.25, 0.25, 0.5),  # hybrid rewards of 0.25, 0.875, 0.604 and 0.333
+            ),
+            [-0.989583333333, 1.364583333333, 0.822916666667, -0.822916666667],
+        ),
+        {
+            **dict.fromkeys(("GP1", "ties"), "among equal scores the first counts"),
+            "GP3": "a prompt counts by its spread, beside the mean of all",
+            **dict.fromkeys(("GP4", "part"), "a group with a missing score is not ranked"),
+        },
+        tolerance=ROUNDED,
     ),
     "SetContrast": Case(
         lambda scale: SetContrast(near_half),

@@ -28,7 +28,10 @@ from genalign.algorithms.matching import (
     kto_loss,
     nft_loss,
 )
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.policy import WeightSnapshot
 from genalign.diffusion.transitions import ODE
+from genalign.types import NoiseLevel
 from pipelines import SD3
 from tests.genalign.algorithms.updates import SUMS, flat_gradient, randn, update_batch, update_context
 
@@ -67,7 +70,7 @@ def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
 def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
     context, loss = update_context(tiny, ODE(), lagging=True), RecordingLoss()
     batch = update_batch(context)
-    MatchingObjective(loss, draws=1, old=True).backward(context, batch, SUMS, seed=3)
+    MatchingObjective(loss, draws=1, old="sampling").backward(context, batch, SUMS, seed=3)
     (noised,) = loss.noised_batches
     assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
     torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
@@ -140,8 +143,8 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 def test_an_old_policy_must_exist_and_credit_be_per_sample(tiny: SD3) -> None:
     context = update_context(tiny, ODE())
     batch = update_batch(context)
-    with pytest.raises(ValueError, match="needs the lagging sampling weights: give the recipe a lag"):
-        MatchingObjective(RecordingLoss(), old=True).backward(context, batch, SUMS, 0)
+    with pytest.raises(ValueError, match="compares with earlier weights: give the recipe a lag"):
+        MatchingObjective(RecordingLoss(), old="sampling").backward(context, batch, SUMS, 0)
     with pytest.raises(ValueError, match=r"credit must be \(4,\), one entry per sample"):
         MatchingObjective(RecordingLoss()).terms(replace(batch, credit=torch.zeros(4, 3)))
 
@@ -281,3 +284,49 @@ def test_awm_falls_with_the_error_and_is_zero_without() -> None:
     assert value.tolist() == pytest.approx([0.0, -2 * (0.1**0.25 - 10**-2.5), -2 * (1 - 10**-2.5)], abs=1e-6)
     slopes = torch.autograd.grad(value.sum(), errors)[0]
     assert slopes[1:].tolist() == pytest.approx([-0.5 * 0.1**-0.75, -0.5], rel=1e-6)
+
+
+def test_all_winners_meet_all_losers_by_the_weight_of_the_pair() -> None:
+    """Two winners and two losers are four pairs, each times half the difference of its credits; by hand (F23)."""
+    errors, reference = torch.tensor([0.30, 0.5, 0.41, 0.6]), torch.tensor([0.32, 0.5, 0.40, 0.6])
+    credit, group = torch.tensor([1.4, 1.0, -1.0, -0.6]), torch.zeros(4, dtype=torch.long)
+    zero = torch.zeros(4, 1)
+    level = NoiseLevel(*[torch.full((4,), 0.5, dtype=torch.float64)] * 3)
+    parts = zero, errors.sqrt()[:, None], reference.sqrt()[:, None], zero
+    noised = NoisedSamples(FlowPath(), zero, zero, level, *parts)
+    loss = DPOLoss(100.0, pairs="all", weighted=True, sft=0.5)
+    assert loss.terms(credit, group) == 4
+    plain = dpo_loss(
+        *(values[rows] for rows in ([0, 0, 1, 1], [2, 3, 2, 3]) for values in (errors, reference)), beta=100.0
+    )
+    weights, winners = torch.tensor([1.2, 1.0, 1.0, 0.8]), errors[[0, 0, 1, 1]]
+    torch.testing.assert_close(loss(noised, credit, group), weights * plain + 0.5 * winners)
+    torch.testing.assert_close(1.2 * plain[0], torch.tensor(0.241695933579), rtol=1e-4, atol=0)
+
+
+def test_an_anchor_weighs_good_samples_more_and_a_trail_holds_to_the_memory(tiny: SD3) -> None:
+    context = update_context(tiny, ODE())
+    batch = update_batch(context)
+    memory = WeightSnapshot(context.policy.parameters)
+    for tensor in memory.tensors:
+        tensor.mul_(0.5)
+    remembered = replace(context, memory=memory)
+
+    def gradient(**options: Any) -> Tensor:
+        MatchingObjective(RecordingLoss(), draws=1, **options).backward(remembered, batch, SUMS, 0)
+        return flat_gradient(context)
+
+    plain = gradient()
+    anchored, half = gradient(anchor=1.0) - plain, gradient(anchor=1.0, anchor_least=0.5) - plain
+    best = replace(batch, credit=torch.full((4,), 5.0))
+    assert 0 < float(half.norm()) < float(anchored.norm())
+    MatchingObjective(RecordingLoss(), draws=1, anchor=1.0, anchor_least=0.5).backward(remembered, best, SUMS, 0)
+    top = flat_gradient(context)
+    MatchingObjective(RecordingLoss(), draws=1, anchor=1.0).backward(remembered, best, SUMS, 0)
+    torch.testing.assert_close(top, flat_gradient(context))  # of the best credit all have weight 1
+    guided = gradient(anchor=1.0, anchor_guidance=4.0) - plain
+    assert float((guided - anchored).norm()) > 1e-3 * float(anchored.norm())
+    trailing = gradient(trail=1.0) - plain
+    assert float(trailing.norm()) > 0 and remembered.metrics.mean("trail") > 0
+    with pytest.raises(ValueError, match="compares with earlier weights: give the recipe a memory"):
+        MatchingObjective(RecordingLoss(), trail=1.0).backward(context, batch, SUMS, 0)

@@ -32,6 +32,7 @@ from genalign.algorithms.pathwise_recipes import (
     instruct_video,
     refl,
 )
+from genalign.algorithms.preference_recipes import crd, dgpo, dp2o_sr, dpo, gdro, kto, rwr, sft
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.algorithms.recipe_changes import with_chi_squared, with_credit
 from genalign.algorithms.recipes import (
@@ -132,6 +133,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dragon with quality": lambda: dragon_set(green_set, color, quality=3.0, beta=100.0),
     "nft": lambda: nft(lag=Lag(slope=0.0)),
     "awm": awm,
+    "crd": crd,
+    "dgpo": lambda: dgpo(beta=1000.0, clip_range=1e-1),
+    "dp2o_sr": lambda: dp2o_sr(count=2),
+    "dpo": dpo,
+    "gdro": lambda: gdro(sft=0.1),
+    "kto": lambda: kto(threshold=0.65),
+    "rwr": lambda: rwr(temperature=0.01),
+    "sft": lambda: sft(count=2),
     **PATHWISE,
 }
 
@@ -213,7 +222,18 @@ def _all(self: object, credit: Tensor, *group: Tensor) -> Tensor:
 # KTO asks who has credit, not how much; DiffusionNFT, an anchor, set rewards and gradients of rewards take part of
 # every sample; one step of a batch is one network call
 WITHOUT_SKIPPING = (
-    *("awm", "dragon with kto", "nft", "dragon with a set reward", "dragon with quality"),
+    *(
+        "awm",
+        "crd",
+        "dgpo",
+        "gdro",
+        "kto",
+        "rwr",
+        "dragon with kto",
+        "nft",
+        "dragon with a set reward",
+        "dragon with quality",
+    ),
     "tempflow_grpo with branching",
     *PATHWISE,
 )
