@@ -159,6 +159,8 @@ of 256 would append padding that it has never seen. Prompts are those of `genali
 "two squares", "a ring left of a moon" or "a red ring and a blue moon". Transformer and VAE are stored in float16, text
 encoders in float32. Made for experiments.
 
+Known weakness: a few images end in noise, as one of these does.
+
 64 of the images that were evaluated over `iid`, evenly spaced and not chosen:
 
 ![64 samples](samples.png)

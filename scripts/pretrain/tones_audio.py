@@ -4,7 +4,8 @@
     python scripts/pretrain/tones_audio.py denoiser     # needs the autoencoder; writes genalign/assets/tones-audio
     python scripts/pretrain/tones_audio.py clap         # writes genalign/assets/tones-clap
 
-Every stage is seeded and resumes from ``--work``; with ``--minutes`` it stops in time and the same command goes on.
+Every stage is seeded and resumes from ``--work``; with ``--minutes`` it stops in time and the same command goes on. The
+blocks of the denoiser are compiled, which needs a C++ compiler on a CPU.
 """
 
 from __future__ import annotations
@@ -102,8 +103,10 @@ def train_autoencoder(work: Path, settings: Fit, device: str) -> AutoencoderOobl
     return vae.eval()
 
 
-def trained_autoencoder(work: Path) -> AutoencoderOobleck:
-    """The averaged weights of the autoencoder's stage, as far as it has come."""
+def trained_autoencoder(work: Path, folder: Path | None) -> AutoencoderOobleck:
+    """The autoencoder of a ``folder``, or the averaged weights of its stage, as far as it has come."""
+    if folder is not None:
+        return AutoencoderOobleck.from_pretrained(folder, torch_dtype=torch.float32).eval()
     state = work / "autoencoder.safetensors"
     if not state.exists():
         raise SystemExit(f"there is no {state}: run the stage autoencoder first")
@@ -161,6 +164,8 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
             velocity = model(*inputs)
         return (velocity.float() - target.to(device)).square().mean()
 
+    for block in model.transformer.transformer_blocks:
+        block.compile()
     fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
     return model.eval()
 
@@ -271,7 +276,7 @@ def autoencoder_stage(options: argparse.Namespace) -> None:
 
 def denoiser_stage(options: argparse.Namespace) -> None:
     """Train the denoiser on the autoencoder's latents and write the embedded audio model."""
-    vae = trained_autoencoder(options.work).to(options.device)
+    vae = trained_autoencoder(options.work, options.autoencoder).to(options.device)
     quality = reconstruction(vae, options.device)
     data = captioned_clips(DENOISER_CLIPS, seed=22)
     latents = encode_latents(vae, data, options.work / "latents.safetensors", options.device)
@@ -308,6 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain-tones"))
     parser.add_argument("--output", type=Path, help="the folder to write, where not the embedded one")
+    parser.add_argument(
+        "--autoencoder", type=Path, help="of the denoiser: a trained VAE's folder, in place of --work's"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, help="of the whole stage; the same again when it is resumed")
     parser.add_argument("--minutes", type=float, help="of training, before it stops for now")
