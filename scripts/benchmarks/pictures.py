@@ -4,7 +4,7 @@
     python scripts/benchmarks/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
     python scripts/benchmarks/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
     python scripts/benchmarks/pictures.py docs/results/benchmark_compare.json docs/images  accuracy against seconds
-    python scripts/benchmarks/pictures.py docs/results/method_curves_shapes.json docs/images  a curve for each method
+    python scripts/benchmarks/pictures.py docs/results/methods_shapes.json docs/images         a curve for each method
 
 Figures are read from the files that are named; nothing is measured.
 """
@@ -23,6 +23,7 @@ from PIL import Image
 
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.paired import gallery_improvements, pairs_by_gain
+from genalign.evaluation.standings import Curve, mean_curve
 
 COLUMNS = 8
 SECONDS = (1, 2, 5, 10, 20)
@@ -116,18 +117,25 @@ def speed(result: Path, output: Path) -> None:
 
 
 def method_curves(result: Path, output: Path) -> None:
-    """Strict accuracy against NFE of each method beside Flow-GRPO: training samples, and validation prompts."""
-    curves = json.loads(result.read_text(encoding="utf-8"))["curves"]
-    for name in curves.keys() - {"flow_grpo"}:
+    """Strict accuracy of each method beside Flow-GRPO, on validation prompts against NFE and against minutes.
+
+    A thin line is a seed, a thick one their mean.
+    """
+    evaluations = json.loads(result.read_text(encoding="utf-8"))["evaluations"]
+    for name in evaluations.keys() - {"flow_grpo"}:
         figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
         for label, color in {"flow_grpo": "#aaaaaa", name: "#3366cc"}.items():
-            training, validation = curves[label]["training"], curves[label]["validation"]
-            panels[0].plot(*zip(*training, strict=True), color=color, label=label)
-            nfe, mean, low, high = zip(*validation, strict=True)
-            panels[1].plot(nfe, mean, marker=".", color=color, label=label)
-        panels[1].fill_between(nfe, low, high, color="#3366cc", alpha=0.2)
-        panels[0].set(xlabel="NFE", ylabel="strict accuracy", title="training samples")
-        panels[1].set(xlabel="NFE", title="validation prompts (95% interval)")
+            for panel, place, unit in zip(panels, (0, 1), (1, 60), strict=True):
+                curves = [
+                    Curve(tuple(row[place] / unit for row in run), tuple(row[2] for row in run))
+                    for run in evaluations[label].values()
+                ]
+                for curve in curves:
+                    panel.plot(curve.costs, curve.scores, color=color, linewidth=0.7, alpha=0.6)
+                mean = mean_curve(curves)
+                panel.plot(mean.costs, mean.scores, color=color, linewidth=2, label=label)
+        panels[0].set(xlabel="NFE", ylabel="strict accuracy", title="validation prompts")
+        panels[1].set(xlabel="minutes of training", title="validation prompts")
         for axis in panels:
             axis.grid(alpha=0.3)
         panels[0].legend()
@@ -136,7 +144,7 @@ def method_curves(result: Path, output: Path) -> None:
 
 
 OF_RESULTS = {
-    "method_curves_shapes": method_curves,
+    "methods_shapes": method_curves,
     "search_shapes": search_curves,
     "benchmark_scale": scale,
     "benchmark_compare": speed,

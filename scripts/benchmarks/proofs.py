@@ -1,7 +1,7 @@
 """Train what proves the claims, over seeds, and write docs/results.
 
     python scripts/benchmarks/proofs.py                 every part
-    python scripts/benchmarks/proofs.py flow_grpo       one part
+    python scripts/benchmarks/proofs.py demo            one part
 
 ``guards`` and ``credits`` take up to 12 hours together; ``scripts/benchmarks/guards.py`` has their plan. Finished
 seeds are saved in runs/proofs; an interrupted proof resumes where it stopped.
@@ -12,21 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord
 from genalign.metrics.image import saturation
-from genalign.runtime.files import write_text
 from genalign.training.reward_hacking import HackingReport
-from genalign.worlds import shapes
 from rewards.ratings import RatingReward
 from rewards.shapes import recolored, rendered
+from scripts.benchmarks import method_comparisons
 from scripts.benchmarks.audio_measures import Measure as Measurable
 from scripts.benchmarks.audio_measures import TrainedRun, dragon_measures, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
@@ -47,70 +47,41 @@ from scripts.benchmarks.set_measures import (
     share,
     variety,
 )
-from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics, train
+from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 
 
-def flow_grpo(work: Path) -> None:
-    """Flow-GRPO raises held-out strict accuracy in the shapes world."""
+def demo(work: Path) -> None:
+    """``make demo``, with three seeds."""
+    _demo(work, "shapes", "demo")
+
+
+def audio_demo(work: Path) -> None:
+    """``make demo-audio``, with three seeds."""
+    _demo(work, "tones", "audio_demo")
+
+
+def _demo(work: Path, world: str, part: str) -> None:
+    """Write the demo's gains, overall and by task, and how many of its right samples were wrong in content before."""
     records: list[PromptRecord] = []
-    watched: dict[str, dict[str, float]] = {}
     for seed in SEEDS:
-        run = work / "flow_grpo" / f"seed-{seed}"
-        if not (run / "gain.json").exists():
-            train("scripts/configs/train/shapes_flow_grpo_partial.yaml", run, seed)
-        watched[f"seed {seed}"] = validation(run)
-        records += gains("flow_grpo", "strict", "strict", seed, run)
-        records += gains("flow_grpo.partial", "partial", "partial", seed, run)
-    claim = "Flow-GRPO on train prompts raises strict accuracy on held-out compositions (suite comp, ODE, 10 steps)"
-    header = head(claim, "python scripts/benchmarks/proofs.py flow_grpo")
-    write_results(RESULTS, "flow_grpo_shapes", {**header, "validation_strict": watched}, records)
-
-
-def validation(run: Path) -> dict[str, float]:
-    """First, best and last strict accuracy on the watched prompts, and the run's minutes of training."""
-    rows = metrics(run)
-    strict = [row["held_out"]["strict"]["mean"] for row in rows if row["held_out"]]
-    minutes = rows[-1]["machine"]["seconds"] / 60
-    return {"first": strict[0], "best": max(strict), "last": strict[-1], "minutes": minutes}
-
-
-def methods(work: Path) -> None:
-    """Every method of the comparison raises held-out strict accuracy, at equal NFE."""
-    folder = work / "methods"
-    records: list[PromptRecord] = []
-    for name, runs in compared(folder, "shapes_methods").items():
-        for seed, run in runs.items():
-            records += gains(name, "strict" if len(runs) > 1 else "strict, one seed", "strict", seed, run)
-    claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) after training by each method, at 100 000 NFE"
-    standings = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    header = head(claim, "python scripts/benchmarks/proofs.py methods")
-    write_results(RESULTS, "methods_shapes", {**header, "standings": standings}, records)
-
-
-def method_curves(work: Path) -> None:
-    """The learning curve that each method page shows: half the budget of the comparison, one seed."""
-    records: list[PromptRecord] = []
-    curves = {}
-    for name, runs in compared(work / "method_curves", "shapes_method_curves").items():
-        for seed, run in runs.items():
-            records += gains(name, "strict", "strict", seed, run)
-            curves[name] = learning_curve(run)
-    claim = "Strict accuracy on val prompts (ODE, 10 steps) before training and after 50 000 NFE, one seed"
-    header = head(claim, "python scripts/benchmarks/proofs.py method_curves")
-    write_results(RESULTS, "method_curves_shapes", {**header, "curves": curves}, records)
-
-
-def learning_curve(run: Path) -> dict[str, list[list[float]]]:
-    """Strict accuracy against NFE: of the training samples, and of validation prompts with its interval."""
-    rows, bounds = metrics(run), ("mean", "low", "high")
-    before = load_evaluation(run / "before").overall["strict"].as_dict()
-    held_out = [(row["nfe"], row["held_out"]["strict"]) for row in rows if row["held_out"]]
-    return {
-        "training": [[row["nfe"], row["rewards"]["strict"]] for row in rows],
-        "validation": [[nfe, *(strict[bound] for bound in bounds)] for nfe, strict in [(0, before), *held_out]],
-    }
+        run = work / part / f"seed-{seed}"
+        if not (run / "gain.json").exists() and genalign(
+            ["demo", world, "--output", str(run), "--training.seed", str(seed), "--resume"]
+        ):
+            raise SystemExit(f"{run} failed")
+        strict = gains("demo", "strict", "strict", seed, run)
+        records += strict + gains("demo.partial", "partial", "partial", seed, run)
+        records += [replace(record, name=f"demo.{record.task}") for record in strict]
+        right = json.loads((run / "gain.json").read_text(encoding="utf-8"))["turned_right"]
+        if right and right["pairs"]:
+            metric = "share of the pairs that turn right, with known content before"
+            records.append(PromptRecord("demo.content", metric, seed, "all", "the whole run", 0.0, right["share"], 1))
+    records.sort(key=lambda record: record.name)
+    claim = f"The demo raises strict accuracy on held-out compositions ({world}, suite comp)"
+    header = head(claim, f"python scripts/benchmarks/proofs.py {part}")
+    write_results(RESULTS, f"demo_{world}", header, records)
 
 
 @torch.no_grad()
@@ -188,33 +159,6 @@ def hacking(work: Path) -> None:
     write_results(RESULTS, "hacking_shapes", header, records)
 
 
-def prompt_counts(work: Path) -> None:
-    """PRDP and DDPO on 1, 100 and all training prompts: what they gain, and whether they collapse."""
-    folder = work / "prompt_counts"
-    train = shapes.prompts("train").prompts
-    drawn = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
-    for count in (1, 100):
-        lines = "".join(json.dumps(prompt.metadata) + "\n" for prompt in drawn[:count])
-        write_text(folder / f"prompts-{count}.jsonl", lines)
-    records: list[PromptRecord] = []
-    curves: dict[str, dict[int, dict[str, list[list[float]]]]] = {}
-    for name, runs in compared(folder / "runs", "shapes_prompt_counts").items():
-        curves[name] = {seed: learning_curve(run) for seed, run in runs.items()}
-        for seed, run in runs.items():
-            records += gains(name, "strict", "strict", seed, run)
-            collapsed = float(has_collapsed(curves[name][seed]["validation"]))
-            records.append(PromptRecord(f"{name}.collapsed", "runs", seed, "all", "the whole run", 0.0, collapsed, 1))
-    claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) after 6 minutes on 1, 100 and all training prompts"
-    header = head(claim, "python scripts/benchmarks/proofs.py prompt_counts")
-    write_results(RESULTS, "prompt_counts_shapes", {**header, "curves": curves}, records)
-
-
-def has_collapsed(looks: Sequence[Sequence[float]]) -> bool:
-    """Whether the last of the looks (NFE, mean, low, high) lies below the first by more than its own interval."""
-    (_, start, *_), (_, _, _, high) = looks[0], looks[-1]
-    return high < start
-
-
 AUDIO_TARGETS = {
     "ddpo": "strict",
     "dragon_instance": "strict",
@@ -289,15 +233,18 @@ def panels(run: Path) -> list[tuple[int, HackingReport]]:
 
 
 PARTS = {
-    "flow_grpo": flow_grpo,
-    "methods": methods,
-    "method_curves": method_curves,
+    "demo": demo,
+    "methods": method_comparisons.methods,
+    "finalists": method_comparisons.finalists,
+    "finalists_20_steps": method_comparisons.finalists_20_steps,
+    "learning_rates": method_comparisons.learning_rates,
     "dragon": dragon,
     "adversarial": adversarial,
     "hacking": hacking,
-    "prompt_counts": prompt_counts,
+    "prompt_counts": method_comparisons.prompt_counts,
     "guards": guards_part,
     "credits": credits_part,
+    "audio_demo": audio_demo,
     "audio": audio,
     "audio_dragon": audio_dragon,
 }

@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs/*.md from docs/results/*.json.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
-``<!-- standings:NAME -->`` and ``<!-- /standings -->``, that of searches by budget between ``<!-- curves:NAME -->`` and
+``<!-- standings:NAME -->`` and ``<!-- /standings -->``, their standings at equal NFE and equal seconds between
+``<!-- equal:NAME -->`` and ``<!-- /equal -->``, that of searches by budget between ``<!-- curves:NAME -->`` and
 ``<!-- /curves -->``, that of strategies at equal cost between ``<!-- steering:NAME -->`` and ``<!-- /steering -->``,
 that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``, and that of reward guards between
 ``<!-- guards:NAME -->`` and ``<!-- /guards -->``. With ``--check`` nothing is written, and the exit status is 1 where a
@@ -21,7 +22,7 @@ from genalign.metrics.intervals import MIN_REPEATS
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|standings|curves|steering|wins|guards):(?P<name>\w+) -->\n)"
+    r"(?P<begin><!-- (?P<kind>results|standings|equal|curves|steering|wins|guards):(?P<name>\w+) -->\n)"
     r".*?(?P<end><!-- /(?P=kind) -->)",
     re.DOTALL,
 )
@@ -57,6 +58,25 @@ def standings(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def equal(result: dict[str, Any]) -> str:
+    """The methods at equal seconds of training, best first, and beside that at equal NFE."""
+    costs = {"seconds": "{:.0f} s of training", "nfe": "{:.0f} NFE"}
+    heading, columns = ["name"], {}
+    for cost, words in costs.items():
+        rows = result["equal"][cost]["recipes"]
+        best = rows[0]["name"]
+        behind = {row["second"]: row["words"] for row in result["equal"][cost]["differences"] if row["first"] == best}
+        heading += [f"strict at {words.format(result['equal'][cost]['budget'])}", "rise", f"{best} is ahead by"]
+        for row in rows:
+            score, rise = row["score"], row["rise"]
+            cells = [_interval(score, ".3f"), f"{rise['mean']:+.3f}", behind.get(row["name"], "")]
+            columns.setdefault(row["name"], []).extend(cells)
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    lines += [f"| {' | '.join([name, *cells])} |" for name, cells in columns.items()]
+    note = "Intervals are over seeds; the rise is that over the last quarter of the budget."
+    return "\n".join([*lines, "", note, ""])
 
 
 def curves(result: dict[str, Any]) -> str:
@@ -129,17 +149,18 @@ def guards(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _interval(estimate: dict[str, float | None] | None) -> str:
+def _interval(estimate: dict[str, float | None] | None, form: str = "+.3f") -> str:
     """Write a mean with its interval; a bound that is None is not finite."""
     if estimate is None:
         return "not measured"
-    bounds = ["none" if estimate[side] is None else f"{estimate[side]:+.3f}" for side in ("low", "high")]
-    return f"{estimate['mean']:+.3f} ({' to '.join(bounds)})"
+    bounds = ["none" if estimate[side] is None else f"{estimate[side]:{form}}" for side in ("low", "high")]
+    return f"{estimate['mean']:{form}} ({' to '.join(bounds)})"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "results": table,
     "standings": standings,
+    "equal": equal,
     "curves": curves,
     "steering": steering,
     "wins": wins,

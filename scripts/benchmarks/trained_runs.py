@@ -18,13 +18,6 @@ from genalign.evaluation.records import PromptRecord, prompt_records
 RESULTS = Path("docs/results")
 
 
-def train(config: str, run: Path, seed: int) -> None:
-    """One run; its folder must not exist."""
-    status = genalign(["train", "--config", config, "--output", str(run), "--training.seed", str(seed)])
-    if status:
-        raise SystemExit(f"{run} ended with status {status}")
-
-
 def compared(folder: Path, name: str) -> dict[str, dict[int, Path]]:
     """The finished runs of a comparison by recipe and seed; missing ones are trained."""
     if status := genalign(["compare", f"scripts/configs/compare/{name}.yaml", "--output", str(folder)]):
