@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from genalign.search import RewardGradient as RewardGradient
     from genalign.search import ZeroOrder as ZeroOrder
     from genalign.training.noise_calibration import calibrated as calibrated
+    from genalign.training.offline import recorded as recorded
     from genalign.training.python_api import train as train
     from genalign.training.round_result import RoundResult as RoundResult
     from genalign.training.settings import TrainerSettings as TrainerSettings
@@ -101,6 +102,7 @@ _PUBLIC = {
     "genalign.scoring.score": "NamedReward",
     "genalign.search": "DNO Beam BestOfN DoobGuide Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
+    "genalign.training.offline": "recorded",
     "genalign.training.python_api": "train",
     "genalign.training.round_result": "RoundResult",
     "genalign.training.settings": "TrainerSettings",

@@ -206,6 +206,22 @@ class CompilesBlocks(Protocol):
 
 
 @runtime_checkable
+class EncodesSamples(Protocol):
+    """A pipeline whose autoencoder encodes samples, too, and whose latents can be kept and learned from."""
+
+    @property
+    def autoencoder(self) -> str:
+        """The fingerprint of the autoencoder, by which stored latents belong to it."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's latents."""
+
+    def encode_samples(self, samples: Tensor) -> Tensor:
+        """Encode samples (B, ...) in their range to clean latents (B, C, ...)."""
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Scores samples one by one; higher is better, NaN where a sample could not be scored."""
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.base import DiffusersPipeline
+from pipelines.family import most_likely
 from pipelines.options import Options
 
 
@@ -77,3 +79,8 @@ class AudioPipeline(DiffusersPipeline):
         """Decode latents (B, C, frames) with the VAE to waveforms (B, channels, L), not yet in [-1, 1]."""
         waveforms: Tensor = self.pipe.vae.decode(latents.to(self.pipe.vae.dtype), return_dict=False)[0]
         return waveforms
+
+    def run_encoder(self, samples: Tensor) -> Tensor:
+        """Encode waveforms (B, channels, L) in [-1, 1], padded with silence, to latents (B, C, frames)."""
+        silence = self.frames * int(self.pipe.vae.hop_length) - samples.shape[-1]
+        return most_likely(self.pipe.vae.encode(F.pad(samples, (0, silence)).to(self.pipe.vae.dtype)))

@@ -126,6 +126,10 @@ class AudioLDM2(AudioPipeline, ScheduledPipeline):
         """Decode latents (B, C, frames, bands) to a spectrogram, and this by the vocoder to waveforms (B, 1, L)."""
         return decode_spectrogram(self.pipe, latents)
 
+    def run_encoder(self, samples: Tensor) -> Tensor:
+        """Raise ValueError: waveforms would have to be spectrograms, of a vocoder that does not say how."""
+        raise ValueError("AudioLDM 2 decodes spectrograms, and has no way back from waveforms: sample the pool from it")
+
     def postprocess(self, decoded: Tensor) -> Tensor:
         """Cut waveforms to ``seconds``, and clip them to [-1, 1]."""
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)

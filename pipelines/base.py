@@ -276,6 +276,25 @@ class DiffusersPipeline(Family):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")
         return self.postprocess(decoded)
 
+    @property
+    def autoencoder(self) -> str:
+        """The fingerprint of the autoencoder."""
+        return fingerprint(self.pipe.vae)
+
+    @torch.no_grad()
+    def encode_samples(self, samples: Tensor) -> Tensor:
+        """Encode samples (B, ...) in their range to clean latents (B, C, ...), float32: the mode of the encoder.
+
+        Raises ValueError for samples of another size, or a family whose samples are not encoded.
+        """
+        if samples.shape[1:] != self.sample_shape:
+            own, given = ("x".join(map(str, shape)) for shape in (self.sample_shape, samples.shape[1:]))
+            raise ValueError(f"the model's samples are {own}, not {given}: bring them to its size first")
+        size = len(samples) if self.memory.decode_batch is None else self.memory.decode_batch
+        precision = contextlib.nullcontext() if self._float32_vae else self._mixed_precision()
+        with on_device(self._decoders, self.device, self.memory.offload == "all"), precision:
+            return torch.cat([self.run_encoder(part).float() for part in torch.split(samples.to(self.device), size)])
+
     def compile_blocks(self, batch_sizes: Sequence[int] = ()) -> None:
         """Compile the blocks of the denoiser, if ``compiled`` is on.
 

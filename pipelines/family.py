@@ -202,6 +202,13 @@ class Family(ABC):
         """Bring decoded samples (B, ...) into their range: images in [0, 1]."""
         return (decoded / 2 + 0.5).clamp(0, 1)
 
+    # From samples to latents
+
+    def run_encoder(self, samples: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] with the VAE to latents (B, C, ...), as ``run_vae`` decodes them."""
+        vae = self.pipe.vae
+        return rescale(most_likely(vae.encode((2 * samples - 1).to(vae.dtype))), vae.config)
+
     @property
     def upcasts_vae(self) -> bool:
         """Whether the VAE runs in float32 where the options say float16, in which it overflows."""
@@ -216,3 +223,15 @@ def unscale(latents: Tensor, vae_config: Any) -> Tensor:
     shape = (-1, *[1] * (latents.ndim - 2))
     offset, spread = (torch.tensor(values).view(shape).to(latents) for values in (mean, std))
     return latents * spread / getattr(vae_config, "scaling_factor", 1.0) + offset
+
+
+def rescale(latents: Tensor, vae_config: Any) -> Tensor:
+    """Scale latents (B, C, ...) of a VAE as the denoiser takes them: the inverse of ``unscale``."""
+    zero, one = unscale(torch.zeros_like(latents), vae_config), unscale(torch.ones_like(latents), vae_config)
+    return (latents - zero) / (one - zero)
+
+
+def most_likely(encoded: Any) -> Tensor:
+    """The latents (B, C, ...) of a VAE's answer: the mode of a distribution, or the latents themselves."""
+    latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return latents

@@ -10,6 +10,7 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
+from pipelines.family import most_likely
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 
 
@@ -67,6 +68,13 @@ class Flux2Klein(PackedFlowPipeline):
     def run_vae(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]."""
         return decode_tokens(self.pipe.vae, pack(latents), self.height, self.width)
+
+    def run_encoder(self, samples: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to latents (B, C, h, w), normalized as ``decode_tokens`` undoes it."""
+        vae = self.pipe.vae
+        tokens = pack(most_likely(vae.encode((2 * samples - 1).to(vae.dtype))).float())
+        spread = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().to(tokens)
+        return unpack((tokens - vae.bn.running_mean.to(tokens)) / spread, self.height, self.width)
 
 
 def decode_tokens(vae: Any, tokens: Tensor, height: int, width: int) -> Tensor:

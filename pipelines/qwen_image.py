@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from pipelines.family import unscale
+from pipelines.family import most_likely, rescale, unscale
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 
 
@@ -53,3 +53,8 @@ class QwenImage(PackedFlowPipeline):
         frames = unscale(latents, self.pipe.vae.config)[:, :, None].to(self.pipe.vae.dtype)
         images: Tensor = self.pipe.vae.decode(frames, return_dict=False)[0][:, :, 0]
         return images
+
+    def run_encoder(self, samples: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] as videos of one frame to latents (B, C, h, w)."""
+        frames = (2 * samples - 1)[:, :, None].to(self.pipe.vae.dtype)
+        return rescale(most_likely(self.pipe.vae.encode(frames))[:, :, 0], self.pipe.vae.config)

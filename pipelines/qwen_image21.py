@@ -11,7 +11,7 @@ from diffusers import QwenImage21Pipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipelines.family import unscale
+from pipelines.family import most_likely, rescale, unscale
 from pipelines.flows import FlowPipeline, by_text_length, even_sigmas
 
 
@@ -88,6 +88,12 @@ class QwenImage21(FlowPipeline):
         frames = unscale(latents, self.pipe.vae.config)[:, :, None].to(self.pipe.vae.dtype)
         images: Tensor = self.pipe.vae.decode(frames, return_dict=False)[0][:, :, 0]
         return images
+
+    def run_encoder(self, samples: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1], as opaque pictures, to latents (B, C, h, w)."""
+        opaque = torch.cat([samples, torch.ones_like(samples[:, :1])], dim=1)
+        frames = (2 * opaque - 1)[:, :, None].to(self.pipe.vae.dtype)
+        return rescale(most_likely(self.pipe.vae.encode(frames))[:, :, 0], self.pipe.vae.config)
 
     def postprocess(self, decoded: Tensor) -> Tensor:
         """Bring pictures (B, 4, H, W) into [0, 1], and lay them on white (B, 3, H, W)."""

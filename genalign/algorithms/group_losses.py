@@ -49,14 +49,13 @@ class CentredRewardLoss:
         gain = old - normalized_error(noised.prediction - noised.target)
         aim = noised.on_device(optimality(credit.double()))
         signs = [None] if self.temperature is None else [1.0, -1.0]
-        losses = [self._about_centre(gain, aim, noised.on_device(group), sign) for sign in signs]
+        same = noised.on_device(group[:, None] == group[None])
+        losses = [self._about_centre(gain, aim, same, sign) for sign in signs]
         return torch.stack(losses).mean(0)
 
-    def _about_centre(self, gain: Tensor, aim: Tensor, group: Tensor, sign: float | None) -> Tensor:
-        """The loss (N,) about the weighted centres of the groups."""
+    def _about_centre(self, gain: Tensor, aim: Tensor, same: Tensor, sign: float | None) -> Tensor:
+        """The loss (N,) about the weighted centres of the groups; ``same`` (N, N) marks samples of one group."""
         exponent = torch.zeros_like(aim) if sign is None else sign * aim / float(self.temperature or 1.0)
-        places = torch.unique(group, return_inverse=True)[1]
-        same = places[:, None] == places[None]
         weights = torch.softmax(torch.where(same, exponent, -torch.inf), dim=1)
         centred = gain - (weights @ gain).detach()
         return 5 / self.beta * (self.beta * centred - (aim - weights @ aim)).square()
@@ -97,9 +96,10 @@ class RankedPreferenceLoss:
         losses = [errors.new_zeros(0)]
         for members in self._rankings(credit, group):
             rows = noised.on_device(members)
-            implicit = -self.beta * (errors[rows] - reference[rows])
+            ranked_errors = errors[rows]
+            implicit = -self.beta * (ranked_errors - reference[rows])
             ranked = ranking_loss(implicit, noised.on_device(credit[members]).to(implicit.dtype), self.temperature)
-            losses.append((ranked + self.sft * errors[rows[0]]).reshape(1))
+            losses.append((ranked + self.sft * ranked_errors[0]).reshape(1))
         return torch.cat(losses)
 
     @staticmethod

@@ -113,8 +113,9 @@ class Ascent:
         ]
         ascent = LatentGradient.joined(parts)
         gradient, length = ascent.gradient, ascent.gradient.flatten(1).norm(dim=1)
-        weights = torch.tensor([reward.weight for reward in rewards], dtype=ascent.scores.dtype)
-        context.metrics.add("loss", -(ascent.scores * weights.to(ascent.scores.device)).sum(1).nan_to_num())
+        columns = zip(rewards, ascent.scores.unbind(1), strict=True)
+        total = sum((reward.weight * column for reward, column in columns), torch.zeros_like(length))
+        context.metrics.add("loss", -total.nan_to_num())
         context.metrics.add("reward_gradient", length)
         context.metrics.add("saturated", _at_the_ends_of_its_range(ascent.samples))
         if self.limit is not None:

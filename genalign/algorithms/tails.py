@@ -270,8 +270,7 @@ class DirectAlign:
         index = torch.zeros_like(rows)
         step = NoiseStep(first.timestep, first.alpha, first.sigma, index, last.alpha, last.sigma)
         x0, seeds = batch.rollout.final[mover.on_device], batch.rollout.inputs.noise_seeds
-        noise = pipeline.initial_noise([seeds[row] for row in rows.tolist()])
-        eps = noise.to(x0.device, x0.dtype, non_blocking=True) / max(1.0, float(context.grid.sigma[0]))
+        eps = seeded_noise([seeds[row] for row in rows.tolist()], x0)  # that of the sample, as it was first drawn
         prediction = mover.predict(pipeline.path.add_noise(x0, eps, step), step)
         moved = transition(pipeline.path, ODE(), prediction.x, prediction.output, step).mean
         implied = (moved - expand(last.sigma, moved) * eps) / expand(last.alpha, moved)

@@ -71,6 +71,12 @@ COMMANDS = {
             "world",
         ),
         Command(
+            "collect",
+            "collect a pool of scored samples to learn from: training.data",
+            f"{_CLI}.collect:collect_command",
+            f"{_CLI}.collect:Collect",
+        ),
+        Command(
             "steer",
             "search for the best sample of each prompt",
             f"{_CLI}.steer:steer_command",

@@ -29,13 +29,18 @@ from genalign.runtime.prompt_files import load_prompts
 from genalign.scoring.score import NamedReward, parts
 from genalign.search.noise_aware import NoiseAware
 from genalign.training.outline import Outline
+from genalign.training.pools import INFO, Pool
 from genalign.training.run_folder import WeightStore
-from genalign.types import Pipeline, PromptSet
+from genalign.types import EncodesSamples, Pipeline, PromptSet
 from genalign.worlds.registry import world_of
 
 
-class Checkpoint(Pipeline, WeightStore, Protocol):
+class Checkpoint(Pipeline, WeightStore, EncodesSamples, Protocol):
     """A pipeline that was loaded from a folder or the Hub, with the adapters of its family."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample: (3, H, W) of images, (channels, L) of sound."""
 
     @property
     def resolution(self) -> tuple[int, ...]:
@@ -225,7 +230,9 @@ def named_rewards(choices: Mapping[str, RewardChoice]) -> list[NamedReward]:
 
 
 def prompt_set(source: str) -> PromptSet:
-    """Read a split of a world (shapes:train), some of its tasks (shapes:train:counting,colors), a file or a dataset."""
+    """Read a split of a world (shapes:train), some of its tasks (shapes:train:counting), a file, dataset or pool."""
+    if (Path(source) / INFO).is_file():
+        return Pool.load(Path(source)).prompts
     world, rest = world_of(source), source.split(":")[1:]
     if world is None or len(rest) > 2:
         return load_prompts(source)

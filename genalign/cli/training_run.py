@@ -38,6 +38,7 @@ from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import probe
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.best_weights import BestWeights, HeldOutScores, deciding_weights, sum_name
+from genalign.training.offline import recorded
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
 from genalign.training.round_log import SampleGridWriter
@@ -84,7 +85,9 @@ class TrainingRun:
         require_base(self.pipeline, settings)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = [prompts.training.prompts[0]] * 2
-        probe(rewards, self._generate(first, [0, 1], settings.sampling, 2), first)
+        called = [reward for reward in rewards if reward.function is not recorded]  # the others are columns of a pool
+        if called:
+            probe(called, self._generate(first, [0, 1], settings.sampling, 2), first)
 
         # Prepare the trained weights (a new adapter, the adapter init_lora, or the whole network) and the trainer
         if settings.init_lora is not None:
@@ -117,7 +120,7 @@ class TrainingRun:
             self.hacking_rewards = hacking.rewards or {reward.name: reward for reward in rewards if not reward.weight}
             names = tuple(self.hacking_rewards)
             self.guard = HackingGuard(self.hacking_snapshot, names, hacking.limits, hacking.on_red, hacking.every)
-        own = {reward.name: reward for reward in rewards}
+        own = {reward.name: reward for reward in called}
         self.held_out = self._evaluator("held_out", held_out, held_out.scorers, own) if held_out.is_on else None
         self.before_after = self._evaluator("before_after", before_after, own) if before_after else None
 

@@ -8,7 +8,7 @@ machine, one run at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -43,6 +43,13 @@ class Curve:
     def at(self, cost: float) -> float:
         """The score at a cost, on a straight line between the evaluations before and after."""
         return float(np.interp(cost, self.costs, self.scores))
+
+
+def mean_curve(runs: Iterable[Curve], points: int = 40) -> Curve:
+    """The mean of curves, between the largest of their first costs and the least of their last."""
+    curves = list(runs)
+    costs = np.linspace(max(curve.costs[0] for curve in curves), min(curve.costs[-1] for curve in curves), points)
+    return Curve(tuple(costs.tolist()), tuple(mean(curve.at(cost) for curve in curves) for cost in costs))
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,6 @@ class Standings:
         """The difference between the best recipe and this one; None for the best itself."""
         best = self.recipes[0].name
         return next((d for d in self.differences if (d.first, d.second) == (best, name)), None)
-
-    def mean_curve(self, name: str, points: int = 40) -> Curve:
-        """The mean over seeds of a recipe's curves, up to the least cost that its runs have reached."""
-        runs = self.curves[name].values()
-        costs = np.linspace(max(run.costs[0] for run in runs), min(run.costs[-1] for run in runs), points)
-        return Curve(tuple(costs.tolist()), tuple(mean(run.at(cost) for run in runs) for cost in costs))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the standings and differences as JSON types."""

@@ -77,7 +77,7 @@ class NoiseOptimization(ABC):
             both = finished if best is None else best.extend(finished)
             best = both.rows(both.best())
             if ascent is not None:
-                loss = self.penalty(noises).sum() - (x * ascent).sum()
+                loss = self.penalty(noises).sum() - (x * ascent).sum().to(noises.device)
                 gradient = torch.autograd.grad(loss, noises)[0].nan_to_num(0.0, 0.0, 0.0)
                 norms = gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.ndim - 1))
                 noises.grad = gradient * (self.clip / norms.clamp(min=self.clip))

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path as Folder
 from typing import Self
 
 import torch
@@ -22,6 +23,8 @@ from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
+from genalign.training.offline import OfflineSampler
+from genalign.training.pools import Pool
 from genalign.training.settings import FittedSettings, TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, PromptSet
@@ -148,7 +151,9 @@ def dry_run(
 
     rewards = [replace(r, function=within_0_and_1, weight=float(r.weight != 0)) for r in rewards]
     recipe = without_networks(recipe)
-    one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw")
+    one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw", data=None)
+    pool = Pool.load(Folder(settings.data)).with_groups_of(settings.group_size) if settings.data else None
+    prompts = pool.restricted(prompts) if pool else prompts
     sampling = Sampling(len(toy.steps), guidance=guidance)
 
     updates = settings.fit(prompts, recipe.objective.unit).updates_per_round * settings.epochs
@@ -168,6 +173,11 @@ def dry_run(
                 trainer = Trainer(
                     pipeline, Policy(pipeline.denoiser, None), rewards, prompts, fixed, one_round, sampling
                 )
+                if pool:
+                    of_toys = replace(pool, read=lambda rows: torch.rand(len(rows), 1))
+                    trainer.sampler = OfflineSampler(
+                        trainer.pipeline, trainer.rewards, of_toys, trainer.settings, keep_samples=False
+                    )
                 trainer.rounds_done = index
                 next(trainer.rounds())
                 calls = trainer.ledger.copy()

@@ -137,6 +137,7 @@ class MemoryCounter:
             "max_nfe": None,
             "optimizer": "adamw",
             "overlap_scoring": False,
+            "data": None,  # reading takes less than sampling
         }
         micro_batch = min(self.settings.micro_batch or batch, batch)
         settings = replace(self.settings, **sizes, **once, micro_batch=micro_batch)

@@ -67,6 +67,8 @@ class TrainerSettings:
             that wait, such as for a server. Results are the same; one more batch is in memory.
         offload_rollouts: Whether the stored states of a round wait on the CPU until they are trained. Results are the
             same; a round of large images does not fit into a GPU otherwise.
+        data: Folder of a pool (genalign collect) to learn from in place of sampling, for recipes on final samples; null
+            samples.
     """
 
     rounds: int | None = None
@@ -92,6 +94,7 @@ class TrainerSettings:
     deterministic: bool = False
     overlap_scoring: bool = True
     offload_rollouts: bool = False
+    data: str | None = None
 
     def __post_init__(self) -> None:
         counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "micro_batch", "updates_per_round")

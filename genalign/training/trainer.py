@@ -55,6 +55,7 @@ from genalign.training.epochs import Batches, updates_of_round
 from genalign.training.loss_scale import LossScale
 from genalign.training.noise_calibration import MovingNoise
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate
+from genalign.training.offline import OfflineSampler, pool_of, require_offline
 from genalign.training.out_of_memory import PartSizes, free_memory, is_out_of_memory
 from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
@@ -96,6 +97,8 @@ class Trainer:
         suspects: Path | None = None,
     ) -> None:
         rewards, prompts = named(rewards), PromptSet.of(prompts)
+        pool = pool_of(settings.data, pipeline, settings.group_size) if settings.data else None
+        prompts = pool.restricted(prompts) if pool else prompts
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
@@ -112,9 +115,12 @@ class Trainer:
             require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.parts, keep_samples = PartSizes(settings.on_out_of_memory == "halve"), bool(self.trainable)
-        self.sampler = Sampler(
+        self.sampler: Sampler | OfflineSampler = Sampler(
             self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts
         )
+        if pool:
+            require_offline(recipe, recipe.steps(pipeline.path, self.grid, 0, settings.seed))
+            self.sampler = OfflineSampler(self.pipeline, self.rewards, pool, settings, keep_samples)
         kernel, counted = recipe.kernel_on(pipeline.path), [reward.name for reward in rewards if reward.weight]
         kernel.check(self.guidance, counted)
         moving = recipe.recalibration

@@ -133,7 +133,7 @@ def test_every_run_of_a_comparison_parses(
         settings.recipe.steps(FlowPath(), grid, 0, settings.training.seed)  # refuses too few steps for the recipe
 
 
-@pytest.mark.parametrize("name", ["shapes_all_methods", "shapes_finalists", "shapes_finalists_20_steps"])
+@pytest.mark.parametrize("name", ["shapes_methods", "shapes_finalists", "shapes_finalists_20_steps"])
 def test_the_methods_have_equal_budgets_and_their_own_seeds(name: str) -> None:
     comparison, plain = parse(Compare, [str(CONFIGS / "compare" / f"{name}.yaml")], "compare", first="config")
     assert 100 not in comparison.seeds and comparison.budgets == "equal" and not comparison.once
@@ -147,11 +147,11 @@ def test_the_methods_have_equal_budgets_and_their_own_seeds(name: str) -> None:
 
 
 def test_every_arm_is_tuned_by_the_same_settings_beforehand() -> None:
-    stage = [str(CONFIGS / "compare" / "shapes_all_methods.yaml")]
+    stage = [str(CONFIGS / "compare" / "shapes_methods.yaml")]
     arms = own_settings(parse(Compare, stage, "compare", first="config")[1])
     tuning, plain = parse(Compare, [*stage, "--config", str(TUNING)], "compare", first="config")
     runs, settings = own_settings(plain), list(plain["variants"].values())
-    assert tuning.seeds == [100] and tuning.output != "runs/compare-all-methods" and len(runs) == 3 * len(arms)
+    assert tuning.seeds == [100] and tuning.output != "runs/compare-methods" and len(runs) == 3 * len(arms)
     rates = [variant["training"] for variant in settings]
     for variant, rate in zip(settings, rates, strict=True):
         assert variant.keys() == {"max_seconds", "before_after", "training"} and rate.keys() == {"learning_rate"}

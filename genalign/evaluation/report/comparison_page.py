@@ -29,7 +29,7 @@ from genalign.evaluation.report.words import (
     seeds_words,
     signed,
 )
-from genalign.evaluation.standings import Standings
+from genalign.evaluation.standings import Standings, mean_curve
 
 _PROMPTS = 8  # whose samples stand side by side
 
@@ -93,7 +93,7 @@ def _mean_curves(equal: Standings, order: Sequence[str]) -> Markup:
     """Draw the mean over seeds of every recipe against the cost, with its interval at the common budget."""
     scores, series = {one.name: possible(equal.score, one.score, least=0.0) for one in equal.recipes}, {}
     for name in order:
-        curve, score = equal.mean_curve(name), scores[name]
+        curve, score = mean_curve(equal.curves[name].values()), scores[name]
         points = [Point(x, y) for x, y in zip(curve.costs, curve.scores, strict=True)]
         interval = (score.low, score.high) if score.has_interval else None
         series[name] = [*(p for p in points if p.x < equal.budget), Point(equal.budget, score.mean, interval)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +109,6 @@ def gradient_of(
     steps: Sequence[int],
     kernel: Kernel = _ODE,
     noises: Sequence[int] = (1, 2),
-    later: Sequence[int] | None = None,
 ) -> tuple[list[float], MetricSums]:
     """Return the ascent direction of both weights, of the mean over samples, and the metrics.
 
@@ -120,7 +118,6 @@ def gradient_of(
         steps: The steps to store.
         kernel: The kernel at these steps.
         noises: The seeds of the samples' initial noises.
-        later: Other seeds in their place after sampling, for tails that draw the initial noise again.
     """
     policy = Policy(pipeline.denoiser, None)  # its reference is the exact network
     with torch.no_grad():
@@ -129,7 +126,6 @@ def gradient_of(
     grid, count = pipeline.grid(4), len(noises)
     inputs = RolloutInputs(pipeline.encode(["a"]), torch.zeros(count, dtype=torch.long), tuple(noises), (0,) * count)
     sampled = rollout(pipeline, inputs, grid, kernel_per_step(kernel, steps, len(grid)), 1.0, steps)
-    sampled = replace(sampled, inputs=replace(inputs, noise_seeds=tuple(later or noises)))
     prompts, rewards = [Prompt("a")], [NamedReward("r", reward)]
     context = UpdateContext(pipeline, policy, grid, kernel, 1.0, None, MetricSums(), prompts, rewards)
     batch = UpdateBatch(sampled, torch.ones(count), inputs.prompt, on_policy=True)

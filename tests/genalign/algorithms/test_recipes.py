@@ -229,6 +229,7 @@ WITHOUT_SKIPPING = (
         "gdro",
         "kto",
         "rwr",
+        "sft",
         "dragon with kto",
         "nft",
         "dragon with a set reward",

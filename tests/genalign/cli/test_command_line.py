@@ -42,7 +42,7 @@ def test_help_is_short_and_says_what_a_setting_may_be(monkeypatch: pytest.Monkey
     assert all(text.startswith(f"usage: genalign {name}") for name, text in texts.items())
     assert len(texts["train-noise-aware"].splitlines()) < 180
     train = " ".join(texts["train"].split())
-    assert "Training method, as in genalign.flow_grpo. One of adv_grpo, awm, ddpo" in train
+    assert "Training method, as in genalign.flow_grpo. One of adv_grpo, align_prop, awm" in train
     assert "(also --lr) (float or auto, default: auto)" in train
     assert "reward_hacking.limits.statistics.amber" in train and "default: 0.25)" in train
     assert "--run RUN" in texts["report"] and "(required, text)" in texts["report"]
@@ -71,7 +71,7 @@ def test_bash_completes_commands_settings_and_choices() -> None:
     assert completed("genalign", "tra") == ["train", "train-noise-aware"]
     assert completed("genalign", "evaluate", "sh") == ["shapes"]
     assert completed("genalign", "train", "--training.ro") == ["--training.rounds"]
-    assert completed("genalign", "train", "--recipe", "flow") == ["flow_dppo", "flow_grpo"]
+    assert completed("genalign", "train", "--recipe", "flow") == ["flow_bp", "flow_dppo", "flow_grpo"]
     assert completed("genalign", "train", "--model.dtype", "bf") == ["bfloat16"]
 
 

@@ -18,7 +18,7 @@ import pipelines
 from genalign.algorithms.credit import BestOfNCredit, BetaNormalized, VirtualBest
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.pathwise import Ascent
-from genalign.algorithms.pathwise_recipes import draft, draft_lv, flow_bp, instruct_video, refl
+from genalign.algorithms.pathwise_recipes import draft, draft_lv, flow_bp, instruct_video
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipe_changes import with_credit, with_gradient_balance
 from genalign.algorithms.recipes import (
@@ -63,7 +63,6 @@ RECIPES = {
     "nft": nft(),
     "draft": draft(2, Ascent(anchor=0.1)),
     "draft_lv": draft_lv(),
-    "refl": refl(last=0.5),
     "flow_bp": flow_bp(active=2),
     "instruct_video": instruct_video(moves=6),
 }
@@ -156,7 +155,7 @@ def test_stored_tensors_of_a_sample(tiny: SD3) -> None:
 
 def test_the_toy_pipeline_has_one_grid(tiny: SD3) -> None:
     toy = ToyPipeline.like(tiny, Sampling(4))
-    assert toy.grid(99) is toy.steps and len(toy.steps) == 4
+    assert toy.grid(4) is toy.steps and len(toy.steps) == 4 and len(toy.grid(99)) == 99
     assert ToyPipeline.flow(3).steps.sigma.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from genalign.evaluation.standings import Difference, Look, common_score, read_looks, shared_looks, standings
+from genalign.evaluation.standings import (
+    Difference,
+    Look,
+    common_score,
+    mean_curve,
+    read_looks,
+    shared_looks,
+    standings,
+)
 from genalign.metrics.intervals import Estimate
 
 COSTS = [(100, 10.0), (200, 30.0), (300, 60.0)]
@@ -44,7 +52,7 @@ def test_both_standings_are_read_from_the_same_runs(tmp_path: Path) -> None:
     assert by_time.recipes[0].score.low < 0.515 < by_time.recipes[0].score.high
     rise = by_time.recipes[0].rise.mean  # from 45 seconds, half of the way from 0.3 to the end
     assert rise == pytest.approx((0.515 - 0.3) / 2)
-    curve = by_time.mean_curve("fast")
+    curve = mean_curve(by_time.curves["fast"].values())
     assert (curve.costs[0], curve.costs[-1]) == (10, 60) and curve.at(20) == pytest.approx(0.25, abs=1e-3)
     assert json.loads(json.dumps(by_time.as_dict()))["recipes"][0]["name"] == "fast"
 

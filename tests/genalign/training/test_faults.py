@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -59,8 +60,8 @@ SETTINGS = TrainerSettings(
     max_failed_fraction=0.3,
 )
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
-PROMPTS = PromptSet("some", shapes.prompts("train").prompts[:8])
-RECIPE = recipes.flow_grpo(FlowSDE(0.9), window=1, clip_range=1e-3)
+PROMPTS = PromptSet("some", shapes.prompts("train").prompts[-8:])  # of two colours: no group has equal scores
+RECIPE = recipes.flow_grpo(FlowSDE(1.5), window=1, clip_range=1e-3)
 verifier = ShapesReward("partial")
 
 
@@ -296,7 +297,7 @@ def test_a_suspect_that_cannot_be_written_does_not_stop_the_run(
     run = Run(opened, settings=replace(ONE_BATCH, rounds=1), suspects=tmp_path / "suspects")
     without_gradient(run, range(1))
     run.finished()
-    assert "was skipped: gradient norm nan, loss 0.0, and its tensors could not be written" in caplog.text
+    assert re.search("was skipped: gradient norm nan, loss .*, and its tensors could not be written", caplog.text)
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more lines")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmarks.method_comparisons import at_equal_cost
 from scripts.benchmarks.results_tables import fill
 
 HEAD = {"claim": "It rises", "command": "make proofs", "machine": "2 cores", "date": "2026-01-01", "commit": "abc"}
@@ -40,6 +41,23 @@ def test_searches_by_budget(tmp_path: Path) -> None:
     new = fill("<!-- curves:one -->\n<!-- /curves -->\n", tmp_path)
     assert "| best_of_n | 0.500 / 0.250 | 0.750 / 0.500 |  |  |" in new
     assert "| pruning | 0.600 / 0.300 | 0.800 / 0.500 | 61% | not reached |" in new
+
+
+def test_methods_at_equal_cost(tmp_path: Path) -> None:
+    """The better one by seconds comes first; who is ahead is said for each cost."""
+
+    def runs(nfe: int, *ends: float) -> dict[str, list[list[float]]]:
+        return {
+            str(seed): [[nfe, 60.0, 0.2, 0.1, 0.3], [3 * nfe, 120.0, end, end - 0.1, end + 0.1]]
+            for seed, end in enumerate(ends)
+        }
+
+    equal = at_equal_cost({"fast": runs(100, 0.4, 0.402), "slow": runs(50, 0.3, 0.302)})
+    (tmp_path / "one.json").write_text(json.dumps({"equal": equal}))
+    new = fill("<!-- equal:one -->\n<!-- /equal -->\n", tmp_path)
+    assert "| name | strict at 120 s of training | rise | fast is ahead by | strict at 150 NFE | rise | slow is" in new
+    assert "| fast | 0.401 (0.388 to 0.414) | +0.100 |  | 0.250 (0.247 to 0.253) | " in new
+    assert "| slow | 0.301 (0.288 to 0.314) | +0.050 | +0.100 (+0.094 to +0.106) | 0.301 " in new
 
 
 def test_a_table_needs_its_file(tmp_path: Path) -> None:

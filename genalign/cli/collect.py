@@ -1,0 +1,209 @@
+"""``genalign collect``: a pool of samples on disk, from a model, a folder of samples, or a file of preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import center_crop, resize
+
+from genalign.cli import parsing
+from genalign.cli.context import Checkpoint, CommandContext, load_with_lora, named_rewards, prompt_set, rank_share
+from genalign.cli.external_samples import external_samples
+from genalign.cli.generation_settings import RewardChoice, require_positive
+from genalign.cli.model_settings import Model
+from genalign.cli.preference_files import read_preferences
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.rollout import RolloutInputs, rollout
+from genalign.diffusion.sampling import Sampling
+from genalign.diffusion.transitions import ODE
+from genalign.runtime.progress import Progress
+from genalign.scoring.score import NamedReward, score
+from genalign.training.pools import INFO, PoolInfo, PoolSample, part_files, write_part
+from genalign.types import Prompt
+
+PREFERENCE = "preference"
+"""The score of a file of preferences."""
+
+Part = Callable[[], tuple[Tensor, list[PoolSample]]]
+"""Makes the latents (n, ...) and the samples of a part."""
+
+
+Listed = tuple[Prompt, str | None, dict[str, float], Callable[[], Tensor]]
+"""A sample on disk: its prompt, group and scores, and what reads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    """A pool of samples to learn from with ``training.data``: those of a model, or images of others.
+
+    Run the command again to resume it; processes that a launcher starts share the parts.
+
+    Args:
+        output: Folder of the pool.
+        model: The model whose samples are collected, or whose autoencoder encodes the others.
+        lora: An adapter of the model.
+        prompts: Prompts of the model's samples: a file, a dataset, or a split of a world.
+        samples: A folder of another program's samples with a prompts.jsonl, in place of the model's.
+        preferences: A .jsonl or .parquet file of comparisons (Pick-a-Pic, HPD), in place of the model's samples; their
+            score is named preference.
+        rewards: Rewards by name, whose scores are kept.
+        sampling: Sampling settings of the model's samples.
+        samples_per_prompt: Number of samples of each prompt.
+        batch_size: Number of samples of a part, which are made at once.
+        seed: Seed of the samples' noise.
+    """
+
+    output: str
+    model: Model
+    lora: str | None = None
+    prompts: str | None = None
+    samples: str | None = None
+    preferences: str | None = None
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=lambda: Sampling(20))
+    samples_per_prompt: int = 8
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "samples_per_prompt", "batch_size")
+        given = [name for name in ("prompts", "samples", "preferences") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of prompts, samples and preferences, not {' and '.join(given) or 'none'}: whose samples are"
+                " collected?"
+            )
+        if not self.rewards and self.preferences is None:
+            raise ValueError(
+                "rewards is empty: nothing could be learned from samples without scores; name at least one"
+            )
+
+
+def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
+    """Run ``genalign collect``."""
+    settings, plain = parsing.parse(Collect, arguments, "collect")
+    output, share = Path(settings.output), rank_share()
+    progress, rewards = Progress(share.rank == 0), named_rewards(settings.rewards)
+    with progress.phase(f"loading {settings.model.path}"):
+        pipeline = load_with_lora(context, settings.model, settings.lora)
+    names = tuple(reward.name for reward in rewards)
+    if settings.preferences is not None:
+        names = (PREFERENCE, *names)
+    made_by = {name: value for name, value in plain.items() if name not in ("output",)}
+    info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, made_by)
+    _begin(output, info)
+    parts, count = _parts(pipeline, settings, rewards)
+    with progress.phase("collecting", count) as advance:
+        for number, (size, part) in enumerate(parts):
+            if number % share.world_size == share.rank and not part_files(output, number)[1].is_file():
+                write_part(output, number, *part())
+            advance(size)
+    print(f"pool: {output}, {count} samples")
+    return 0
+
+
+def _begin(output: Path, info: PoolInfo) -> None:
+    """Write what the pool is of. Raises ValueError for a folder with a pool of other settings."""
+    if (output / INFO).is_file():
+        earlier = PoolInfo.read(output)
+        if earlier != info:
+            raise ValueError(f"{output} is a pool that was collected with other settings: choose another output")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    info.write(output)
+
+
+def _parts(
+    pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward]
+) -> tuple[Iterator[tuple[int, Part]], int]:
+    """The size and the maker of each part, in order, and the number of all samples."""
+    if settings.prompts is not None:
+        prompts = prompt_set(settings.prompts).prompts
+        pipeline.encode_ahead([prompt.text for prompt in prompts], rank_share())
+        jobs = [(prompt, number) for prompt in prompts for number in range(settings.samples_per_prompt)]
+        own = (
+            (len(batch), partial(_generated, pipeline, settings, rewards, batch))
+            for batch in _batched(jobs, settings.batch_size)
+        )
+        return own, len(jobs)
+    listed: list[Listed]
+    if settings.samples is not None:
+        files = external_samples(Path(settings.samples), None, None)
+        listed = [
+            (spec.prompt, None, {}, partial(files.read, path))
+            for spec, path in zip(files.specs, files.files, strict=True)
+        ]
+    else:
+        listed = [
+            (Prompt(image.prompt), image.comparison, {PREFERENCE: image.score}, image.read)
+            for image in read_preferences(Path(str(settings.preferences)))
+        ]
+    read = (
+        (len(batch), partial(_encoded, pipeline, rewards, batch)) for batch in _batched(listed, settings.batch_size)
+    )
+    return read, len(listed)
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """Divide into consecutive lists of at most ``size``."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+@torch.no_grad()
+def _generated(
+    pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward], jobs: Sequence[tuple[Prompt, int]]
+) -> tuple[Tensor, list[PoolSample]]:
+    """Sample and score a part."""
+    prompts = [prompt for prompt, _ in jobs]
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    rows = torch.tensor([texts.index(prompt.text) for prompt in prompts])
+    seeds = tuple(derived_seed(settings.seed, "pool", prompt.text, number) for prompt, number in jobs)
+    grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance_scale(pipeline)
+    inputs = RolloutInputs(pipeline.encode(texts), rows, seeds, seeds)
+    latents = rollout(pipeline, inputs, grid, [ODE()] * len(grid), guidance).final
+    return latents, _scored(pipeline.decode(latents), prompts, rewards)
+
+
+@torch.no_grad()
+def _encoded(
+    pipeline: Checkpoint, rewards: Sequence[NamedReward], listed: Sequence[Listed]
+) -> tuple[Tensor, list[PoolSample]]:
+    """Read, fit to the model's size, encode and score a part."""
+    samples = torch.stack([fitted(read(), pipeline.sample_shape) for *_, read in listed])
+    latents = pipeline.encode_samples(samples)
+    scored = _scored(samples, [prompt for prompt, *_ in listed], rewards)
+    return latents, [
+        PoolSample(sample.prompt, {**scores, **sample.scores}, group)
+        for sample, (_, group, scores, _) in zip(scored, listed, strict=True)
+    ]
+
+
+def fitted(sample: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bring an image (3, H, W) to a size: its shorter side resized, its middle cut out; a clip must have it."""
+    if tuple(sample.shape) == tuple(shape):
+        return sample
+    if sample.ndim != 3:
+        raise ValueError(f"a clip has the shape {tuple(sample.shape)}, and the model's {tuple(shape)}: cut it to that")
+    _, height, width = shape
+    factor = max(height / sample.shape[1], width / sample.shape[2])
+    larger = [max(height, round(sample.shape[1] * factor)), max(width, round(sample.shape[2] * factor))]
+    cut: Tensor = center_crop(resize(sample, larger, antialias=True), [height, width])
+    return cut.clamp(0, 1)
+
+
+def _scored(samples: Tensor, prompts: Sequence[Prompt], rewards: Sequence[NamedReward]) -> list[PoolSample]:
+    """Score samples (n, ...) by every reward."""
+    table = score(rewards, samples, prompts).tolist() if rewards else [[] for _ in prompts]
+    names = [reward.name for reward in rewards]
+    return [
+        PoolSample(prompt, dict(zip(names, scores, strict=True))) for prompt, scores in zip(prompts, table, strict=True)
+    ]

@@ -1,0 +1,124 @@
+"""Learning from a pool in place of sampling: the batches of a round, of samples on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.redraws import Member
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.rollout import Rollout, RolloutInputs
+from genalign.runtime.distributed import ALL_RANKS, RankShare
+from genalign.runtime.progress import SILENT, Progress
+from genalign.scoring.score import NamedReward, score
+from genalign.training.pools import Pool, drawn_group
+from genalign.training.sampler import SampledBatch, blank_nonfinite
+from genalign.training.settings import FittedSettings
+from genalign.types import EncodesSamples, Pipeline, Prompt
+
+
+def recorded(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward that exists as a column of a pool alone, such as people's preferences: name it so in ``rewards``.
+
+    Raises ValueError where a sample would have to be scored, as for an evaluation.
+    """
+    raise ValueError("genalign.recorded is a column of a pool, which scores no other samples: name a reward for these")
+
+
+@dataclass(frozen=True)
+class OfflineSampler:
+    """A callable that gives groups of a pool as the batches of a round: it stands in for ``Sampler``.
+
+    A reward of the name of one of the pool's scores takes it from there; any other scores the decoded samples.
+    """
+
+    pipeline: Pipeline
+    rewards: Sequence[NamedReward]
+    pool: Pool
+    settings: FittedSettings
+    keep_samples: bool
+
+    def __call__(
+        self,
+        recipe: Recipe,
+        steps: Sequence[int],
+        prompts: Sequence[Prompt],
+        name: str,
+        share: RankShare = ALL_RANKS,
+        progress: Progress = SILENT,
+        members: Sequence[Member | None] | None = None,
+    ) -> Iterator[SampledBatch]:
+        """Yield this rank's batches of a round that are not empty; the arguments are those of ``Sampler``."""
+        size, groups = self.settings.group_size, self.pool.groups()
+        rows = [
+            row
+            for place, prompt in enumerate(prompts)
+            for row in drawn_group(groups[prompt.text], size, f"{name}/{place}")
+        ]
+        place = torch.arange(len(prompts)).repeat_interleave(size)
+        seeds = tuple(derived_seed(name, "pool", number) for number in range(len(rows)))
+        inputs = RolloutInputs(self.pipeline.encode([prompt.text for prompt in prompts]), place, seeds, seeds)
+        sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
+        batches, drawn = inputs.split(sizes), torch.split(torch.tensor(rows), list(sizes))
+        with progress.phase("reading", len(rows)) as advance:
+            for number in share.indices(len(sizes)):
+                if not len(drawn[number]):
+                    continue
+                yield self._batch(recipe, batches[number], drawn[number].tolist(), prompts)
+                advance(len(drawn[number]) * share.world_size)
+
+    @torch.no_grad()
+    def _batch(
+        self, recipe: Recipe, inputs: RolloutInputs, rows: Sequence[int], prompts: Sequence[Prompt]
+    ) -> SampledBatch:
+        """Read, and where it is needed decode and score, some samples."""
+        device = next(self.pipeline.denoiser.parameters()).device
+        final = self.pool.read(rows).to(device)
+        none = final.new_empty(len(final), 0, *final.shape[1:])
+        columns, decoded = list[Tensor](), None
+        texts = [prompts[place] for place in inputs.prompt.tolist()]
+        missing = [reward for reward in self.rewards if reward.name not in self.pool.info.scores]
+        if missing or recipe.features or self.keep_samples:
+            decoded = blank_nonfinite(self.pipeline.decode(final))
+        for reward in self.rewards:
+            if reward.name in self.pool.info.scores:
+                values = [self.pool.samples[row].scores.get(reward.name, torch.nan) for row in rows]
+                columns.append(torch.tensor(values, dtype=torch.float32))
+            else:
+                assert decoded is not None, "samples are decoded for a reward without a column"
+                columns.append(score([reward], decoded, texts)[:, 0])
+        features = None
+        if recipe.features:
+            assert decoded is not None, "samples are decoded for features"
+            features = recipe.features(decoded).float().cpu()
+        rollout = Rollout(inputs, (), none, none, final)
+        samples = decoded if self.keep_samples else None
+        return SampledBatch(rollout, samples, torch.stack(columns, dim=1), None, features)
+
+
+def pool_of(folder: str, pipeline: Pipeline, group_size: int) -> Pool:
+    """Open a pool for a model, with the groups that have enough samples. Raises ValueError for another model's."""
+    if not isinstance(pipeline, EncodesSamples):
+        raise ValueError(f"{type(pipeline).__name__} names no autoencoder, to which a pool's latents would belong")
+    pool = Pool.load(Path(folder))
+    pool.require(pipeline.autoencoder, pipeline.latent_shape)
+    return pool.with_groups_of(group_size)
+
+
+def require_offline(recipe: Recipe, steps: Sequence[int]) -> None:
+    """Raise ValueError for a recipe that needs more of its samples than what a pool has."""
+    if steps or recipe.completion:
+        raise ValueError(
+            "this recipe learns from the steps of its own samples, which a pool has not: choose one that learns from"
+            " final samples, such as dpo, sft, gdro or dragon"
+        )
+    if recipe.lag or recipe.redraw:
+        raise ValueError(
+            "this recipe decides how its own samples are drawn (a lag, or others in place of groups without spread),"
+            " which a pool has been: choose one such as dpo, sft, gdro or dragon"
+        )

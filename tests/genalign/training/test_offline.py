@@ -1,0 +1,174 @@
+"""Learning from a pool: what it holds, which groups a round takes, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.algorithms.preference_recipes import dpo, sft
+from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.recipes import dense_grpo, dragon, dragon_set, flow_grpo, nft
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
+from genalign.metrics.vendi import vendi_score
+from genalign.scoring.budget import reward_call
+from genalign.scoring.score import NamedReward
+from genalign.scoring.score_log import ScoreLog
+from genalign.training.dry_run import ToyPipeline, dry_run
+from genalign.training.offline import recorded
+from genalign.training.pools import INFO, Pool, PoolInfo, PoolSample, drawn_group, part_files, write_part
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
+from genalign.types import Prompt, PromptSet
+from pipelines import SD3
+from tests.genalign.training.toy_runs import Session, channels, redness, require_same_checkpoints
+
+SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
+
+
+def _pool(tiny: SD3, folder: Path, groups: int = 3, size: int = 4) -> Path:
+    """Write a pool of random latents in parts of five, scored at random; the second score has a gap."""
+    generator = torch.Generator().manual_seed(0)
+    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("human", "other"), {"by": "a test"}).write(folder)
+    samples = [
+        PoolSample(Prompt(f"{group} circles", {"tag": "counting"}), {"human": float(number), "other": math.nan})
+        for group in range(groups)
+        for number in range(size)
+    ]
+    for part, first in enumerate(range(0, len(samples), 5)):
+        own = samples[first : first + 5]
+        write_part(folder, part, torch.randn(len(own), *tiny.latent_shape, generator=generator), own)
+    return folder
+
+
+def _settings(folder: Path, **changes: object) -> TrainerSettings:
+    sizes = TrainerSettings(
+        rounds=2, prompts_per_round=2, group_size=3, batch_size=6, updates_per_round=1, learning_rate=1e-2
+    )
+    return replace(sizes, data=str(folder), **changes)  # type: ignore[arg-type]
+
+
+def _trainer(
+    tiny: SD3,
+    folder: Path,
+    recipe: Recipe,
+    rewards: list[NamedReward] | None = None,
+    settings: TrainerSettings | None = None,
+) -> Trainer:
+    policy = Policy(tiny.denoiser, Lora(rank=2), seed=0)
+    rewards = rewards or [NamedReward("human", recorded)]
+    prompts = Pool.load(folder).prompts
+    return Trainer(tiny, policy, rewards, prompts, recipe, settings or _settings(folder), SAMPLING)
+
+
+def test_a_pool_is_read_as_it_was_written(tiny: SD3, tmp_path: Path) -> None:
+    pool = Pool.load(_pool(tiny, tmp_path / "pool"))
+    assert len(pool.samples) == 12 and pool.prompts.name == "pool"
+    assert [prompt.text for prompt in pool.prompts.prompts] == ["0 circles", "1 circles", "2 circles"]
+    assert pool.prompts.prompts[0].metadata == {"tag": "counting"} and pool.samples[3].scores["human"] == 3
+    assert math.isnan(pool.samples[3].scores["other"])
+    rows = [11, 0, 6, 4]
+    both = torch.cat([pool.read([row]) for row in rows])
+    torch.testing.assert_close(pool.read(rows), both)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(5, *tiny.latent_shape, generator=generator).half().float()
+    torch.testing.assert_close(pool.read(range(5)), first)
+
+
+def test_groups_of_a_prompt_stay_apart_and_are_drawn_without_replacement(tiny: SD3, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("human",), {}).write(folder)
+    samples = [PoolSample(Prompt("a"), {"human": 1.0}, group=str(number // 2)) for number in range(6)]
+    samples.append(PoolSample(Prompt("b"), {"human": 1.0}))
+    write_part(folder, 0, torch.zeros(7, *tiny.latent_shape), samples)
+    pool = Pool.load(folder)
+    assert pool.groups() == {"a": [[0, 1], [2, 3], [4, 5]], "b": [[6]]}
+    pairs = {tuple(sorted(drawn_group(pool.groups()["a"], 2, f"seed/{number}"))) for number in range(30)}
+    assert pairs == {(0, 1), (2, 3), (4, 5)}
+    kept = pool.with_groups_of(2)
+    assert [sample.prompt.text for sample in kept.samples] == ["a"] * 6
+    with pytest.raises(ValueError, match=r"no group of .*pool has 3 samples: lower training.group_size"):
+        pool.with_groups_of(3)
+
+
+def test_a_run_learns_from_the_scores_of_the_pool_without_sampling(tiny: SD3, tmp_path: Path) -> None:
+    trainer = _trainer(tiny, _pool(tiny, tmp_path), sft(draws=1))
+    first, second = trainer.rounds()
+    assert second.calls["nfe"] > 0 and "decode" not in second.calls
+    assert first.rewards.keys() == {"human"} and 0 < first.reward < 3
+    assert first.samples == 6 and trainer.policy.updates == 2
+
+
+def test_other_rewards_score_the_decoded_samples(tiny: SD3, tmp_path: Path) -> None:
+    rewards = [NamedReward("human", recorded, 0.0), NamedReward("red", redness)]
+    (result,) = _trainer(tiny, _pool(tiny, tmp_path), dragon(draws=1), rewards, _settings(tmp_path, rounds=1)).rounds()
+    assert result.calls["decode"] == 6 and result.calls[reward_call("red")] == 6
+    assert reward_call("human") not in result.calls
+
+
+def test_features_are_those_of_the_decoded_samples(tiny: SD3, tmp_path: Path) -> None:
+    settings = _settings(_pool(tiny, tmp_path), rounds=1)
+    (result,) = _trainer(tiny, tmp_path, dragon_set(vendi_score, channels), settings=settings).rounds()
+    assert result.calls["decode"] == 6
+
+
+def test_a_resumed_run_takes_the_same_samples(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = _pool(SD3.load(tiny_folder), tmp_path / "pool")
+
+    def session(name: str) -> Session:
+        return Session(tmp_path / name, _trainer(SD3.load(tiny_folder), folder, dpo(draws=1)), ScoreLog())
+
+    rows = session("whole").go(until=2)
+    session("broken").go(until=1)
+    resumed = session("broken")
+    resumed.resume()
+    assert resumed.go(until=2) == rows[1:]
+    require_same_checkpoints(*(tmp_path / name / "round-000002" for name in ("whole", "broken")))
+
+
+def test_a_dry_run_counts_no_sampling(tiny: SD3, tmp_path: Path) -> None:
+    settings = _settings(_pool(tiny, tmp_path))
+    rewards, recipe = [NamedReward("human", recorded)], sft(draws=2)
+    toy = ToyPipeline.like(tiny, SAMPLING)
+    planned = dry_run(toy, rewards, Pool.load(tmp_path).prompts, recipe, settings, 1.0)
+    trainer = _trainer(tiny, tmp_path, recipe, settings=settings)
+    calls = [dict(trainer.ledger.counts) for _ in trainer.rounds()]
+    assert dict(planned.total.counts) == calls[-1]
+
+
+@pytest.mark.parametrize("recipe", [flow_grpo(window=1), dense_grpo(window=1), nft()], ids=["steps", "dense", "lag"])
+def test_recipes_that_need_their_own_samples_are_refused(tiny: SD3, tmp_path: Path, recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match=r"which a pool has not: choose one|which a pool has been: choose one"):
+        _trainer(tiny, _pool(tiny, tmp_path), recipe)
+
+
+def test_pools_of_others_are_refused(tiny: SD3, tmp_path: Path) -> None:
+    folder = _pool(tiny, tmp_path / "pool")
+    pool = Pool.load(folder)
+    with pytest.raises(ValueError, match=r"latents of another autoencoder .*: collect a pool with this model"):
+        pool.require("another", tiny.latent_shape)
+    with pytest.raises(ValueError, match=r"latents of \d+x\d+x\d+, and the model samples 4x8x8: set its size alike"):
+        pool.require(tiny.autoencoder, (4, 8, 8))
+    with pytest.raises(ValueError, match=r"no samples of the prompts of others: name the pool as prompts, too"):
+        pool.restricted(PromptSet("others", (Prompt("a ring"),)))
+    with pytest.raises(FileNotFoundError, match=r"is no pool: it has no pool.json; make one with genalign collect"):
+        Pool.load(tmp_path)
+    with pytest.raises(ValueError, match=r"genalign.recorded is a column of a pool"):
+        recorded(Tensor(), [])
+    tensors, lines = part_files(folder, 1)
+    lines.write_text(lines.read_text() + lines.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"part-00001.safetensors holds latents of .*: collect the pool again"):
+        Pool.load(folder)
+    tensors.unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*part-00001.safetensors"):
+        Pool.load(folder)
+    info = json.loads((folder / INFO).read_text())
+    (folder / INFO).write_text(json.dumps(info | {"format": 9}))
+    with pytest.raises(ValueError, match=r"has the format 9, and this version reads 1"):
+        Pool.load(folder)
