@@ -103,7 +103,9 @@ def drtune(
     early_stop: float = 0.4,
     ascent: Ascent = _PLAIN,
 ) -> Recipe:
-    """DRTune: equally spaced steps with detached inputs, up to a step drawn from the last ones, whose estimate counts.
+    """DRTune (arXiv 2405.00760): equally spaced steps with detached inputs, up to a step drawn from the last ones.
+
+    What the last of them implies as the clean latent is what is scored.
 
     Args:
         active: The number of steps that carry a gradient.

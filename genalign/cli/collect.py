@@ -24,8 +24,9 @@ from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE
 from genalign.runtime.progress import Progress
-from genalign.scoring.score import NamedReward, score
+from genalign.scoring.score import NamedReward
 from genalign.training.pools import INFO, PoolInfo, PoolSample, part_files, write_part
+from genalign.training.sampler import score_finite
 from genalign.types import Prompt
 
 PREFERENCE = "preference"
@@ -87,7 +88,7 @@ class Collect:
 
 
 def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign collect``."""
+    """Run ``genalign collect``: write the parts of the pool that are missing, and print its folder."""
     settings, plain = parsing.parse(Collect, arguments, "collect")
     output, share = Path(settings.output), rank_share()
     progress, rewards = Progress(share.rank == 0), named_rewards(settings.rewards)
@@ -96,7 +97,7 @@ def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
     names = tuple(reward.name for reward in rewards)
     if settings.preferences is not None:
         names = (PREFERENCE, *names)
-    made_by = {name: value for name, value in plain.items() if name not in ("output",)}
+    made_by = {name: value for name, value in plain.items() if name != "output"}
     info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, made_by)
     _begin(output, info)
     parts, count = _parts(pipeline, settings, rewards)
@@ -162,7 +163,7 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 def _generated(
     pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward], jobs: Sequence[tuple[Prompt, int]]
 ) -> tuple[Tensor, list[PoolSample]]:
-    """Sample and score a part."""
+    """Sample a part by the ODE, one seed for each prompt and number; decode and score it."""
     prompts = [prompt for prompt, _ in jobs]
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
     rows = torch.tensor([texts.index(prompt.text) for prompt in prompts])
@@ -201,8 +202,8 @@ def fitted(sample: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _scored(samples: Tensor, prompts: Sequence[Prompt], rewards: Sequence[NamedReward]) -> list[PoolSample]:
-    """Score samples (n, ...) by every reward."""
-    table = score(rewards, samples, prompts).tolist() if rewards else [[] for _ in prompts]
+    """Score samples (n, ...) by every reward; NaN for samples that are not finite."""
+    table = score_finite(rewards, samples, prompts).tolist() if rewards else [[] for _ in prompts]
     names = [reward.name for reward in rewards]
     return [
         PoolSample(prompt, dict(zip(names, scores, strict=True))) for prompt, scores in zip(prompts, table, strict=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -22,6 +23,7 @@ from genalign.evaluation.report.front_page import FrontPoint, write_front
 from genalign.runtime.files import apply_umask, write_json
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+RECORD = "soup.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Soup:
 
 
 def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign soup``."""
+    """Run ``genalign soup``: write one mixture, or evaluate several and draw their front."""
     settings, _ = parsing.parse(Soup, arguments, "soup")
     output, sources = Path(settings.output), [Path(adapter) for adapter in settings.adapters]
     _require_one_base(sources)
@@ -77,7 +79,7 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
     for number in range(settings.points):
         share = number / (settings.points - 1)
         folder = output / f"share-{share:.3f}"
-        if not (folder / "lora" / "soup.json").is_file():
+        if not _is_written(folder / "lora", settings.adapters, [1 - share, share], settings.rank):
             _write(folder / "lora", adapters, settings.adapters, [1 - share, share], settings.rank)
         where = ["--lora", str(folder / "lora"), "--output", str(folder / "evaluation")]
         if status := prompts_command(context, ["--config", str(settings.evaluate), *where]):
@@ -86,6 +88,20 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
     write_json(output / "front.json", [point.as_dict() for point in points])
     print(f"front: {write_front(output / 'front.html', points, [source.name for source in sources])}")
     return 0
+
+
+def _is_written(folder: Path, names: Sequence[str], weights: Sequence[float], rank: int | None) -> bool:
+    """Whether a folder holds this mixture. Raises ValueError if it holds another."""
+    if not (folder / RECORD).is_file():
+        return False
+    if json.loads((folder / RECORD).read_text()) != _record(names, weights, rank):
+        raise ValueError(f"{folder} holds another mixture, see its {RECORD}: choose another output, or remove it")
+    return True
+
+
+def _record(names: Sequence[str], weights: Sequence[float], rank: int | None) -> dict[str, Any]:
+    """What a mixture is of, as its folder says."""
+    return {"adapters": list(names), "weights": list(weights), "cut_to_rank": rank}
 
 
 def _weights_of(source: Path) -> Path:
@@ -121,7 +137,7 @@ def _write(
     save_file(tensors, output / DIFFUSERS_WEIGHTS, metadata={"format": "pt", "lora_adapter_metadata": header})
     sort_metadata(output / DIFFUSERS_WEIGHTS)
     apply_umask(output)
-    write_json(output / "soup.json", {"adapters": list(names), "weights": list(weights), "rank": common})
+    write_json(output / RECORD, _record(names, weights, rank))
 
 
 def _factors(adapter: TrainedAdapter) -> dict[str, Factors]:

@@ -12,12 +12,12 @@ from torch import Tensor
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import Rollout, RolloutInputs
+from genalign.diffusion.rollout import Rollout, RolloutInputs, rows_are_finite
 from genalign.runtime.distributed import ALL_RANKS, RankShare
 from genalign.runtime.progress import SILENT, Progress
-from genalign.scoring.score import NamedReward, score
+from genalign.scoring.score import NamedReward
 from genalign.training.pools import Pool, drawn_group
-from genalign.training.sampler import SampledBatch, blank_nonfinite
+from genalign.training.sampler import SampledBatch, blank_nonfinite, score_finite
 from genalign.training.settings import FittedSettings
 from genalign.types import EncodesSamples, Pipeline, Prompt
 
@@ -76,29 +76,32 @@ class OfflineSampler:
     def _batch(
         self, recipe: Recipe, inputs: RolloutInputs, rows: Sequence[int], prompts: Sequence[Prompt]
     ) -> SampledBatch:
-        """Read, and where it is needed decode and score, some samples."""
+        """Read, and where it is needed decode and score, some samples; one that is not finite has no score."""
         device = next(self.pipeline.denoiser.parameters()).device
-        final = self.pool.read(rows).to(device)
+        latents = self.pool.read(rows).to(device)
+        final, finite = blank_nonfinite(latents), rows_are_finite(latents).cpu()
         none = final.new_empty(len(final), 0, *final.shape[1:])
         columns, decoded = list[Tensor](), None
         texts = [prompts[place] for place in inputs.prompt.tolist()]
         missing = [reward for reward in self.rewards if reward.name not in self.pool.info.scores]
         if missing or recipe.features or self.keep_samples:
-            decoded = blank_nonfinite(self.pipeline.decode(final))
+            decoded = self.pipeline.decode(final)
         for reward in self.rewards:
             if reward.name in self.pool.info.scores:
                 values = [self.pool.samples[row].scores.get(reward.name, torch.nan) for row in rows]
                 columns.append(torch.tensor(values, dtype=torch.float32))
             else:
                 assert decoded is not None, "samples are decoded for a reward without a column"
-                columns.append(score([reward], decoded, texts)[:, 0])
+                columns.append(score_finite([reward], decoded, texts)[:, 0])
         features = None
         if recipe.features:
             assert decoded is not None, "samples are decoded for features"
-            features = recipe.features(decoded).float().cpu()
+            features = recipe.features(blank_nonfinite(decoded)).float().cpu()
         rollout = Rollout(inputs, (), none, none, final)
-        samples = decoded if self.keep_samples else None
-        return SampledBatch(rollout, samples, torch.stack(columns, dim=1), None, features)
+        samples = blank_nonfinite(decoded) if self.keep_samples and decoded is not None else None
+        scores = torch.stack(columns, dim=1)
+        scores[~finite] = torch.nan
+        return SampledBatch(rollout, samples, scores, None, features)
 
 
 def pool_of(folder: str, pipeline: Pipeline, group_size: int) -> Pool:

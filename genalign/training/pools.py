@@ -43,7 +43,7 @@ class PoolInfo:
     made_by: Mapping[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write pool.json."""
+        """Write pool.json, with the version of the format."""
         write_json(folder / INFO, {"format": FORMAT, **vars(self)})
 
     @classmethod

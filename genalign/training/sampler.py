@@ -168,21 +168,22 @@ class Sampler:
         """Score the final samples of a batch, and the ``completions`` (B, ...) of its stored steps."""
         decoded = self._decode(trajectories.final)
         finite = rows_are_finite(trajectories.final) & rows_are_finite(decoded)
-        samples, scores = blank_nonfinite(decoded), self._scores(decoded, prompts)
+        samples, scores = blank_nonfinite(decoded), score_finite(self.rewards, decoded, prompts)
         scores[~finite.cpu()] = torch.nan
         features = recipe.features(samples).float().cpu() if recipe.features else None
-        columns = [self._scores(self._decode(x0), prompts) for x0 in completions]
+        columns = [score_finite(self.rewards, self._decode(x0), prompts) for x0 in completions]
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         replayable = trajectories if finite.all() else trajectories.zero_rows(~finite)
         if self.settings.offload_rollouts:
             replayable = replayable.on_cpu()
         return SampledBatch(replayable, samples if self.keep_samples else None, scores, stepwise, features)
 
-    def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score decoded samples (B, ...); scores (B, K) are NaN for samples that are not finite."""
-        scores = score(self.rewards, blank_nonfinite(decoded), prompts)
-        scores[~rows_are_finite(decoded).cpu()] = torch.nan
-        return scores
+
+def score_finite(rewards: Sequence[NamedReward], decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Score decoded samples (B, ...); scores (B, K) are NaN for samples that are not finite."""
+    scores = score(rewards, blank_nonfinite(decoded), prompts)
+    scores[~rows_are_finite(decoded).cpu()] = torch.nan
+    return scores
 
 
 def blank_nonfinite(decoded: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_a_mixture_is_an_adapter_like_any_other(tiny_folder: Path, adapters: lis
 
 
 def test_a_front_evaluates_the_mixtures_of_two_adapters(
-    tiny_folder: Path, adapters: list[Path], tmp_path: Path
+    tiny_folder: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a circle\ntwo squares\n")
     config = {
@@ -85,6 +85,11 @@ def test_a_front_evaluates_the_mixtures_of_two_adapters(
     page = (output / "front.html").read_text()
     assert "3 mixtures of rank-1 and rank-3" in page and "small against size" in page
     torch.testing.assert_close(_changes(output / "share-0.000" / "lora"), _changes(adapters[0]), check_dtype=False)
+    assert main(["soup", *arguments, "--evaluate", str(tmp_path / "evaluation.yaml")]) == 0  # nothing is left to do
+    assert json.loads((output / "front.json").read_text()) == front
+    arguments[1] = json.dumps([*map(str, reversed(adapters))])
+    assert main(["soup", *arguments, "--evaluate", str(tmp_path / "evaluation.yaml")]) == 2
+    assert "share-0.000/lora holds another mixture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

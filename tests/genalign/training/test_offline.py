@@ -105,6 +105,19 @@ def test_a_run_learns_from_the_scores_of_the_pool_without_sampling(tiny: SD3, tm
     assert first.samples == 6 and trainer.policy.updates == 2
 
 
+def test_latents_that_are_not_finite_cost_their_own_score_only(tiny: SD3, tmp_path: Path) -> None:
+    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("human",), {}).write(tmp_path)
+    latents = torch.ones(3, *tiny.latent_shape)
+    latents[1, 0, 0, 0] = torch.nan
+    write_part(tmp_path, 0, latents, [PoolSample(Prompt("a"), {"human": float(number)}) for number in range(3)])
+    settings = replace(_settings(tmp_path, rounds=1), prompts_per_round=1, batch_size=3, max_failed_fraction=0.5)
+    rewards = [NamedReward("human", recorded), NamedReward("red", redness)]
+    trainer = _trainer(tiny, tmp_path, sft(draws=1), rewards, settings)
+    (result,) = trainer.rounds()
+    assert result.failed_rewards == 2 and trainer.policy.updates == 1 and result.skipped_updates == 0
+    assert result.reward == pytest.approx(1 + result.rewards["red"])  # of samples 0 and 2
+
+
 def test_other_rewards_score_the_decoded_samples(tiny: SD3, tmp_path: Path) -> None:
     rewards = [NamedReward("human", recorded, 0.0), NamedReward("red", redness)]
     (result,) = _trainer(tiny, _pool(tiny, tmp_path), dragon(draws=1), rewards, _settings(tmp_path, rounds=1)).rounds()
