@@ -134,12 +134,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "nft": lambda: nft(lag=Lag(slope=0.0)),
     "awm": awm,
     "crd": crd,
-    "dgpo": lambda: dgpo(beta=1000.0, clip_range=1e-1),
+    "dgpo": lambda: dgpo(clip_range=1e-1),
     "dp2o_sr": lambda: dp2o_sr(count=2),
     "dpo": dpo,
-    "gdro": lambda: gdro(sft=0.1),
-    "kto": lambda: kto(threshold=0.65),
-    "rwr": lambda: rwr(temperature=0.01),
+    "gdro": lambda: gdro(beta=10.0, temperature=0.002),  # half the spread of the rewards
+    "kto": lambda: kto(threshold=0.98),
+    "rwr": lambda: rwr(temperature=0.002),
     "sft": lambda: sft(count=2),
     **PATHWISE,
 }
