@@ -11,7 +11,7 @@ from genalign.evaluation.benchmarks.benchmark import Judges
 from genalign.evaluation.geneval.judge import Judge
 from genalign.types import AnyCallable
 
-LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+TEN_STEPS = (1.0, 0.9643, 0.9231, 0.875, 0.8182, 0.75, 0.6667, 0.5625, 0.4286, 0.25)  # of shapes-sd3: even steps, shifted by 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class EvaluateShapes(EvaluatePrompts):
 
     model: Model = field(default_factory=lambda: Model("shapes-sd3"))
     prompts: str = "shapes:comp"
-    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
+    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=TEN_STEPS))
     seeds: int = 3
     samples_per_task: int = 96
     batch_size: int = 96

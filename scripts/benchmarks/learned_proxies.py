@@ -26,7 +26,8 @@ from rewards.regressor import Regressor, RegressorReward
 from rewards.shapes import ShapesReward
 
 COUNT, IMAGES, STEPS = 4, 512, 400  # heads, base images of each, and steps of Adam
-GRID = Sampling(8, [1 - step / 8 for step in range(8)])  # as in training
+EVEN = [1 - step / 8 for step in range(8)]
+GRID = Sampling(8, [3 * sigma / (1 + 2 * sigma) for sigma in EVEN])  # as in training
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_toke
 from scripts.pretrain.t5 import build_t5, hide_words
 
 HEAD = 64
+SHIFT = 3.0  # of the noise levels of sampling, as in Stable Diffusion 3: ten steps draw better than even ones
 
 
 def build_vae() -> AutoencoderKL:
@@ -120,7 +121,7 @@ def assemble(model: ShapesTextToImage, vae: AutoencoderKL, output: Path) -> None
     model.transformer.register_to_config(_guidance_scale=1.0)  # genalign's default for it
     pipeline = StableDiffusion3Pipeline(
         transformer=model.transformer.half(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae.half(),
         text_encoder=model.text_encoder,
         tokenizer=model.clip_tokenizer,
