@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import (
     Distance,
+    ObjectiveTraits,
     RoundScores,
     TermCounts,
     TermScales,
@@ -151,6 +152,7 @@ class PathwiseObjective:
     unit: ClassVar[Unit] = "sample"
     clip_range: ClassVar[float | None] = None
     distance_target: ClassVar[float] = 1e-3  # of predictions
+    traits: ClassVar[ObjectiveTraits] = ObjectiveTraits(through_sampler=True, reward_gradients=True)
     tail: Tail
     ascent: Ascent = Ascent()
     further: Sequence[LatentDirection] = ()
@@ -207,7 +209,7 @@ class PathwiseObjective:
         counted = (scales.losses * ends.weights * batch.credit[ends.rows]).to(latents.dtype)
         cotangent = -counted.to(latents.device, non_blocking=True).view(shape) * total
         tensors, gradients = [ends.x0], [cotangent]
-        if self.ascent.anchor or not context.metrics.sizes.get("kl"):  # logged of one part of a round at least
+        if self.ascent.anchor or not context.metrics.measures("kl"):  # logged of one part of a round at least
             distance = self._distance(context, ends)
             context.metrics.add("kl", distance)
         if self.ascent.anchor:

@@ -31,9 +31,9 @@ from genalign.algorithms.interfaces import (
     UpdateBatch,
     UpdateContext,
     half_micro_batch,
+    traits_of,
     with_stronger_kl,
 )
-from genalign.algorithms.pathwise import PathwiseObjective
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
@@ -102,7 +102,7 @@ class Trainer:
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
-        if isinstance(recipe.objective, PathwiseObjective):
+        if traits_of(recipe.objective).through_sampler:
             _require_current_samples(recipe, settings, policy)
         if policy.sharded:
             _require_equal_work(recipe, settings, self.batch_sizes, self.processes.world_size)
@@ -440,7 +440,7 @@ class Trainer:
             # The losses are scaled by the number of terms with credit by any reward, without the distances
             credited = [replace(batch, by_reward=cast(Tensor, batch.by_reward).abs()) for batch in batches.values()]
             counts = self._counts(batch.weighted(ones.sum(0)) for batch in credited)
-            scales = replace(TermScales.of_means(counts, self.loss_scale.value), distances=0.0)
+            scales = TermScales.of_means(counts, self.loss_scale.value).without_distances()
             for one in ones:
                 unlogged = MetricSums(sizes={"kl": 1})  # the distance counts as measured: the update itself does so
                 alone = [batch.weighted(one) for batch in batches.values()]
@@ -459,7 +459,7 @@ class Trainer:
     def _counts(self, batches: Iterable[UpdateBatch]) -> TermCounts:
         """Count the terms of an update's two means, over all ranks."""
         own = sum((self.recipe.objective.terms(batch) for batch in batches), TermCounts(0, 0))
-        return sum((TermCounts(**part) for part in self.processes.all_gather_object(vars(own))), TermCounts(0, 0))
+        return sum(map(TermCounts.from_list, self.processes.all_gather_object(own.as_list())), TermCounts(0, 0))
 
     def _accumulate(
         self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int], scales: TermScales
