@@ -352,13 +352,15 @@ class ObjectiveTraits:
         through_sampler: Whether its gradient runs through the sampler that made the samples. These must then be the
             current policy's, and the graph of one sample may span all of its stored steps.
         reward_gradients: Whether it differentiates the rewards that count.
-        distilled_guidance: The scale of classifier-free guidance that it distills into the policy, which then samples
-            without; None for none.
+        student_guidance: The scale of classifier-free guidance that the policy learns to have in its weights, as a
+            few-step student of a guided teacher: it samples at guidance 1. None for none.
+        needs_spread: Whether it learns from differences of scores alone, and nothing where they are all equal.
     """
 
     through_sampler: bool = False
     reward_gradients: bool = False
-    distilled_guidance: float | None = None
+    student_guidance: float | None = None
+    needs_spread: bool = True
 
 
 @runtime_checkable

@@ -63,11 +63,12 @@ class SumObjective:
     @property
     def traits(self) -> ObjectiveTraits:
         own = [traits_of(part.objective) for part in self.parts]
-        guidance = [one.distilled_guidance for one in own if one.distilled_guidance is not None]
+        guidance = [one.student_guidance for one in own if one.student_guidance is not None]
         return ObjectiveTraits(
             any(one.through_sampler for one in own),
             any(one.reward_gradients for one in own),
             guidance[0] if guidance else None,
+            all(one.needs_spread for one in own),
         )
 
     @property

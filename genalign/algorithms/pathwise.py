@@ -26,9 +26,8 @@ from genalign.algorithms.interfaces import (
     UpdateContext,
 )
 from genalign.algorithms.losses import mean_square, require_per_sample
-from genalign.algorithms.matching import noised_samples
+from genalign.algorithms.matching import noised_distance
 from genalign.algorithms.reward_gradient import LatentGradient, latent_gradient
-from genalign.diffusion.noise import derived_seed
 from genalign.types import Conditioning, NoiseLevel, Prompt
 
 
@@ -168,16 +167,7 @@ class PathwiseObjective:
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
         """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
-        u = torch.tensor([own / 2**63 for own in seeds], dtype=torch.float64)
-        noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
-
-        @torch.no_grad()
-        def predictions() -> Tensor:
-            return noised.predict(context.pipeline)
-
-        before = predictions()
-        return lambda: mean_square(predictions(), before)
+        return noised_distance(context, batch, seed)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Run the tail for the samples with credit, and accumulate their gradients.

@@ -61,6 +61,7 @@ from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import FittedSettings, TrainerSettings, optimizer_class
+from genalign.training.students import rollout_guidance
 from genalign.training.trailing_weights import TrailingWeights
 from genalign.training.trust_region import RateController, RoundLimit
 from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
@@ -110,7 +111,8 @@ class Trainer:
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
         self.grid = sampling.grid(pipeline)
-        self.guidance, self.elsewhere = sampling.guidance_scale(pipeline), sampling.kernel_on(self.grid)
+        self.guidance = rollout_guidance(pipeline, sampling, recipe.objective)
+        self.elsewhere = sampling.kernel_on(self.grid)
         if settings.deterministic:
             require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
@@ -239,7 +241,7 @@ class Trainer:
         """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""
         if self.samples == 0:
             self.monitor.compare(self.rewards, scores.scores)
-        self.monitor.see(scores.scores, silent)
+        self.monitor.see(scores.scores, silent and traits_of(self.recipe.objective).needs_spread)
 
     def _redrawn(
         self,
