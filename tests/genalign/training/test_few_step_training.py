@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genalign.algorithms.few_step_recipes import consistency, distribution_matching, reward_instruct, rg_lcd
 from genalign.algorithms.pathwise import Ascent
@@ -25,22 +25,11 @@ from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
+from tests.genalign.ranks import Channels
 from tests.genalign.training.toy_runs import PROMPTS, SETTINGS, Session, redness, require_same_checkpoints, weights
 
 TWO_STEPS = Sampling(2, (1.0, 0.5), kernel=CPS(1.0))
 ONCE = replace(SETTINGS, updates_per_round=1, batch_size=8, micro_batch=4)
-
-
-class Channels(nn.Module):
-    """A proxy: a weighted sum of a latent's channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(0.01 * torch.randn(16))
-
-    def forward(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        scores: Tensor = latents.flatten(2).mean(2) @ self.weight[: latents.shape[1]]
-        return scores
 
 
 def hard_redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -113,7 +102,7 @@ def test_metrics_of_parts_and_companions_are_logged(tiny_folder: Path) -> None:
     expected = result.metrics["consistency/loss"] + result.metrics["reward/loss"]
     assert result.loss == pytest.approx(expected, rel=1e-5) and result.grad_norm > 0
     (other, *_) = _trainer(SD3.load(tiny_folder, height=32, width=32), RECIPES["distribution_matching"]()).rounds()
-    assert other.metrics["companion/error"] > 0 and other.loss == 0.0  # the fake score has not learnt before
+    assert other.metrics["companion/error"] > 0 and other.loss > 0
 
 
 def test_rewards_without_spread_do_not_end_a_distillation(tiny_folder: Path) -> None:
@@ -143,16 +132,17 @@ def test_students_are_distilled_from_a_pool(tiny: SD3, tmp_path: Path) -> None:
 def test_what_a_student_costs() -> None:
     """Consistency: one NFE with a gradient, one of the target, and one of the teacher, or two with guidance."""
 
-    def calls(recipe: Recipe) -> int:
-        settings = TrainerSettings(rounds=1, prompts_per_round=2, group_size=2, batch_size=4, updates_per_round=1)
+    def calls(recipe: Recipe) -> float:
+        sizes = {"prompts_per_round": 2, "group_size": 2, "batch_size": 4, "updates_per_round": 1}
+        settings = TrainerSettings(rounds=1, learning_rate=1e-3, **sizes)
         rewards, toy = [NamedReward("red", redness)], ToyPipeline.flow(2)
         counted = dry_run(toy, rewards, PROMPTS, recipe, settings, 1.0, CPS(1.0))
-        return counted.first.counts[NFE] // 4
+        return counted.first.counts[NFE] / 4
 
-    sampling, matching = 2, 5 * 1 + 1 + 2 + 1  # the fake score's updates; the estimate, fake and real score; the kl
+    sampling, matching = 2, 5 + 1 + 2  # the updates of the fake score, the estimate, and both scores
     assert calls(consistency(steps=4)) == sampling + 3
     assert calls(consistency(steps=4, guidance=2.0)) == sampling + 4
-    assert calls(distribution_matching()) == sampling + matching
+    assert 0 < calls(distribution_matching()) - sampling - matching < 1  # the kl of a part of the round
     assert calls(rg_lcd(proxy=Channels, steps=4)) == sampling + 2 + 3 + 2  # proxy, consistency, estimate and its kl
 
 
@@ -161,7 +151,7 @@ def test_sharded_networks_and_second_passes_are_refused(tiny: SD3, name: str) ->
     if name == "consistency":
         return
     policy, rewards = Policy(tiny.denoiser, Lora(rank=2), seed=0), [NamedReward("red", redness)]
-    with pytest.raises(ValueError, match="set training.epochs to 1"):
+    with pytest.raises(ValueError, match=r"set training\.epochs to 1"):
         Trainer(tiny, policy, rewards, PROMPTS, RECIPES[name](), replace(ONCE, epochs=2), TWO_STEPS)
     policy.sharded = True
     with pytest.raises(ValueError, match="FSDP"):
@@ -172,7 +162,7 @@ def test_a_student_samples_without_guidance(tiny: SD3) -> None:
     policy, rewards = Policy(tiny.denoiser, Lora(rank=2), seed=0), [NamedReward("red", redness)]
     for recipe in (consistency(guidance=3.0), distribution_matching(guidance=3.0)):
         guided = replace(TWO_STEPS, guidance=2.0)
-        with pytest.raises(ValueError, match="guidance 3 in its weights: set sampling.guidance to 1 or null, not 2"):
+        with pytest.raises(ValueError, match=r"guidance 3 in its weights: set sampling\.guidance to 1 or null, not 2"):
             Trainer(tiny, policy, rewards, PROMPTS, recipe, ONCE, guided)
     assert reward_instruct().objective.traits.student_guidance is None  # type: ignore[attr-defined]
     assert reward_instruct(ascent=Ascent()).companion is None
