@@ -21,6 +21,7 @@ from genalign.diffusion.lora import (
     multiply_in_input_dtype,
     save_peft,
     sort_metadata,
+    student_metadata,
 )
 from genalign.runtime.files import apply_umask, write_json
 from genalign.runtime.hub import HubAccess, is_hub_id
@@ -64,12 +65,15 @@ class Adapters:
         """Whether text encoders have adapters."""
         return bool(self._on_encoders)
 
-    def load(self, source: str | Path, hint: str = "") -> None:
+    def load(self, source: str | Path, hint: str = "") -> Mapping[str, str]:
         """Put on an adapter: a run's folder, a folder or file of diffusers, PEFT, kohya or ComfyUI, or a Hub id.
 
         Args:
             source: The adapter.
             hint: Ends the message where the file's entries do not fit the networks.
+
+        Returns:
+            What the file says of a few-step student, see ``student_metadata``.
 
         Raises:
             ValueError: An adapter of another base checkpoint, or a file with an entry that fits none of the networks.
@@ -96,6 +100,7 @@ class Adapters:
             layers = sum(entry.endswith("lora_A.weight") for entry in adapter.state)
             logger.info("the adapter %s is on %d layers of %s", path, layers, name)
         self._is_loaded = True
+        return student_metadata(path)
 
     def _diffusers_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert the names of another implementation's adapter to diffusers'."""
@@ -107,7 +112,9 @@ class Adapters:
         names, alphas = converted
         return {**names, **{name: torch.tensor(value) for name, value in (alphas or {}).items()}}
 
-    def save(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+    def save(
+        self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig, metadata: Mapping[str, str] = {}
+    ) -> None:
         """Write the denoiser's adapter as diffusers' ``load_lora_weights`` expects it, with rank and alpha.
 
         Adapters on text encoders, with which samples are generated, are written too. PEFT's format is written for a
@@ -118,6 +125,7 @@ class Adapters:
             directory: The folder.
             state: The tensors of the denoiser's adapter by PEFT's names.
             config: Its configuration.
+            metadata: Further entries of the file's header.
 
         Raises:
             ValueError: Adapters on text encoders in PEFT's format, which holds one network's adapter.
@@ -132,14 +140,14 @@ class Adapters:
                 layers[f"{name}_lora_layers"] = dict(tensors)
                 layers[f"{name}_lora_adapter_metadata"] = {k: sorted(v) if isinstance(v, set) else v for k, v in plain}
             type(self.pipe).save_lora_weights(directory, **layers)
-            sort_metadata(directory / DIFFUSERS_WEIGHTS)
+            sort_metadata(directory / DIFFUSERS_WEIGHTS, metadata)
             apply_umask(directory)
         elif self._on_encoders:
             raise ValueError(
                 "the adapter's layers of the text encoders cannot be saved in PEFT's format: train without them"
             )
         else:
-            save_peft(directory, state, config)
+            save_peft(directory, state, config, metadata)
         if self.base is not None:
             write_json(directory / _BASE_FILE, {"fingerprint": self.base})
 

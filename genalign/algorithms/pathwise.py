@@ -17,6 +17,8 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import (
     Distance,
+    HasTraits,
+    ObjectiveTraits,
     RoundScores,
     TermCounts,
     TermScales,
@@ -25,7 +27,7 @@ from genalign.algorithms.interfaces import (
     UpdateContext,
 )
 from genalign.algorithms.losses import mean_square, require_per_sample
-from genalign.algorithms.matching import noised_samples
+from genalign.algorithms.matching import noised_distance
 from genalign.algorithms.reward_gradient import LatentGradient, latent_gradient
 from genalign.diffusion.noise import derived_seed
 from genalign.types import Conditioning, NoiseLevel, Prompt
@@ -76,8 +78,13 @@ class Tail(Protocol):
 class LatentDirection(Protocol):
     """Where clean latents are moved."""
 
-    def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Return the direction (N, ...) of latents (N, ...), and add metrics to ``context.metrics``."""
+    def __call__(
+        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> Tensor:
+        """Return the direction (N, ...) of latents (N, ...), and add metrics to ``context.metrics``.
+
+        All noise is drawn from ``seeds`` (N), one for each sample.
+        """
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,9 @@ class Ascent:
     anchor: float = 0.0
     leash: float = 0.0
 
-    def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def __call__(
+        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> Tensor:
         """Return the gradient (N, ...) of the weighted sum of the run's rewards at latents (N, ...)."""
         rewards, size = [reward for reward in context.rewards if reward.weight], self.batch_size or len(latents)
         parts = [
@@ -146,6 +155,7 @@ class PathwiseObjective:
         tail: Where the sampler carries a gradient.
         ascent: How the endpoints are moved along the rewards' gradients, and what holds the policy back.
         further: Other directions, which are added.
+        toward: The direction in place of the rewards' gradients; None takes these.
     """
 
     unit: ClassVar[Unit] = "sample"
@@ -154,6 +164,12 @@ class PathwiseObjective:
     tail: Tail
     ascent: Ascent = Ascent()
     further: Sequence[LatentDirection] = ()
+    toward: LatentDirection | None = None
+
+    @property
+    def traits(self) -> ObjectiveTraits:
+        own = self.toward.traits if isinstance(self.toward, HasTraits) else ObjectiveTraits()
+        return replace(own, through_sampler=True, reward_gradients=self.toward is None or bool(self.further))
 
     def with_stronger_kl(self, minimum: float) -> PathwiseObjective:
         return replace(self, ascent=replace(self.ascent, anchor=max(2 * self.ascent.anchor, minimum)))
@@ -166,16 +182,7 @@ class PathwiseObjective:
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
         """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
-        u = torch.tensor([own / 2**63 for own in seeds], dtype=torch.float64)
-        noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
-
-        @torch.no_grad()
-        def predictions() -> Tensor:
-            return noised.predict(context.pipeline)
-
-        before = predictions()
-        return lambda: mean_square(predictions(), before)
+        return noised_distance(context, batch, seed)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Run the tail for the samples with credit, and accumulate their gradients.
@@ -190,24 +197,28 @@ class PathwiseObjective:
         if not len(rows):
             return
         for ends in self.tail(context, batch, rows, seed):
-            self._backward_from(context, batch, ends, scales)
+            self._backward_from(context, batch, ends, scales, seed)
         if self.ascent.leash:
             drift = context.policy.drift()
             context.metrics.add("drift", drift.reshape(1))
             torch.autograd.backward(self.ascent.leash * scales.losses * len(rows) * drift)
 
-    def _backward_from(self, context: UpdateContext, batch: UpdateBatch, ends: Endpoints, scales: TermScales) -> None:
+    def _backward_from(
+        self, context: UpdateContext, batch: UpdateBatch, ends: Endpoints, scales: TermScales, seed: int
+    ) -> None:
         """Accumulate the gradients of endpoints, one part of each sample's."""
         latents = ends.x0.detach()
         prompts = [context.prompts[place] for place in batch.group[ends.rows].tolist()]
-        total = sum(
-            (move(context, latents, prompts) for move in (self.ascent, *self.further)), torch.zeros_like(latents)
-        )
+        own = batch.rollout.inputs.noise_seeds
+        seeds = [derived_seed(seed, "direction", own[row]) for row in ends.rows.tolist()]
+        total = torch.zeros_like(latents)
+        for direction in (self.toward or self.ascent, *self.further):
+            total += direction(context, latents, prompts, seeds)
         shape = (-1, *[1] * (latents.ndim - 1))
         counted = (scales.losses * ends.weights * batch.credit[ends.rows]).to(latents.dtype)
         cotangent = -counted.to(latents.device, non_blocking=True).view(shape) * total
         tensors, gradients = [ends.x0], [cotangent]
-        if self.ascent.anchor or not context.metrics.sizes.get("kl"):  # logged of one part of a round at least
+        if self.ascent.anchor or not context.metrics.measures("kl"):  # logged of one part of a round at least
             distance = self._distance(context, ends)
             context.metrics.add("kl", distance)
         if self.ascent.anchor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.advantages import UnsuitableScoresError
+from genalign.algorithms.companions import LatentProxy
 from genalign.algorithms.credit import GroupRelative, SetContrast
 from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.algorithms.recipe import Recipe
@@ -21,6 +22,7 @@ from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
+from genalign.diffusion.transitions import Kernel
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
 from genalign.training.offline import OfflineSampler
@@ -80,6 +82,18 @@ class ToyPipeline:
         return latents
 
 
+class _MeanOfLatents(nn.Module):
+    """A proxy of any latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores: Tensor = self.scale * latents.flatten(1).mean(1)
+        return scores
+
+
 @dataclass(frozen=True)
 class _CreditOfToyScores:
     """A credit, or GRPO's (B,) where it refuses scores that have not the range or the groups of the run's own."""
@@ -100,6 +114,8 @@ def without_networks(recipe: Recipe) -> Recipe:
     """
     if recipe.features:
         recipe = replace(recipe, features=lambda samples: samples.flatten(1)[:, :1])
+    if isinstance(recipe.companion, LatentProxy):
+        recipe = replace(recipe, companion=replace(recipe.companion, network=_MeanOfLatents))
     if isinstance(recipe.credit, SetContrast):
         recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
     return replace(recipe, credit=_CreditOfToyScores(recipe.credit))
@@ -127,6 +143,7 @@ def dry_run(
     recipe: Recipe,
     settings: TrainerSettings,
     guidance: float,
+    kernel: Kernel | None = None,
 ) -> DryRun:
     """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
 
@@ -141,6 +158,7 @@ def dry_run(
         recipe: The method.
         settings: Size and number of rounds.
         guidance: The guidance scale; above 1 a prediction is billed twice.
+        kernel: The kernel of the steps that the recipe does not train; None is the ODE.
 
     Raises:
         ValueError: The recipe, its kernel and the settings do not fit together.
@@ -154,7 +172,7 @@ def dry_run(
     one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw", data=None)
     pool = Pool.load(Folder(settings.data)).with_groups_of(settings.group_size) if settings.data else None
     prompts = pool.restricted(prompts) if pool else prompts
-    sampling = Sampling(len(toy.steps), guidance=guidance)
+    sampling = Sampling(len(toy.steps), guidance=guidance, kernel=kernel)
 
     updates = settings.fit(prompts, recipe.objective.unit).updates_per_round * settings.epochs
     order: list[tuple[tuple[int, ...], int]] = []

@@ -22,18 +22,20 @@ from torch import Tensor, nn
 
 from genalign.algorithms.advantages import zero_std_share
 from genalign.algorithms.interfaces import (
+    Companion,
     Distance,
     MeasuresDistance,
     MetricSums,
+    PartMetrics,
     RoundScores,
     TermCounts,
     TermScales,
     UpdateBatch,
     UpdateContext,
     half_micro_batch,
+    traits_of,
     with_stronger_kl,
 )
-from genalign.algorithms.pathwise import PathwiseObjective
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
@@ -61,6 +63,7 @@ from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import FittedSettings, TrainerSettings, optimizer_class
+from genalign.training.students import rollout_guidance
 from genalign.training.trailing_weights import TrailingWeights
 from genalign.training.trust_region import RateController, RoundLimit
 from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
@@ -78,7 +81,7 @@ class Trainer:
         prompts: The prompts to train on, as a set or a list of texts.
         recipe: The method.
         settings: Size of a round, optimization, limits.
-        sampling: Steps and guidance of the rollouts.
+        sampling: Steps and guidance of the rollouts, and the kernel of the steps that the recipe does not train.
         suspects: The folder for the tensors of updates with gradients that are not finite; None writes none.
 
     Raises:
@@ -102,7 +105,7 @@ class Trainer:
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
-        if isinstance(recipe.objective, PathwiseObjective):
+        if traits_of(recipe.objective).through_sampler:
             _require_current_samples(recipe, settings, policy)
         if policy.sharded:
             _require_equal_work(recipe, settings, self.batch_sizes, self.processes.world_size)
@@ -110,13 +113,14 @@ class Trainer:
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
         self.grid = sampling.grid(pipeline)
-        self.guidance = sampling.guidance_scale(pipeline)
+        self.guidance = rollout_guidance(pipeline, sampling, recipe.objective)
+        self.elsewhere = sampling.kernel_on(self.grid)
         if settings.deterministic:
             require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.parts, keep_samples = PartSizes(settings.on_out_of_memory == "halve"), bool(self.trainable)
         self.sampler: Sampler | OfflineSampler = Sampler(
-            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts
+            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts, self.elsewhere
         )
         if pool:
             require_offline(recipe, recipe.steps(pipeline.path, self.grid, 0, settings.seed))
@@ -128,7 +132,9 @@ class Trainer:
         self.reset = ResetWeights(recipe.reset, policy) if recipe.reset else None
         self.balance = BalancedGradients(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
         self.memory = TrailingWeights(recipe.memory, policy) if recipe.memory else None
-        parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance, "memory": self.memory}
+        self.companion = self._make_companion()
+        parts: dict[str, Stateful | None] = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
+        parts |= {"memory": self.memory, "companion": self.companion}
         self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
         # Refuse an impossible recipe before any compute
         try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(self._steps(0)))
@@ -146,6 +152,14 @@ class Trainer:
         self.rounds_done = 0
         self.samples = 0
         self.seconds = 0.0
+
+    def _make_companion(self) -> Companion | None:
+        """Make what learns beside the policy. Raises ValueError for a sharded network."""
+        if self.recipe.companion is None:
+            return None
+        if self.policy.sharded:
+            raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
+        return self.recipe.companion(self.pipeline, self.policy, derived_seed(self.settings.seed, "companion"))
 
     def _compile(self, pipeline: Pipeline) -> None:
         """Compile the network, if it was opened so, for the batches of sampling and of learning."""
@@ -239,7 +253,7 @@ class Trainer:
         """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""
         if self.samples == 0:
             self.monitor.compare(self.rewards, scores.scores)
-        self.monitor.see(scores.scores, silent)
+        self.monitor.see(scores.scores, silent and traits_of(self.recipe.objective).needs_spread)
 
     def _redrawn(
         self,
@@ -308,11 +322,16 @@ class Trainer:
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         model = self.pipeline, self.policy, self.grid, self.kernel, self.guidance
         memory = self.memory.weights if self.memory else None
-        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, memory)
+        beside = memory, self.companion, self.elsewhere
+        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, *beside)
         own = self._own_batches(sampled, scores)
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
         parts = updates_of_round(own, self.batch_sizes, updates, epochs, unit, seed)
+        if self.companion:
+            micro_batches = [part for batch in own.values() for part in batch.split(self.micro_batch)]
+            apart = replace(context, metrics=PartMetrics(sums, "companion", 0.0, counted=False))
+            self.companion.update(apart, micro_batches, len(scores.scores), derived_seed(seed, "companion"))
         limit = self._limit(context, own, index, rate_factor)
         with progress.phase("updates", epochs * updates, "updates") as advance:
             for update, batches in enumerate(parts):
@@ -440,7 +459,7 @@ class Trainer:
             # The losses are scaled by the number of terms with credit by any reward, without the distances
             credited = [replace(batch, by_reward=cast(Tensor, batch.by_reward).abs()) for batch in batches.values()]
             counts = self._counts(batch.weighted(ones.sum(0)) for batch in credited)
-            scales = replace(TermScales.of_means(counts, self.loss_scale.value), distances=0.0)
+            scales = TermScales.of_means(counts, self.loss_scale.value).without_distances()
             for one in ones:
                 unlogged = MetricSums(sizes={"kl": 1})  # the distance counts as measured: the update itself does so
                 alone = [batch.weighted(one) for batch in batches.values()]
@@ -459,7 +478,7 @@ class Trainer:
     def _counts(self, batches: Iterable[UpdateBatch]) -> TermCounts:
         """Count the terms of an update's two means, over all ranks."""
         own = sum((self.recipe.objective.terms(batch) for batch in batches), TermCounts(0, 0))
-        return sum((TermCounts(**part) for part in self.processes.all_gather_object(vars(own))), TermCounts(0, 0))
+        return sum(map(TermCounts.from_list, self.processes.all_gather_object(own.as_list())), TermCounts(0, 0))
 
     def _accumulate(
         self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int], scales: TermScales
