@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.pathwise_recipes import drtune as drtune
     from genalign.algorithms.pathwise_recipes import flow_bp as flow_bp
     from genalign.algorithms.pathwise_recipes import instruct_video as instruct_video
+    from genalign.algorithms.pathwise_recipes import noise_hypernetwork as noise_hypernetwork
     from genalign.algorithms.pathwise_recipes import refl as refl
     from genalign.algorithms.preference_recipes import crd as crd
     from genalign.algorithms.preference_recipes import dgpo as dgpo
@@ -86,7 +87,8 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "genalign.algorithms.pathwise": "Ascent",
-    "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video refl",
+    "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video"
+    " noise_hypernetwork refl",
     "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rwr sft",
     "genalign.algorithms.recipe": "Recipe",
     "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"

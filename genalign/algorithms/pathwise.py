@@ -33,12 +33,21 @@ from genalign.types import Conditioning, NoiseLevel, Prompt
 
 @dataclass(frozen=True)
 class Prediction:
-    """A call of the network with a gradient: its inputs x (N, ...), level and conditioning, and its output."""
+    """A call of the network with a gradient.
+
+    Attributes:
+        x: Its input (N, ...).
+        level: Its level.
+        conditioning: Its conditioning.
+        output: Its output (N, ...).
+        reference: The reference policy's output (N, ...); None if it was not computed.
+    """
 
     x: Tensor
     level: NoiseLevel
     conditioning: Conditioning
     output: Tensor
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,14 +174,26 @@ class PathwiseObjective:
         return TermCounts(count, count)
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
-        u = torch.tensor([own / 2**63 for own in seeds], dtype=torch.float64)
-        noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
+        """Predict each sample at one noise level; return what measures the mean squared change of predictions.
 
-        @torch.no_grad()
-        def predictions() -> Tensor:
-            return noised.predict(context.pipeline)
+        The level of a noise hypernetwork is the first, where alone its adapter is on.
+        """
+        own = batch.rollout.inputs
+        if context.policy.shifts_noise:
+            noise, conditioning = context.pipeline.initial_noise(own.noise_seeds), own.conditioning[own.prompt]
+
+            @torch.no_grad()
+            def predictions() -> Tensor:
+                with context.policy.trained_prediction():
+                    return context.pipeline.predict(noise, context.grid[0], conditioning, context.guidance)
+        else:
+            seeds = [derived_seed(seed, noise) for noise in own.noise_seeds]
+            u = torch.tensor([drawn / 2**63 for drawn in seeds], dtype=torch.float64)
+            noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
+
+            @torch.no_grad()
+            def predictions() -> Tensor:
+                return noised.predict(context.pipeline)
 
         before = predictions()
         return lambda: mean_square(predictions(), before)
@@ -221,7 +242,9 @@ class PathwiseObjective:
         """The mean squared distance (N,) of the predictions from the reference policy's, a mean over the calls."""
         distances = []
         for call in ends.predictions:
-            with torch.no_grad(), context.policy.reference():
-                reference = context.pipeline.predict(call.x.detach(), call.level, call.conditioning, context.guidance)
+            reference, inputs = call.reference, (call.x.detach(), call.level, call.conditioning)
+            if reference is None:
+                with torch.no_grad(), context.policy.reference():
+                    reference = context.pipeline.predict(*inputs, context.guidance)
             distances.append(mean_square(call.output, reference))
         return torch.stack(distances).mean(0)

@@ -101,6 +101,7 @@ class Recipe:
         reset: When the weights return to their average; None never resets them.
         balance: How rewards are weighted by their gradients; None weighs them as the credit does.
         redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
+        shifts_noise: Whether the adapter shifts the initial noise, and is off in all later steps (noise hypernetworks).
     """
 
     kernel: Kernel | None
@@ -116,6 +117,7 @@ class Recipe:
     reset: ElasticReset | None = None
     balance: GradientBalance | None = None
     redraw: RedrawRule | None = None
+    shifts_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.recalibration and self.completion is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +47,37 @@ def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tens
         )
     if meta := [name for name, tensor in network.named_parameters() if "lora_" in name and tensor.is_meta]:
         raise ValueError(f"{len(meta)} weights of the adapter were not loaded, such as {meta[0]}: give the whole file")
+
+
+@contextlib.contextmanager
+def adapters_enabled(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Turn the adapters of ``network`` on or off within the context; afterwards they are as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [not layer.disable_adapters for layer in layers]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]  # which PEFT changes
+    for layer in layers:
+        layer.enable_adapters(enabled)
+    try:
+        yield
+    finally:
+        for layer, was_enabled in zip(layers, before, strict=True):
+            layer.enable_adapters(was_enabled)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def disable_adapters(network: nn.Module) -> None:
+    """Turn the adapters of ``network`` off; their weights stay trainable if they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def multiply_in_input_dtype(network: nn.Module) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from genalign.diffusion.lora import ADAPTER, inject_lora
+from genalign.diffusion.lora import ADAPTER, adapters_enabled, inject_lora
+from genalign.diffusion.noise_shift import make_noise_hypernetwork, shifts_noise, without_shift
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, seeded
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import (
@@ -188,18 +189,28 @@ class Policy:
             with self.using(self._first):
                 yield
             return
-        from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
-
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
         try:
-            yield
+            with adapters_enabled(self.denoiser, False), without_shift(self.denoiser):
+                yield
         finally:
-            for layer in layers:
-                layer.enable_adapters(True)
             for parameter in self.parameters:  # FSDP gave the layers other parameters meanwhile
                 parameter.requires_grad_(True)
+
+    @property
+    def shifts_noise(self) -> bool:
+        """Whether the adapter is a noise hypernetwork, which is off except for the shift of the initial noise."""
+        return shifts_noise(self.denoiser)
+
+    def shift_noise(self) -> None:
+        """Make the adapter a noise hypernetwork. Raises ValueError where the whole network is trained."""
+        if self.config is None:
+            raise ValueError("a noise hypernetwork is an adapter, and the whole network is trained: set lora")
+        if not self.shifts_noise:
+            make_noise_hypernetwork(self.denoiser)
+
+    def trained_prediction(self) -> contextlib.AbstractContextManager[None]:
+        """Run the network with its adapter on within the context, as the shift of a noise hypernetwork needs it."""
+        return adapters_enabled(self.denoiser, True)
 
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot) -> Iterator[None]:
