@@ -17,7 +17,7 @@ from torch import Tensor
 from genalign.diffusion.paths import promote
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
-from genalign.diffusion.transitions import Kernel
+from genalign.diffusion.transitions import ODE, Kernel
 from genalign.scoring.score import NamedReward, combine
 from genalign.types import Grid, Pipeline, Prompt
 
@@ -187,7 +187,8 @@ class UpdateContext:
     """The model, the sampler, the rewards and the metrics of an update.
 
     ``old`` holds the sampling weights of a recipe with a lag, and is None without one; ``memory`` the weights of its
-    memory. ``prompts`` are those of the round, which ``UpdateBatch.group`` indexes.
+    memory. ``prompts`` are those of the round, which ``UpdateBatch.group`` indexes. ``kernel`` is that of stored steps,
+    ``elsewhere`` that of the others.
     """
 
     pipeline: Pipeline
@@ -200,6 +201,7 @@ class UpdateContext:
     prompts: Sequence[Prompt] = ()
     rewards: Sequence[NamedReward] = ()
     memory: WeightSnapshot | None = None
+    elsewhere: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
 
     def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
         """Batch the stored transitions that a mask (B, S) bool selects.

@@ -84,9 +84,9 @@ class Recipe:
     """A training method.
 
     Attributes:
-        kernel: The stochastic sampler of the scheduled steps; all other steps follow the ODE. None takes the published
-            one of the model's path: ``FlowSDE(0.7)`` on a flow, ``DDIM(1.0)`` on a variance-preserving path, ``DPMSDE``
-            on any other.
+        kernel: The stochastic sampler of the scheduled steps; all other steps follow that of the sampling settings, by
+            default the ODE. None takes the published one of the model's path: ``FlowSDE(0.7)`` on a flow, ``DDIM(1.0)``
+            on a variance-preserving path, ``DPMSDE`` on any other.
         schedule: The choice of the steps that a round samples with ``kernel``, stores and trains.
         shared_noise: Whether all samples of a group start from the same initial noise.
         credit: The rule from the scores of a round to advantages of samples (B,) or steps (B, S).

@@ -1,8 +1,8 @@
 """The tails of the pathwise family: where the sampler carries a gradient into the weights.
 
 T is the number of sampling steps, N that of the samples to train. The moves of a tail are those of the rollout: the
-kernel at stored steps, with the same noise, and the ODE elsewhere. Where a graph spans several moves, each is computed
-again in the backward pass, so that memory holds the latents of all moves and the graph of one.
+kernel at stored steps, with the same noise, and that of the sampling settings elsewhere. Where a graph spans several
+moves, each is computed again in the backward pass, so that memory holds the latents of all moves and the graph of one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Mover:
         rows: The samples, on the CPU.
         conditioning: Their conditioning.
         grid: The grid of the moves.
-        kernel: The kernel at stored steps; the others follow the ODE.
+        kernel: The kernel at stored steps.
+        elsewhere: The kernel at the others.
     """
 
     context: UpdateContext
@@ -44,12 +45,14 @@ class Mover:
     conditioning: Conditioning
     grid: Grid
     kernel: Kernel
+    elsewhere: Kernel
 
     @classmethod
     def of(cls, context: UpdateContext, batch: UpdateBatch, rows: Tensor) -> Mover:
         """Select the samples ``rows`` (N,), to be moved as they were sampled."""
         inputs = batch.rollout.inputs
-        return cls(context, batch, rows, inputs.conditioning[inputs.prompt[rows]], context.grid, context.kernel)
+        conditioning = inputs.conditioning[inputs.prompt[rows]]
+        return cls(context, batch, rows, conditioning, context.grid, context.kernel, context.elsewhere)
 
     @property
     def on_device(self) -> Tensor:
@@ -73,7 +76,7 @@ class Mover:
     def move(self, x: Tensor, index: int, recompute: bool = False) -> tuple[Tensor, Prediction]:
         """Move latents (N, ...) by a step of the grid; return them and the prediction, both with a gradient."""
         step = self.grid[index]
-        kernel = self.kernel if index in self.batch.rollout.steps else ODE()
+        kernel = self.kernel if index in self.batch.rollout.steps else self.elsewhere
         noise = None
         if bool((kernel(step).s > 0).all()):
             seeds = self.batch.rollout.inputs.step_seeds
@@ -308,7 +311,7 @@ class PartialChain:
     def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
         grid = context.pipeline.grid(self.moves)
         first = next(i for i in range(len(grid)) if float(grid.noise_share[i]) <= self.strength or i + 1 == len(grid))
-        mover = replace(Mover.of(context, batch, rows), grid=grid, kernel=ODE())
+        mover = replace(Mover.of(context, batch, rows), grid=grid, kernel=ODE(), elsewhere=ODE())
         final = batch.rollout.final[mover.on_device]
         x = context.pipeline.path.add_noise(final, seeded_noise(mover.seeds(seed, "edit"), final), grid[first])
         predictions, graph = list[Prediction](), max(first, len(grid) - self.last)

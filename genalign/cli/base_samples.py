@@ -13,7 +13,8 @@ from genalign.cli.generation_settings import RewardChoice
 from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train_settings import Train
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import OdeSamples
+from genalign.diffusion.rollout import SeededSamples
+from genalign.diffusion.transitions import ODE
 from genalign.evaluation.folder import adapter_hash
 from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferencedReward, ReferenceScores
@@ -34,7 +35,7 @@ def base_model(context: CommandContext, settings: Train) -> Checkpoint:
 def base_samples(pipeline: Checkpoint, settings: Train, count: int) -> Iterator[tuple[Tensor, list[Prompt]]]:
     """Yield batches of samples (B, ...) of every prompt of a run and its evaluations, with their prompts.
 
-    They are ODE samples with the settings and the seed of the training samples.
+    They are sampled with the settings and the seed of the training samples, without the recipe's kernel.
 
     Args:
         pipeline: The model before training.
@@ -50,13 +51,14 @@ def base_samples(pipeline: Checkpoint, settings: Train, count: int) -> Iterator[
         chunk = [(prompt, number) for prompt in prompts[first : first + _TEXTS_AT_ONCE] for number in range(count)]
         texts = [prompt.text for prompt, _ in chunk]
         seeds = [derived_seed(seed, "base samples", prompt.text, number) for prompt, number in chunk]
-        source = OdeSamples(pipeline, texts, seeds, grid, guidance, size)
+        source = SeededSamples(pipeline, texts, seeds, grid, guidance, size, settings.sampling.kernel_on(grid))
         for number in range(len(source)):
             yield source.batch(number), [prompt for prompt, _ in chunk[number * size : (number + 1) * size]]
 
 
 def base_identity(pipeline: Checkpoint, settings: Train) -> dict[str, Any]:
     """Identify the model that a run starts from, and how it is sampled, in JSON types."""
+    kernel = settings.sampling.kernel
     return {
         "model": settings.model.path,
         "fingerprint": pipeline.fingerprint,
@@ -64,7 +66,7 @@ def base_identity(pipeline: Checkpoint, settings: Train) -> dict[str, Any]:
         "resolution": list(pipeline.resolution),
         "steps": settings.sampling.num_steps,
         "guidance": float(settings.sampling.guidance_scale(pipeline)),
-    }
+    } | ({"kernel": repr(kernel)} if kernel not in (None, ODE()) else {})
 
 
 def require_references(settings: Train) -> None:

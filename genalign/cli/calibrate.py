@@ -36,7 +36,10 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
         settings.training.fit(source, settings.recipe.objective.unit),
         sampling.guidance_scale(pipeline),
     )
-    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), guidance, training, keep_samples=False)
+    grid = sampling.grid(pipeline)
+    sampler = Sampler(
+        pipeline, rewards, grid, guidance, training, keep_samples=False, elsewhere=sampling.kernel_on(grid)
+    )
     rounds = PromptSampler(source, training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)

@@ -22,7 +22,6 @@ from genalign.cli.preference_files import read_preferences
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.sampling import Sampling
-from genalign.diffusion.transitions import ODE
 from genalign.runtime.progress import Progress
 from genalign.scoring.score import NamedReward
 from genalign.training.pools import INFO, PoolInfo, PoolSample, part_files, write_part
@@ -163,14 +162,15 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 def _generated(
     pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward], jobs: Sequence[tuple[Prompt, int]]
 ) -> tuple[Tensor, list[PoolSample]]:
-    """Sample a part by the ODE, one seed for each prompt and number; decode and score it."""
+    """Sample a part, one seed for each prompt and number; decode and score it."""
     prompts = [prompt for prompt, _ in jobs]
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
     rows = torch.tensor([texts.index(prompt.text) for prompt in prompts])
     seeds = tuple(derived_seed(settings.seed, "pool", prompt.text, number) for prompt, number in jobs)
     grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance_scale(pipeline)
     inputs = RolloutInputs(pipeline.encode(texts), rows, seeds, seeds)
-    latents = rollout(pipeline, inputs, grid, [ODE()] * len(grid), guidance).final
+    kernels = [settings.sampling.kernel_on(grid)] * len(grid)
+    latents = rollout(pipeline, inputs, grid, kernels, guidance).final
     return latents, _scored(pipeline.decode(latents), prompts, rewards)
 
 

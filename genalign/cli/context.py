@@ -171,18 +171,19 @@ def model_protocol(
     Args:
         pipeline: The loaded model.
         model: Its settings.
-        sampling: Steps and guidance.
+        sampling: Steps, guidance and kernel.
         size: How many samples per task and noises per prompt, and the batch size.
         prompts: The prompts.
         verifier: The name of what scores the samples.
     """
     assert size.batch_size is not None, "it is that of the training samples by now"
+    grid = sampling.grid(pipeline)
     return EvaluationProtocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
         guidance=sampling.guidance_scale(pipeline),
-        sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
-        kernel="ODE()",
+        sigmas=tuple(grid.sigma.tolist()),
+        kernel=repr(sampling.kernel_on(grid)),
         dtype=model.autocast or model.dtype,
         batch_size=size.batch_size,
         resolution=pipeline.resolution,

@@ -241,7 +241,9 @@ def _generated(
     protocol = model_protocol(pipeline, model, settings.sampling, size, prompts, verifier)
     ledger = Ledger()
     write = task.layout(specs) if task.layout else numbered_files(pipeline.sample_rate)
-    return _Inputs(PipelineSource(Metered(pipeline, ledger), specs, protocol), write, protocol, identity, ledger)
+    kernel = settings.sampling.kernel_on(settings.sampling.grid(pipeline))
+    source = PipelineSource(Metered(pipeline, ledger), specs, protocol, kernel)
+    return _Inputs(source, write, protocol, identity, ledger)
 
 
 def _files(
@@ -284,7 +286,7 @@ def build_evaluator(
     Args:
         pipeline: The loaded model.
         model: Its settings.
-        sampling: Steps and guidance.
+        sampling: Steps, guidance and kernel.
         size: How many samples per task and noises per prompt, and the batch size.
         prompts: The prompts.
         scorers: Functions that score the samples, by name.
@@ -303,7 +305,7 @@ def build_evaluator(
     write = numbered_files(pipeline.sample_rate)
 
     def run(output: Path | None = None, progress: Progress = SILENT) -> Evaluation:
-        source = PipelineSource(pipeline, specs, protocol)
+        source = PipelineSource(pipeline, specs, protocol, sampling.kernel_on(sampling.grid(pipeline)))
         return evaluate(source, scorer, protocol, output, write, processes, progress)
 
     return run

@@ -153,7 +153,8 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
     )
     after = f" Exported after round {rounds}." if rounds is not None else f" The weights after {best}." if best else ""
     sections = {
-        "Use": f"```python\n{_snippet(base, settings, output, form, samples, name or output.name)}\n```",
+        "Use": f"```python\n{_snippet(base, settings, output, form, samples, name or output.name)}\n```"
+        + _sampler(base, _evaluated(settings)),
         "Samples": _gallery(output, samples) if samples and not is_audio else "",
         "Rewards": _rewards(settings["rewards"]),
         "Evaluation": _figures(run) if evaluated else "These weights were not evaluated by the run.",
@@ -186,15 +187,23 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
         lines.append(f'pipe.load_lora_weights("{name}"{file})')
     if base.is_embedded and form != "pipeline":
         imports.append("from genalign import assets")
-    sampling = settings.get("evaluation") or settings.get("sampling") or {}
+    sampling = _evaluated(settings)
     options = {"num_inference_steps": sampling.get("num_steps")}
     options |= guidance_arguments(str(base.index.get("_class_name")), sampling.get("guidance"), settings["model"])
     options |= {side: settings["model"].get(side) for side in ("height", "width")}
     call = "".join(f", {key}={value!r}" for key, value in options.items() if value is not None)
+    if _renoises(base, sampling):
+        lines.append("config, kind = pipe.scheduler.config, type(pipe.scheduler)")
+        lines.append("pipe.scheduler = kind.from_config(config, stochastic_sampling=True)")
     result = (
         f"audio = pipe(prompt=prompt{call}).audios[0]" if is_audio else f"image = pipe(prompt=prompt{call}).images[0]"
     )
     return "\n".join([*imports, "", *lines, f"prompt = {json.dumps(prompt, ensure_ascii=False)}", result])
+
+
+def _evaluated(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sampling settings of a run's evaluations."""
+    return settings.get("evaluation") or settings.get("sampling") or {}
 
 
 def guidance_arguments(kind: str, guidance: float | None, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,6 +218,24 @@ def guidance_arguments(kind: str, guidance: float | None, model: Mapping[str, An
     if kind == "ZImagePipeline" and guidance <= 1:  # at 1 it is guided as others at 2
         return {"guidance_scale": 0.0}
     return {"guidance_scale": guidance, **(negative if guidance > 1 and kind != "Flux2KleinPipeline" else {})}
+
+
+def _renoises(base: Base, sampling: Mapping[str, Any]) -> bool:
+    """Whether the run samples a flow by ``CPS(1.0)``, which its scheduler in diffusers calls stochastic sampling."""
+    kernel, scheduler = sampling.get("kernel") or {}, base.index.get("scheduler") or ()
+    is_consistency = _as_call(kernel) == "CPS(eta=1.0)"
+    return is_consistency and "FlowMatchEulerDiscreteScheduler" in scheduler
+
+
+def _sampler(base: Base, sampling: Mapping[str, Any]) -> str:
+    """Name the kernel that the weights are sampled by, where it is not the ODE of every scheduler."""
+    kernel = sampling.get("kernel")
+    if not kernel or _as_call(kernel).startswith("ODE("):
+        return ""
+    same = (
+        "the scheduler of the code above moves alike" if _renoises(base, sampling) else "diffusers has no such sampler"
+    )
+    return f"\n\nThese weights are sampled by `{_as_call(kernel)}` of genalign; {same}."
 
 
 def _rewards(rewards: Mapping[str, Any]) -> str:

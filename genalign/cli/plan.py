@@ -73,7 +73,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
         toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
         rewards = named_rewards(settings.rewards)
         fitted = training.fit(prompts, settings.recipe.objective.unit, processes)
-        result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance)
+        result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance, sampling.kernel)
         _print_calls(settings, fitted, outline, result)
         if outline is not None:
             try:

@@ -257,8 +257,8 @@ def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], raw: RawSetting
         return True
     template = re.sub(r"^(\w+)\.[^.]+", r"\1.NAME", name)  # rewards.red.weight is rewards.NAME.weight
     parts = name.split(".")
-    for one in (template, name):
-        for count in range(len(parts), 0, -1):
+    for count in range(len(parts), 0, -1):
+        for one in (template, name):
             entry = entries.get(".".join(one.split(".")[:count]))
             if entry is None:
                 continue

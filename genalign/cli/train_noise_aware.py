@@ -120,7 +120,8 @@ def _preview_dataset(settings: TrainNoiseAware, pipeline: Pipeline, source: str,
     for first in range(0, len(prompts), per_run):
         name = f"{settings.seed}/{source}/{first}"
         batch = prompts[first : first + per_run]
-        run = SearchRun(pipeline, batch, rewards, grid, guidance, settings.batch_size, name)
+        kernel = settings.sampling.kernel_on(grid)
+        run = SearchRun(pipeline, batch, rewards, grid, guidance, settings.batch_size, name, kernel)
         part = record_previews(run, settings.count, settings.steps)
         dataset = part if dataset is None else dataset.extend(part)
         done = min(first + per_run, len(prompts))

@@ -21,7 +21,7 @@ from genalign.cli.resume import (
 from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train_settings import BeforeAfter, HeldOut, Train
 from genalign.diffusion.policy import Policy
-from genalign.diffusion.rollout import OdeSamples
+from genalign.diffusion.rollout import SeededSamples
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
 from genalign.evaluation.folder import EvaluationFolder
@@ -217,18 +217,19 @@ class TrainingRun:
         batch_size: int,
         shared: bool = False,
     ) -> Tensor:
-        """Generate one sample per prompt and seed, without noise after the first level.
+        """Generate one sample per prompt and seed.
 
         Args:
             prompts: The prompts.
-            seeds: The seeds of the first noises.
-            sampling: Steps and guidance.
+            seeds: The seeds of all noise.
+            sampling: Steps, guidance and kernel.
             batch_size: Samples per batch.
             shared: Whether the ranks take the batches in turn, so that all must call this; else each makes all.
         """
         processes = replace(self.processes, in_step=self.policy.sharded) if shared else SINGLE_PROCESS
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
-        source = OdeSamples(self.pipeline, [prompt.text for prompt in prompts], seeds, grid, guidance, batch_size)
+        texts, kernel = [prompt.text for prompt in prompts], sampling.kernel_on(grid)
+        source = SeededSamples(self.pipeline, texts, seeds, grid, guidance, batch_size, kernel)
         sizes, own = [len(part) for part in source.parts], list[Tensor]()
         with self.progress.phase("sampling", len(prompts)) as advance:
             for number in processes.batch_numbers(len(source)):

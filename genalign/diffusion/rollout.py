@@ -181,9 +181,14 @@ class ReplayedStep:
         return self.new.log_ratio(self.old, self.x_next)
 
 
-def kernel_per_step(kernel: Kernel, steps: Sequence[int], total: int) -> tuple[Kernel, ...]:
-    """Use ``kernel`` at ``steps`` and the ODE elsewhere, on a grid of ``total`` steps."""
-    return tuple(kernel if i in steps else ODE() for i in range(total))
+def kernel_per_step(
+    kernel: Kernel,
+    steps: Sequence[int],
+    total: int,
+    elsewhere: Kernel = ODE(),  # noqa: B008  # frozen
+) -> tuple[Kernel, ...]:
+    """Use ``kernel`` at ``steps`` and another one ``elsewhere``, on a grid of ``total`` steps."""
+    return tuple(kernel if i in steps else elsewhere for i in range(total))
 
 
 @torch.no_grad()
@@ -326,16 +331,17 @@ def replay(
     return ReplayedStep(new, old, x_next, prediction, step)
 
 
-class OdeSamples:
-    """Decoded ODE samples of (prompt, seed) pairs in numbered batches, each of which depends on its number alone.
+class SeededSamples:
+    """Decoded samples of (prompt, seed) pairs in numbered batches, each of which depends on its number alone.
 
     Args:
         pipeline: The model.
         prompts: The texts of the samples, which are encoded at once.
-        seeds: The seeds of the initial noises, one per sample.
+        seeds: The seeds of all noise, one per sample.
         grid: The sampling grid.
         guidance: The classifier-free guidance scale; 1 is none.
         batch_size: Samples per batch.
+        kernel: The move of every step.
     """
 
     def __init__(
@@ -346,11 +352,12 @@ class OdeSamples:
         grid: Grid,
         guidance: float,
         batch_size: int,
+        kernel: Kernel = ODE(),  # noqa: B008  # frozen
     ) -> None:
         texts = list(dict.fromkeys(prompts))
         place, conditioning = {text: i for i, text in enumerate(texts)}, pipeline.encode(texts)
         rows = torch.tensor([place[text] for text in prompts])
-        self.pipeline, self.grid, self.guidance = pipeline, grid, guidance
+        self.pipeline, self.grid, self.guidance, self.kernel = pipeline, grid, guidance, kernel
         self.parts = RolloutInputs(conditioning, rows, tuple(seeds), tuple(seeds)).split(batch_size)
 
     def __len__(self) -> int:
@@ -359,14 +366,20 @@ class OdeSamples:
     @torch.no_grad()
     def batch(self, number: int) -> Tensor:
         """Generate the samples (B, ...) of a batch."""
-        kernels = [ODE()] * len(self.grid)
+        kernels = [self.kernel] * len(self.grid)
         sampled = rollout(self.pipeline, self.parts[number], self.grid, kernels, self.guidance)
         return self.pipeline.decode(sampled.final)
 
 
 def generate(
-    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], grid: Grid, guidance: float, batch_size: int
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    grid: Grid,
+    guidance: float,
+    batch_size: int,
+    kernel: Kernel = ODE(),  # noqa: B008  # frozen
 ) -> Iterator[Tensor]:
-    """Generate one decoded ODE sample per (prompt, seed), batch by batch; the arguments are those of ``OdeSamples``."""
-    samples = OdeSamples(pipeline, prompts, seeds, grid, guidance, batch_size)
+    """Generate one decoded sample per (prompt, seed), batch by batch; the arguments are those of ``SeededSamples``."""
+    samples = SeededSamples(pipeline, prompts, seeds, grid, guidance, batch_size, kernel)
     return map(samples.batch, range(len(samples)))

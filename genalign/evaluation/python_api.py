@@ -43,7 +43,7 @@ def evaluate(
     batch_size: int = 4,
     output: str | Path | None = None,
 ) -> Evaluation:
-    """Sample every prompt from ``seeds`` noises by the deterministic sampler, and score the samples.
+    """Sample every prompt from ``seeds`` noises, and score the samples.
 
     The noise follows from the prompt and the number of the sample, so that two models are compared from the same noise:
     ``genalign.gain(evaluate(base, ...), evaluate(tuned, ...))``.
@@ -52,7 +52,7 @@ def evaluate(
         pipeline: The model as it is now.
         prompts: The prompts, as a set or a list of texts.
         rewards: A reward function, functions by name, or rewards.
-        sampling: Steps and guidance.
+        sampling: Steps, guidance and kernel.
         seeds: The number of samples of each prompt.
         batch_size: The number of samples that are generated and scored at once.
         output: A folder for the samples and the evaluation; None saves nothing.
@@ -69,12 +69,14 @@ def evaluate(
     if not specs:
         raise ValueError("there is no prompt to evaluate")
     scorer = RewardScorer({reward.name: reward for reward in named(rewards)})
+    grid = sampling.grid(pipeline)
+    kernel = sampling.kernel_on(grid)
     protocol = EvaluationProtocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
         guidance=sampling.guidance_scale(pipeline),
-        sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
-        kernel="ODE()",
+        sigmas=tuple(grid.sigma.tolist()),
+        kernel=repr(kernel),
         dtype=str(next(pipeline.denoiser.parameters()).dtype).removeprefix("torch."),
         batch_size=batch_size,
         resolution=pipeline.resolution,
@@ -83,5 +85,5 @@ def evaluate(
         verifier=", ".join(scorer.score_names),
         negative_prompt=pipeline.negative_prompt,
     )
-    source, folder = PipelineSource(pipeline, specs, protocol), Path(output) if output is not None else None
+    source, folder = PipelineSource(pipeline, specs, protocol, kernel), Path(output) if output is not None else None
     return run_evaluation(source, scorer, protocol, folder, numbered_files(pipeline.sample_rate), progress=Progress())

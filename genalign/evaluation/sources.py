@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.diffusion.rollout import OdeSamples
+from genalign.diffusion.rollout import SeededSamples
+from genalign.diffusion.transitions import ODE, Kernel
 from genalign.evaluation.evaluate import EvaluationProtocol, SampleSpec
 from genalign.types import Grid, Pipeline
 
@@ -49,22 +50,32 @@ class SampleSource(Protocol):
 
 
 class PipelineSource:
-    """Samples of a pipeline by the deterministic sampler.
+    """Samples of a pipeline by a kernel.
 
     Args:
         pipeline: The model in its present state.
         specs: Prompts and noise indices, as from ``plan_samples``.
         protocol: Noise levels, guidance and batch size.
+        kernel: The move of every step, which the protocol names.
 
     Raises:
-        ValueError: The pipeline samples on other noise levels than the protocol's.
+        ValueError: The pipeline samples on other noise levels, or by another kernel, than the protocol's.
     """
 
-    def __init__(self, pipeline: Pipeline, specs: Sequence[SampleSpec], protocol: EvaluationProtocol) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        specs: Sequence[SampleSpec],
+        protocol: EvaluationProtocol,
+        kernel: Kernel = ODE(),  # noqa: B008  # frozen
+    ) -> None:
+        if repr(kernel) != protocol.kernel:
+            raise ValueError(f"the protocol names the kernel {protocol.kernel}, not {kernel}: make it of this one")
+        self.kernel = kernel
         self.pipeline, self.specs, self.batch_size = pipeline, specs, protocol.batch_size
         self._grid, self._guidance = _protocol_grid(pipeline, protocol), protocol.guidance
         self._starts = _chunk_starts(specs, self.batch_size)
-        self._chunks: dict[int, OdeSamples] = {}  # the first and the last one that was used
+        self._chunks: dict[int, SeededSamples] = {}  # the first and the last one that was used
 
     def __len__(self) -> int:
         return -(-len(self.specs) // self.batch_size)
@@ -78,12 +89,12 @@ class PipelineSource:
         samples = self._chunks[chunk].batch(number - self._starts[chunk])
         yield SourceBatch(self.specs[number * self.batch_size : (number + 1) * self.batch_size], samples)
 
-    def _encoded(self, chunk: int) -> OdeSamples:
+    def _encoded(self, chunk: int) -> SeededSamples:
         """Encode the texts of a chunk; the first one before any other, as an embedding's last bits depend on it."""
         first, last = self._starts[chunk], (*self._starts[chunk + 1 :], len(self))[0]
         specs = self.specs[first * self.batch_size : last * self.batch_size]
         texts, seeds = [spec.prompt.text for spec in specs], [spec.seed for spec in specs]
-        return OdeSamples(self.pipeline, texts, seeds, self._grid, self._guidance, self.batch_size)
+        return SeededSamples(self.pipeline, texts, seeds, self._grid, self._guidance, self.batch_size, self.kernel)
 
 
 def _chunk_starts(specs: Sequence[SampleSpec], size: int) -> list[int]:

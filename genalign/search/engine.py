@@ -121,6 +121,7 @@ class SearchRun:
         guidance: Scale of classifier-free guidance; 1 is none.
         batch_size: Largest number of candidates in a call.
         seed: Name that all random numbers of this search are derived from.
+        kernel: The rule of the moves for which a strategy has none of its own, and of the plain samples.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class SearchRun:
         guidance: float,
         batch_size: int,
         seed: str,
+        kernel: Kernel = ODE(),  # noqa: B008  # frozen
     ) -> None:
+        self.kernel = kernel
         self.ledger, self.lineage, self.prompts = Ledger(), Lineage(), tuple(prompts)
         self.failures, self._unmetered = RewardFailures(), (pipeline, tuple(rewards))
         self.pipeline = Metered(pipeline, self.ledger)
@@ -161,7 +164,8 @@ class SearchRun:
     def afresh(self) -> SearchRun:
         """Return a run of the same prompts and settings with a ledger and a lineage of its own."""
         pipeline, rewards = self._unmetered
-        return SearchRun(pipeline, self.prompts, rewards, self.grid, self.guidance, self.batch_size, self.seed)
+        arguments = (self.grid, self.guidance, self.batch_size, self.seed, self.kernel)
+        return SearchRun(pipeline, self.prompts, rewards, *arguments)
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
         """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""
@@ -204,9 +208,9 @@ class SearchRun:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def advance(self, candidates: Particles, to: int, kernel: Kernel = ODE()) -> Particles:  # noqa: B008  # frozen
+    def advance(self, candidates: Particles, to: int, kernel: Kernel | None = None) -> Particles:
         """Move candidates until ``to`` steps are done, which costs one NFE a step, or two under guidance."""
-        parts = []
+        parts, kernel = [], kernel or self.kernel
         for part in candidates.split(self.batch_size):
             while part.steps_done < to:
                 part = self.move(part, self.predict(part), kernel)
@@ -235,7 +239,7 @@ class SearchRun:
             x = x + expand(move.std, x) * noise
         done = candidates.steps_done + 1
         preview = x if done == self.steps else self.pipeline.path.x0(candidates.x, prediction, step)
-        plain = candidates.plain & (kernel == ODE() and isinstance(shift, float))
+        plain = candidates.plain & (kernel == self.kernel and isinstance(shift, float))
         return replace(candidates, x=x, preview=preview, plain=plain, steps_done=done)
 
     def in_batches(self, candidates: Particles, function: Callable[[Particles], Tensor]) -> Tensor:
@@ -249,7 +253,7 @@ class SearchRun:
 
     @torch.no_grad()
     def finish(self, candidates: Particles) -> ScoredParticles:
-        """Take the remaining steps by the ODE, decode and score."""
+        """Take the remaining steps by the run's kernel, decode and score."""
         candidates = self.advance(candidates, self.steps)
         parts = [self._decode_and_score(part) for part in candidates.split(self.batch_size)]
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -55,6 +55,11 @@ class NoiseOptimization(ABC):
         """Return the loss (P,) that keeps ``noises`` (P, M, ...) close to Gaussian noise."""
 
     def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        if run.kernel not in (ODE(), self.kernel):
+            raise ValueError(
+                f"{type(self).__name__} moves by {self.kernel}, and not by sampling.kernel {run.kernel}: leave that"
+                " out, or choose a strategy such as Prune or ZeroOrder"
+            )
         if self.initial_search is None:
             initial = run.start(1).x  # the noise of a noise hypernetwork is optimized as it shifts it
         else:

@@ -17,15 +17,15 @@ from genalign.search.strategy import PreviewScorer, largest_size, score_previews
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Samples ``candidates`` times for every prompt by ``kernel``; None for as many as the budget pays for.
+    """Samples ``candidates`` times for every prompt; None for as many as the budget pays for.
 
     Args:
         candidates: Number of samples of each prompt; None takes as many as the budget pays for.
-        kernel: Sampler of the candidates; ODE is deterministic after the first noise.
+        kernel: Sampler of the candidates; None takes that of the sampling settings.
     """
 
     candidates: int | None = None
-    kernel: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
+    kernel: Kernel | None = None
 
     def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
         count = largest_size(run, budget, self.candidates, lambda n: replace(self, candidates=n), "candidates")
@@ -33,7 +33,7 @@ class BestOfN:
 
     def stepwise(self) -> Stepwise:
         """Describe the strategy to ``pipelines.steer``. Raises ValueError for a kernel other than the ODE."""
-        if self.kernel != ODE():
+        if self.kernel not in (None, ODE()):
             raise ValueError(
                 "best-of-N keeps the scheduler's moves: give the pipeline another scheduler instead of a kernel"
             )

@@ -43,7 +43,7 @@ def search(
             where one number is needed (FK steering, gradients) by their weighted sum.
         strategy: The search.
         budget: The limit for each prompt; None if the strategy's settings say how much it does.
-        sampling: The sampling steps and the guidance.
+        sampling: The sampling steps, the guidance and the kernel.
         batch_size: Largest number of candidates in a call.
         seed: Seed of all random numbers.
 
@@ -65,7 +65,7 @@ class SearchSetup:
         rewards: The rewards, by the sum of their ranks or their weighted sum.
         strategy: The search.
         budget: The limit for each prompt; None if the strategy's settings say how much it does.
-        sampling: The sampling steps and the guidance.
+        sampling: The sampling steps, the guidance and the kernel.
         batch_size: Largest number of candidates in a call.
     """
 
@@ -81,13 +81,15 @@ class SearchSetup:
         if not prompts:
             raise ValueError("there is no prompt to search for")
         grid, guidance = self.sampling.grid(self.pipeline), self.sampling.guidance_scale(self.pipeline)
+        kernel = self.sampling.kernel_on(grid)
         check_rewards(self.pipeline, self.rewards, prompts[0], grid, guidance)
         budget = self._priced(prompts[0], grid, guidance)
         name = _start_of(prompts[0].text) if len(prompts) == 1 else "searching"
 
         def run_of(place: int) -> SearchRun:
             batch_size, run_seed = self.batch_size, f"{seed}/{place}"
-            return SearchRun(self.pipeline, [prompts[place]], self.rewards, grid, guidance, batch_size, run_seed)
+            arguments = (self.rewards, grid, guidance, batch_size, run_seed, kernel)
+            return SearchRun(self.pipeline, [prompts[place]], *arguments)
 
         try:
             total = count_calls(run_of(0), self.strategy, budget).nfe * len(prompts)

@@ -51,7 +51,8 @@ class _CountingRun(SearchRun):
     def __init__(self, run: SearchRun) -> None:
         rewards = [NamedReward(reward.name, _zero_scores, reward.weight) for reward in run.rewards]
         pipeline = _WithoutValues(run.pipeline)
-        super().__init__(pipeline, run.prompts[:1], rewards, run.grid, run.guidance, sys.maxsize, run.seed)
+        arguments = (run.grid, run.guidance, sys.maxsize, run.seed, run.kernel)
+        super().__init__(pipeline, run.prompts[:1], rewards, *arguments)
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
         return super().metered(name, _zero_scores)

@@ -21,6 +21,7 @@ from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
+from genalign.diffusion.transitions import Kernel
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
 from genalign.training.offline import OfflineSampler
@@ -128,6 +129,7 @@ def dry_run(
     recipe: Recipe,
     settings: TrainerSettings,
     guidance: float,
+    kernel: Kernel | None = None,
 ) -> DryRun:
     """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
 
@@ -142,6 +144,7 @@ def dry_run(
         recipe: The method.
         settings: Size and number of rounds.
         guidance: The guidance scale; above 1 a prediction is billed twice.
+        kernel: The kernel of the steps that the recipe does not train; None is the ODE.
 
     Raises:
         ValueError: The recipe, its kernel and the settings do not fit together.
@@ -155,7 +158,7 @@ def dry_run(
     one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw", data=None)
     pool = Pool.load(Folder(settings.data)).with_groups_of(settings.group_size) if settings.data else None
     prompts = pool.restricted(prompts) if pool else prompts
-    sampling = Sampling(len(toy.steps), guidance=guidance)
+    sampling = Sampling(len(toy.steps), guidance=guidance, kernel=kernel)
 
     updates = settings.fit(prompts, recipe.objective.unit).updates_per_round * settings.epochs
     order: list[tuple[tuple[int, ...], int]] = []

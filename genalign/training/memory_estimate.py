@@ -59,7 +59,7 @@ def estimate_memory(
         policy: The policy of its denoiser, with the adapter if there is one.
         recipe: The method, which may sample with a copy of the trained weights.
         settings: Batch size, samples in a round and the optimizer.
-        sampling: Steps and guidance of the rollouts.
+        sampling: Steps, guidance and kernel of the rollouts.
         rewards: The rewards, of which only names and weights are used.
         generations: What is generated between rounds.
         processes: The number of ranks, each with a GPU of its own.

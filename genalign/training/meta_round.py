@@ -62,7 +62,7 @@ class GeneratedSamples:
 
     Attributes:
         name: The name of its section.
-        sampling: Steps and guidance.
+        sampling: Steps, guidance and kernel.
         batch_size: Samples that are generated at once.
         count: All samples.
         joined: Whether all samples are held together at the end.
@@ -85,7 +85,7 @@ class MemoryCounter:
         policy: The policy of its denoiser.
         recipe: The method, whose trained steps are the same in every round.
         settings: The settings of the run.
-        sampling: Steps and guidance of the rollouts.
+        sampling: Steps, guidance and kernel of the rollouts.
         rewards: The rewards, of which only names and weights are used.
     """
 
@@ -205,8 +205,9 @@ class MemoryCounter:
         with self.counting() as memory:
             texts, size = [str(number) for number in range(part.count)], min(part.batch_size, part.count)
             grid, guidance = part.sampling.grid(self.calls), part.sampling.guidance_scale(self.calls)
+            kernel = part.sampling.kernel_on(grid)
             start, self.calls.sampled = memory.reset_peak(), None
-            samples = next(generate(self.calls, texts[:size], range(size), grid, guidance, size))
+            samples = next(generate(self.calls, texts[:size], range(size), grid, guidance, size, kernel))
             sampling, decoding = self._peaks_since(start)
             if not part.joined:
                 return sampling, decoding

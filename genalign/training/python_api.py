@@ -38,7 +38,7 @@ def train(
         prompts: The prompts to train on, as a set or a list of texts.
         recipe: The method; None is ``flow_grpo()``.
         settings: Size of a round, optimization, limits.
-        sampling: Steps and guidance of the rollouts.
+        sampling: Steps and guidance of the rollouts, and the kernel of the steps that the recipe does not train.
         lora: The adapter to train; None trains the whole network.
         output: A folder for the weights: lora/ for diffusers, peft/, or denoiser/ of a whole network; None saves none.
 

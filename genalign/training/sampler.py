@@ -22,7 +22,7 @@ from genalign.algorithms.redraws import Member
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
-from genalign.diffusion.transitions import Kernel
+from genalign.diffusion.transitions import ODE, Kernel
 from genalign.runtime.distributed import ALL_RANKS, RankShare, current_gpu, use_gpu
 from genalign.runtime.progress import SILENT, Phase, Progress
 from genalign.runtime.streams import Handover
@@ -61,7 +61,8 @@ class Sampler:
 
     With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
     batches are in memory; on a GPU the thread has a stream of its own. Decoded samples are part of the result only with
-    ``keep_samples``. A batch is sampled and decoded in ``parts``.
+    ``keep_samples``. A batch is sampled and decoded in ``parts``. ``elsewhere`` is the kernel of the steps that are not
+    stored.
     """
 
     pipeline: Pipeline
@@ -71,6 +72,7 @@ class Sampler:
     settings: FittedSettings
     keep_samples: bool
     parts: PartSizes = field(default_factory=PartSizes)
+    elsewhere: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
 
     def __call__(
         self,
@@ -130,7 +132,7 @@ class Sampler:
         advance: Phase,
     ) -> Iterator[Callable[[], SampledBatch]]:
         """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
-        kernels = kernel_per_step(recipe.kernel_on(self.pipeline.path), steps, len(self.grid))
+        kernels = kernel_per_step(recipe.kernel_on(self.pipeline.path), steps, len(self.grid), self.elsewhere)
         sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
         batches = self.inputs(recipe, prompts, name, members).split(sizes)
         drawn = torch.split(torch.tensor([member is not None for member in members]), list(sizes))

@@ -78,7 +78,7 @@ class Trainer:
         prompts: The prompts to train on, as a set or a list of texts.
         recipe: The method.
         settings: Size of a round, optimization, limits.
-        sampling: Steps and guidance of the rollouts.
+        sampling: Steps and guidance of the rollouts, and the kernel of the steps that the recipe does not train.
         suspects: The folder for the tensors of updates with gradients that are not finite; None writes none.
 
     Raises:
@@ -111,13 +111,13 @@ class Trainer:
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
         self.grid = sampling.grid(pipeline)
-        self.guidance = sampling.guidance_scale(pipeline)
+        self.guidance, self.elsewhere = sampling.guidance_scale(pipeline), sampling.kernel_on(self.grid)
         if settings.deterministic:
             require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.parts, keep_samples = PartSizes(settings.on_out_of_memory == "halve"), bool(self.trainable)
         self.sampler: Sampler | OfflineSampler = Sampler(
-            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts
+            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts, self.elsewhere
         )
         if pool:
             require_offline(recipe, recipe.steps(pipeline.path, self.grid, 0, settings.seed))
@@ -309,7 +309,7 @@ class Trainer:
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         model = self.pipeline, self.policy, self.grid, self.kernel, self.guidance
         memory = self.memory.weights if self.memory else None
-        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, memory)
+        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, memory, self.elsewhere)
         own = self._own_batches(sampled, scores)
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)

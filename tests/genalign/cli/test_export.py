@@ -154,6 +154,28 @@ def test_the_snippet_of_the_card_runs(run: Path, tiny_folder: Path, form: str, m
     assert scope["image"].size == (64, 64)
 
 
+def test_the_card_tells_the_kernel_and_diffusers_moves_alike(
+    run: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def card(kernel: Any, output: str) -> str:
+        settings = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(settings | {"sampling": {"num_steps": 2, "kernel": kernel}}))
+        assert main(["export", "--run", str(run), "--output", str(run.parent / output)]) == 0
+        return (run.parent / output / "README.md").read_text()
+
+    text = card({"class_path": "genalign.CPS", "init_args": {"eta": 1.0}}, "consistency")
+    assert "sampled by `CPS(eta=1.0)` of genalign; the scheduler of the code above moves alike." in text
+    monkeypatch.chdir(run.parent)
+    scope: dict[str, Any] = {}
+    snippet = text.split("```python\n")[1].split("```")[0]
+    exec(snippet.replace(f"path/to/{tiny_folder.name}", str(tiny_folder)), scope)
+    assert scope["pipe"].scheduler.config.stochastic_sampling
+    text = card({"class_path": "genalign.CPS", "init_args": {"eta": 0.5}}, "half")
+    assert "stochastic_sampling" not in text and "`CPS(eta=0.5)` of genalign; diffusers has no such sampler." in text
+    for number, ode in enumerate((None, {"class_path": "genalign.ODE"})):
+        assert "of genalign;" not in card(ode, f"ode-{number}")
+
+
 def test_the_base_is_named_by_its_own_card(run: Path, tiny_folder: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "elsewhere" / "my-sd3")
     (base / "README.md").write_text(

@@ -328,3 +328,18 @@ def test_fsdp_refuses_what_it_was_not_tested_with(monkeypatch: pytest.MonkeyPatc
     settings: Any = SimpleNamespace(model=model, lora=Lora(), training=TrainerSettings())
     with pytest.raises(ValueError, match=advice):
         train_module._sharding(settings, ProcessGroup(0, 2))
+
+
+def test_the_sampling_kernel_is_a_setting_of_training_and_of_evaluations(
+    arguments: list[str], tmp_path: Path, error: Callable[..., str]
+) -> None:
+    own = ["--sampling.kernel=CPS", "--sampling.kernel.eta=1.0", "--before_after.seeds=1"]
+    assert main([*arguments, *own]) == 0
+    recorded = _json(tmp_path / "run" / "config.json")["sampling"]["kernel"]
+    assert recorded["class_path"].endswith("CPS") and recorded["init_args"] == {"eta": 1.0}
+    assert load_evaluation(tmp_path / "run" / "after").protocol.kernel == "CPS(eta=1.0)"
+    resumed = ["train", "--resume", str(tmp_path / "run")]
+    assert main(resumed) == 0  # the run has ended
+    assert "sampling.kernel.init_args.eta was 1.0 and is 0.5" in error(*resumed, "--sampling.kernel.eta=0.5")
+    arguments[1] = f"--output={tmp_path / 'other'}"
+    assert "sampling.kernel FlowSDE(noise_level=0.7) ends in noise" in error(*arguments, "--sampling.kernel=FlowSDE")
