@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import turning_point as turning_point
     from genalign.algorithms.recipes import vgpo as vgpo
+    from genalign.diffusion.hypernetwork import Hypernetwork as Hypernetwork
     from genalign.diffusion.policy import Lora as Lora
     from genalign.diffusion.policy import Policy as Policy
     from genalign.diffusion.sampling import Sampling as Sampling
@@ -95,6 +96,7 @@ _PUBLIC = {
     " with_gradient_balance with_more_samples with_recalibration",
     "genalign.algorithms.recipes": "adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo flow_grpo guard_grpo"
     " mix_grpo nft ngrpo prdp tempflow_grpo turning_point vgpo",
+    "genalign.diffusion.hypernetwork": "Hypernetwork",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

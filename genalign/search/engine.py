@@ -202,7 +202,7 @@ class SearchRun:
     @torch.no_grad()
     def shifted(self, noise: Tensor, prompt: Tensor) -> Tensor:
         """Return the latents (N, ...) that sampling begins with, of initial noise (N, ...) for prompts (N,)."""
-        rows = zip(noise.split(self.batch_size), prompt.split(self.batch_size), strict=True)
+        rows = zip(torch.split(noise, self.batch_size), torch.split(prompt, self.batch_size), strict=True)
         level, guidance = self.grid[0], self.guidance
         parts = [first_latents(self.pipeline, part, level, self.conditioning[own], guidance) for part, own in rows]
         return torch.cat(parts)
