@@ -22,6 +22,8 @@ ADAPTER = "default"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+OWN_WEIGHTS = "genalign_adapter.safetensors"
+"""The file of an adapter that is no plain LoRA, see ``genalign.diffusion.own_adapter``."""
 _PREFIX = "base_model.model."
 
 
@@ -105,7 +107,7 @@ def adapter_file(source: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter {path}: give a run's folder, a .safetensors file or a Hub id")
     for folder in (path, path / "lora"):
-        for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
+        for name in (OWN_WEIGHTS, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
             if (folder / name).is_file():
                 return folder / name
         files = sorted(folder.glob("*.safetensors"))

@@ -221,6 +221,11 @@ class Policy:
         """Whether the adapter is a noise hypernetwork, which is off except for the shift of the initial noise."""
         return shifts_noise(self.denoiser)
 
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the adapter is a LoRA that other programs can use."""
+        return self.config is not None and not self.shifts_noise and hypernetwork_of(self.denoiser) is None
+
     def shift_noise(self) -> None:
         """Make the adapter a noise hypernetwork. Raises ValueError where the whole network is trained."""
         if self.config is None:

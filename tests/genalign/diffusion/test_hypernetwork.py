@@ -18,6 +18,7 @@ from genalign.types import NoiseLevel
 from pipelines import SD3
 from tests.genalign.algorithms.updates import randn
 
+
 class OneLayer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
