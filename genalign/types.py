@@ -227,6 +227,14 @@ class EncodesSamples(Protocol):
 
 
 @runtime_checkable
+class RecordsStudent(Protocol):
+    """A pipeline whose weights say that they are a few-step student's, wherever they are saved and loaded."""
+
+    def record_student(self, guidance: float) -> None:
+        """Record that the network is, or is trained to be, a few-step student of a teacher with this guidance scale."""
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Scores samples one by one; higher is better, NaN where a sample could not be scored."""
 

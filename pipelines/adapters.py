@@ -21,6 +21,7 @@ from genalign.diffusion.lora import (
     multiply_in_input_dtype,
     save_peft,
     sort_metadata,
+    student_metadata,
 )
 from genalign.diffusion.own_adapter import OwnAdapter, kind_of
 from genalign.runtime.files import apply_umask, write_json
@@ -66,12 +67,15 @@ class Adapters:
         """Whether text encoders have adapters."""
         return bool(self._on_encoders)
 
-    def load(self, source: str | Path, hint: str = "") -> None:
+    def load(self, source: str | Path, hint: str = "") -> Mapping[str, str]:
         """Put on an adapter: a run's folder, a folder or file of diffusers, PEFT, kohya or ComfyUI, or a Hub id.
 
         Args:
             source: The adapter.
             hint: Ends the message where the file's entries do not fit the networks.
+
+        Returns:
+            What the file says of a few-step student, see ``student_metadata``.
 
         Raises:
             ValueError: An adapter of another base checkpoint, or a file with an entry that fits none of the networks.
@@ -88,7 +92,7 @@ class Adapters:
             own.put_on(self.pipe.components[self.denoiser_name])
             self._is_loaded, self._kind = True, kind_of(path)
             logger.info("the adapter %s, %s, is on %s", path, self._kind, self.denoiser_name)
-            return
+            return student_metadata(path)
         names = [self.denoiser_name, *self.encoder_names]
         networks = {name: network for name in names if (network := self.pipe.components.get(name)) is not None}
         try:
@@ -105,6 +109,7 @@ class Adapters:
             layers = sum(entry.endswith("lora_A.weight") for entry in adapter.state)
             logger.info("the adapter %s is on %d layers of %s", path, layers, name)
         self._is_loaded = True
+        return student_metadata(path)
 
     def _diffusers_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert the names of another implementation's adapter to diffusers'."""
@@ -116,7 +121,9 @@ class Adapters:
         names, alphas = converted
         return {**names, **{name: torch.tensor(value) for name, value in (alphas or {}).items()}}
 
-    def save(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+    def save(
+        self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig, metadata: Mapping[str, str] = {}
+    ) -> None:
         """Write the denoiser's adapter as diffusers' ``load_lora_weights`` expects it, with rank and alpha.
 
         Adapters on text encoders, with which samples are generated, are written too. PEFT's format is written for a
@@ -127,13 +134,14 @@ class Adapters:
             directory: The folder.
             state: The tensors of the denoiser's adapter by PEFT's names.
             config: Its configuration.
+            metadata: Further entries of the file's header.
 
         Raises:
             ValueError: Adapters on text encoders in another format than diffusers', which hold one network's adapter.
         """
         own = OwnAdapter.of(self.pipe.components[self.denoiser_name], state, config)
         if not own.is_plain and not self._on_encoders:
-            own.write(directory)
+            own.write(directory, metadata)
         elif self.in_diffusers and config.bias == "none" and own.is_plain:
             parts: dict[str, tuple[Mapping[str, Tensor], LoraConfig]] = {self.denoiser_name: (state, config)}
             for name, own in self._on_encoders.items():
@@ -144,14 +152,14 @@ class Adapters:
                 layers[f"{name}_lora_layers"] = dict(tensors)
                 layers[f"{name}_lora_adapter_metadata"] = {k: sorted(v) if isinstance(v, set) else v for k, v in plain}
             type(self.pipe).save_lora_weights(directory, **layers)
-            sort_metadata(directory / DIFFUSERS_WEIGHTS)
+            sort_metadata(directory / DIFFUSERS_WEIGHTS, metadata)
             apply_umask(directory)
         elif self._on_encoders:
             raise ValueError(
                 "the adapter's layers of the text encoders cannot be saved in this format: train without them"
             )
         else:
-            save_peft(directory, state, config)
+            save_peft(directory, state, config, metadata)
         if self.base is not None:
             write_json(directory / _BASE_FILE, {"fingerprint": self.base})
 

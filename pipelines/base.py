@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from genalign.diffusion.hypernetwork import gated
+from genalign.diffusion.lora import STUDENT_GUIDANCE
 from genalign.diffusion.rollout import rows_are_finite
 from genalign.runtime.cpu import use_faster_attention_backward
 from genalign.runtime.distributed import ALL_RANKS, RankShare, own_device
@@ -130,6 +131,8 @@ class DiffusersPipeline(Family):
     @property
     def guidance(self) -> float:
         """The default of the guidance scale: what the denoiser's configuration says, or the default of the family."""
+        if self.student_guidance is not None:
+            return 1.0
         own = self.denoiser.config.get("_guidance_scale")
         if own is not None:
             return float(own)
@@ -142,12 +145,30 @@ class DiffusersPipeline(Family):
         """
         scale = self.guidance if guidance is None else guidance
         self.require_guidance(scale)
-        if self.negative_prompt and scale <= 1:
+        if self.student_guidance is not None and scale > 1:
+            raise ValueError(
+                f"these weights are a few-step student's, which has guidance {self.student_guidance:g} in its weights:"
+                f" set sampling.guidance to 1 or null, not {scale:g}"
+            )
+        if self.negative_prompt and scale <= 1 and self.student_guidance is None:
             raise ValueError(
                 f"the negative prompt {self.negative_prompt!r} has no effect at guidance {scale:g}: set"
                 " sampling.guidance above 1, or leave model.negative_prompt out"
             )
         return scale
+
+    @property
+    def student_guidance(self) -> float | None:
+        """The guidance scale that a few-step student has in its weights; None for any other network."""
+        scale = self.denoiser.config.get("_student_guidance")
+        return None if scale is None else float(scale)
+
+    def record_student(self, guidance: float) -> None:
+        """Record that the network is, or is trained to be, a few-step student of a teacher with this guidance scale.
+
+        It is then sampled at guidance 1, and adapters and networks that are saved say so.
+        """
+        self.denoiser.register_to_config(_student_guidance=guidance)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts to named tensors (P, ...) on the CPU, padded with zeros at the end of shorter texts.
@@ -316,15 +337,21 @@ class DiffusersPipeline(Family):
         ValueError for an adapter of another base, FileNotFoundError for none; pickled weights are not opened.
         """
         hint = ", or leave model.text_cache out if it has layers on text encoders"
-        self._adapters.load(source, hint if isinstance(self._embeddings, TextCache) else "")
+        student = self._adapters.load(source, hint if isinstance(self._embeddings, TextCache) else "")
+        if STUDENT_GUIDANCE in student:
+            self.record_student(float(student[STUDENT_GUIDANCE]))
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
         """Write the denoiser's adapter, and those of the text encoders, as ``Adapters.save`` does."""
-        self._adapters.save(directory, state, config)
+        student = {} if self.student_guidance is None else {STUDENT_GUIDANCE: f"{self.student_guidance:g}"}
+        self._adapters.save(directory, state, config, student)
 
     def load_denoiser(self, directory: Path) -> None:
         """Load the weights that ``save_denoiser`` wrote."""
-        self.denoiser.load_state_dict(type(self.denoiser).from_pretrained(directory).state_dict())
+        trained = type(self.denoiser).from_pretrained(directory)
+        self.denoiser.load_state_dict(trained.state_dict())
+        if (student := trained.config.get("_student_guidance")) is not None:
+            self.record_student(student)
 
     def save_denoiser(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the network's configuration and weights, or ``state`` where these are sharded, in diffusers' format."""

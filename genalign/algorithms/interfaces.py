@@ -129,11 +129,15 @@ class MetricSums:
     skipped: int = 0
     _unread: list[tuple[str, Tensor]] = field(default_factory=list)  # on the device, which is not waited for
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Add every element of ``values`` to the sum of ``name``."""
+    def add(self, name: str, values: Tensor, size: int | None = None) -> None:
+        """Add every element of ``values`` to the sum of ``name``, and count them as ``size`` ones; None as they are."""
         values = values.detach()
-        self.sizes[name] = self.sizes.get(name, 0) + values.numel()
+        self.sizes[name] = self.sizes.get(name, 0) + (values.numel() if size is None else size)
         self._unread.append((name, values.sum()))
+
+    def measures(self, name: str) -> bool:
+        """Whether ``name`` has an element already."""
+        return bool(self.sizes.get(name))
 
     def add_log_ratios(self, log_ratios: Tensor) -> None:
         """Raise ``log_ratio_max`` to the largest absolute value of ``log_ratios``."""
@@ -180,6 +184,36 @@ class MetricSums:
     def means(self) -> dict[str, float]:
         """Return the means of all metrics, by name."""
         return {name: self.mean(name) for name in self.read().values}
+
+
+class PartMetrics(MetricSums):
+    """The metrics of a part of a sum of objectives, written into those of the whole as ``part/metric``.
+
+    The loss is also added to the whole's, times ``share``, and the distance ``kl`` to the whole's mean.
+
+    Args:
+        whole: The metrics of the sum.
+        part: The name of the part.
+        share: The factor of an element of its loss in the whole's sum.
+        counted: Whether its elements count in the size of the whole's loss: those of one part do.
+    """
+
+    def __init__(self, whole: MetricSums, part: str, share: float, counted: bool) -> None:
+        super().__init__()
+        self.whole, self.part, self.share, self.counted = whole, part, share, counted
+
+    def add(self, name: str, values: Tensor, size: int | None = None) -> None:
+        self.whole.add(f"{self.part}/{name}", values, size)
+        if name == "loss":
+            self.whole.add("loss", self.share * values, size if self.counted else 0)
+        if name == "kl":
+            self.whole.add("kl", values, size)
+
+    def measures(self, name: str) -> bool:
+        return self.whole.measures(f"{self.part}/{name}")
+
+    def add_log_ratios(self, log_ratios: Tensor) -> None:
+        self.whole.add_log_ratios(log_ratios)
 
 
 @dataclass(frozen=True)
@@ -229,13 +263,30 @@ class UpdateContext:
 
 @dataclass(frozen=True)
 class TermCounts:
-    """The numbers of terms of an update's two means: of the losses, and of the distances from the reference policy."""
+    """The numbers of terms of an update's two means: of the losses, and of the distances from the reference policy.
+
+    ``parts`` are those of the objectives of a sum, each of which takes means of its own.
+    """
 
     losses: int
     distances: int
+    parts: tuple[TermCounts, ...] = ()
 
     def __add__(self, other: TermCounts) -> TermCounts:
-        return TermCounts(self.losses + other.losses, self.distances + other.distances)
+        parts = self.parts or other.parts
+        if self.parts and other.parts:
+            parts = tuple(one + another for one, another in zip(self.parts, other.parts, strict=True))
+        return TermCounts(self.losses + other.losses, self.distances + other.distances, parts)
+
+    def as_list(self) -> list[Any]:
+        """Return the numbers as JSON types."""
+        return [self.losses, self.distances, [part.as_list() for part in self.parts]]
+
+    @classmethod
+    def from_list(cls, value: Sequence[Any]) -> Self:
+        """Restore the result of ``as_list``."""
+        losses, distances, parts = value
+        return cls(losses, distances, tuple(map(cls.from_list, parts)))
 
 
 @dataclass(frozen=True)
@@ -244,11 +295,21 @@ class TermScales:
 
     losses: float
     distances: float
+    parts: tuple[TermScales, ...] = ()
 
     @classmethod
     def of_means(cls, counts: TermCounts, loss_scale: float = 1.0) -> Self:
         """Divide ``loss_scale`` by the counts; 0 where there are none."""
-        return cls(*(loss_scale / count if count else 0.0 for count in (counts.losses, counts.distances)))
+        losses, distances = (loss_scale / count if count else 0.0 for count in (counts.losses, counts.distances))
+        return cls(losses, distances, tuple(cls.of_means(part, loss_scale) for part in counts.parts))
+
+    def without_distances(self) -> TermScales:
+        """Return the scales with 0 for all distances."""
+        return TermScales(self.losses, 0.0, tuple(part.without_distances() for part in self.parts))
+
+    def times(self, weight: float) -> TermScales:
+        """Multiply all scales by ``weight``."""
+        return TermScales(weight * self.losses, weight * self.distances, tuple(p.times(weight) for p in self.parts))
 
 
 Unit = Literal["sample", "group", "batch"]
@@ -281,6 +342,39 @@ class Objective(Protocol):
 
         All noise of the loss is drawn from ``seed``.
         """
+
+
+@dataclass(frozen=True)
+class ObjectiveTraits:
+    """What the training loop must know of an objective.
+
+    Attributes:
+        through_sampler: Whether its gradient runs through the sampler that made the samples. These must then be the
+            current policy's, and the graph of one sample may span all of its stored steps.
+        reward_gradients: Whether it differentiates the rewards that count.
+        student_guidance: The scale of classifier-free guidance that the policy learns to have in its weights, as a
+            few-step student of a guided teacher: it samples at guidance 1. None for none.
+        needs_spread: Whether it learns from differences of scores alone, and nothing where they are all equal.
+    """
+
+    through_sampler: bool = False
+    reward_gradients: bool = False
+    student_guidance: float | None = None
+    needs_spread: bool = True
+
+
+@runtime_checkable
+class HasTraits(Protocol):
+    """An objective that is unlike a loss on stored steps or final samples alone."""
+
+    @property
+    def traits(self) -> ObjectiveTraits:
+        """What the training loop must know of it."""
+
+
+def traits_of(objective: Objective) -> ObjectiveTraits:
+    """Return the traits of an objective; the defaults for one that names none."""
+    return objective.traits if isinstance(objective, HasTraits) else ObjectiveTraits()
 
 
 @runtime_checkable

@@ -107,6 +107,20 @@ def noised_samples(pipeline: Pipeline, batch: UpdateBatch, rows: Tensor, u: Tens
     return Noising(x0, path.add_noise(x0, eps, level), level, path.prediction(x0, eps, level), conditioning)
 
 
+def noised_distance(context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
+    """Predict each sample at one random level; return what measures the mean squared change (B,) of predictions."""
+    seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
+    u = torch.tensor([own / 2**63 for own in seeds], dtype=torch.float64)
+    noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
+
+    @torch.no_grad()
+    def predictions() -> Tensor:
+        return noised.predict(context.pipeline)
+
+    before = predictions()
+    return lambda: mean_square(predictions(), before)
+
+
 class MatchingLoss(Protocol):
     """The terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,).
 

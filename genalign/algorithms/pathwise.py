@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import (
     Distance,
+    ObjectiveTraits,
     RoundScores,
     TermCounts,
     TermScales,
@@ -25,9 +26,8 @@ from genalign.algorithms.interfaces import (
     UpdateContext,
 )
 from genalign.algorithms.losses import mean_square, require_per_sample
-from genalign.algorithms.matching import noised_samples
+from genalign.algorithms.matching import noised_distance
 from genalign.algorithms.reward_gradient import LatentGradient, latent_gradient
-from genalign.diffusion.noise import derived_seed
 from genalign.types import Conditioning, NoiseLevel, Prompt
 
 
@@ -160,6 +160,7 @@ class PathwiseObjective:
     unit: ClassVar[Unit] = "sample"
     clip_range: ClassVar[float | None] = None
     distance_target: ClassVar[float] = 1e-3  # of predictions
+    traits: ClassVar[ObjectiveTraits] = ObjectiveTraits(through_sampler=True, reward_gradients=True)
     tail: Tail
     ascent: Ascent = Ascent()
     further: Sequence[LatentDirection] = ()
@@ -178,22 +179,15 @@ class PathwiseObjective:
 
         The level of a noise hypernetwork is the first, where alone its adapter is on.
         """
+        if not context.policy.shifts_noise:
+            return noised_distance(context, batch, seed)
         own = batch.rollout.inputs
-        if context.policy.shifts_noise:
-            noise, conditioning = context.pipeline.initial_noise(own.noise_seeds), own.conditioning[own.prompt]
+        noise, conditioning = context.pipeline.initial_noise(own.noise_seeds), own.conditioning[own.prompt]
 
-            @torch.no_grad()
-            def predictions() -> Tensor:
-                with context.policy.trained_prediction():
-                    return context.pipeline.predict(noise, context.grid[0], conditioning, context.guidance)
-        else:
-            seeds = [derived_seed(seed, noise) for noise in own.noise_seeds]
-            u = torch.tensor([drawn / 2**63 for drawn in seeds], dtype=torch.float64)
-            noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
-
-            @torch.no_grad()
-            def predictions() -> Tensor:
-                return noised.predict(context.pipeline)
+        @torch.no_grad()
+        def predictions() -> Tensor:
+            with context.policy.trained_prediction():
+                return context.pipeline.predict(noise, context.grid[0], conditioning, context.guidance)
 
         before = predictions()
         return lambda: mean_square(predictions(), before)
@@ -228,7 +222,7 @@ class PathwiseObjective:
         counted = (scales.losses * ends.weights * batch.credit[ends.rows]).to(latents.dtype)
         cotangent = -counted.to(latents.device, non_blocking=True).view(shape) * total
         tensors, gradients = [ends.x0], [cotangent]
-        if self.ascent.anchor or not context.metrics.sizes.get("kl"):  # logged of one part of a round at least
+        if self.ascent.anchor or not context.metrics.measures("kl"):  # logged of one part of a round at least
             distance = self._distance(context, ends)
             context.metrics.add("kl", distance)
         if self.ascent.anchor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.cli.model_card import Base
-from genalign.diffusion.lora import PEFT_CONFIG, adapter_file, sort_metadata
+from genalign.diffusion.lora import PEFT_CONFIG, adapter_file, sort_metadata, student_metadata
 from genalign.diffusion.own_adapter import kind_of
 from genalign.runtime.files import apply_umask
 
@@ -40,12 +40,14 @@ _KOHYA_VERSIONS = {"StableDiffusionPipeline": "sd_v1", "StableDiffusionXLPipelin
 class TrainedAdapter:
     """The adapter of a denoiser: its component's name, its tensors by PEFT's names, and alpha by layer.
 
-    The matrices of a layer are applied with the scale alpha / rank, where the rank is that of its tensors.
+    ``student`` is what its header says of a few-step student, as ``lora.student_metadata`` reads it. The matrices of a
+    layer are applied with the scale alpha / rank, where the rank is that of its tensors.
     """
 
     component: str
     state: Mapping[str, Tensor]
     alphas: Mapping[str, float]
+    student: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -67,7 +69,8 @@ class TrainedAdapter:
             )
         peft = peft_settings(path).get(component, {})
         ranks = {name.removesuffix(_ENDS[0]): len(tensor) for name, tensor in own.items() if name.endswith(_ENDS[0])}
-        return cls(component, own, {layer: _alpha(peft, layer, rank) for layer, rank in ranks.items()})
+        alphas = {layer: _alpha(peft, layer, rank) for layer, rank in ranks.items()}
+        return cls(component, own, alphas, student_metadata(path))
 
     def rank(self, layer: str) -> int:
         """The rank of the matrices of a layer."""
@@ -126,6 +129,7 @@ def lora_header(path: Path, base: Base, description: str) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_sd_model_name": base.name,
         **({"ss_base_model_version": version} if version else {}),
+        **student_metadata(path),
     }
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.repocard import metadata_load
 
 from genalign import assets
-from genalign.diffusion.lora import PEFT_CONFIG, adapter_file
+from genalign.diffusion.lora import PEFT_CONFIG, STUDENT_GUIDANCE, adapter_file, student_metadata
 from genalign.diffusion.own_adapter import kind_of
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.files import write_text
@@ -164,6 +164,11 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
         "Training settings": _training(settings, _read(run / "environment.json")),
         "License": _license(base),
     }
+    if student := _student_guidance(output, base):
+        sections["Use"] += (
+            f"\n\nA few-step student: guidance {student:g} is in its weights. Sample at guidance 1, in"
+            f" {_evaluated(settings).get('num_steps')} steps or about as many."
+        )
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
     title = f"# {output.name}\n\nTrained from `{base.name}` on rewards by genalign: `{method_of(run)}`.{after}"
     write_text(output / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{text}\n")))
@@ -241,9 +246,20 @@ def _only_here(output: Path) -> str:
     )
 
 
+def _student_guidance(output: Path, base: Base) -> float | None:
+    """The guidance scale that exported weights of a few-step student have in them; None for any other."""
+    networks = [output / "config.json", output / base.component / "config.json"]
+    for config in filter(Path.is_file, networks):
+        stored = _read(config).get("_student_guidance")
+        return None if stored is None else float(stored)
+    stored = student_metadata(adapter_file(output)).get(STUDENT_GUIDANCE)
+    return None if stored is None else float(stored)
+
+
 def _evaluated(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The sampling settings of a run's evaluations."""
-    return settings.get("evaluation") or settings.get("sampling") or {}
+    sampling: Mapping[str, Any] = settings.get("evaluation") or settings.get("sampling") or {}
+    return sampling
 
 
 def guidance_arguments(kind: str, guidance: float | None, model: Mapping[str, Any]) -> dict[str, Any]:

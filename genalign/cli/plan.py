@@ -23,6 +23,7 @@ from genalign.training.memory_estimate import CONTEXT, MemoryEstimate, estimate_
 from genalign.training.meta_round import GeneratedSamples
 from genalign.training.outline import Outline
 from genalign.training.settings import FittedSettings
+from genalign.training.students import rollout_guidance
 from genalign.types import Prompt, PromptSet
 
 
@@ -68,7 +69,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     with collecting():
         outline = context.outline(settings.model)
         require_rate(settings, outline.pipeline.sample_rate)
-        guidance = sampling.guidance_scale(outline.pipeline)
+        guidance = rollout_guidance(outline.pipeline, sampling, settings.recipe.objective)
     with collecting():
         toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
         rewards = named_rewards(settings.rewards)

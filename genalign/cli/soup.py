@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,19 @@ def _write(
     header = json.dumps({f"{component}.{name}": value for name, value in own.items()}, sort_keys=True)
     output.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output / DIFFUSERS_WEIGHTS, metadata={"format": "pt", "lora_adapter_metadata": header})
-    sort_metadata(output / DIFFUSERS_WEIGHTS)
+    sort_metadata(output / DIFFUSERS_WEIGHTS, _student(adapters))
     apply_umask(output)
     write_json(output / RECORD, _record(names, weights, rank))
+
+
+def _student(adapters: Sequence[TrainedAdapter]) -> Mapping[str, str]:
+    """What the headers of the adapters say of a few-step student. Raises ValueError if they say different things."""
+    students = list(
+        {tuple(adapter.student.items()): adapter.student for adapter in adapters if adapter.student}.values()
+    )
+    if len(students) > 1:
+        raise ValueError("the adapters are few-step students of different guidance scales: mix those of one")
+    return students[0] if students else {}
 
 
 def _factors(adapter: TrainedAdapter) -> dict[str, Factors]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 OWN_WEIGHTS = "genalign_adapter.safetensors"
 """The file of an adapter that is no plain LoRA, see ``genalign.diffusion.own_adapter``."""
+STUDENT_GUIDANCE = "genalign.student_guidance"
+"""The entry of an adapter's header for the guidance scale that a few-step student has in its weights."""
 _PREFIX = "base_model.model."
 
 
@@ -134,14 +137,25 @@ def merge_lora(network: nn.Module) -> None:
     del cast(Any, network).peft_config
 
 
-def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` reads."""
+def save_peft(
+    directory: Path, state: Mapping[str, Tensor], config: LoraConfig, metadata: Mapping[str, str] = {}
+) -> None:
+    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` reads; ``metadata`` go into the file's header."""
     ordered = copy.copy(config)  # PEFT keeps sets of names, whose order differs between processes
     vars(ordered).update({key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)})
     ordered.save_pretrained(str(directory))
     tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+    if metadata:
+        sort_metadata(directory / PEFT_WEIGHTS, metadata)
     apply_umask(directory)
+
+
+def student_metadata(path: Path) -> dict[str, str]:
+    """Read from the header of an adapter's file what it says of a few-step student; empty for any other."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return {name: value for name, value in metadata.items() if name == STUDENT_GUIDANCE}
 
 
 def sort_metadata(path: Path, added: Mapping[str, str] = {}) -> None:

@@ -84,8 +84,11 @@ class OwnAdapter:
         """Whether it is a plain LoRA, which has files of other formats."""
         return self.hypernetwork is None and not self.shifts_noise
 
-    def write(self, directory: Path) -> None:
-        """Write the adapter into a folder. Raises ValueError for a LoRA of more than two matrices a layer."""
+    def write(self, directory: Path, metadata: Mapping[str, str] = {}) -> None:
+        """Write the adapter into a folder; ``metadata`` are further entries of the file's header.
+
+        Raises ValueError for a LoRA of more than two matrices a layer.
+        """
         tensors = dict(self.state)
         for name in without_hypernetwork(self.state):
             end = next((end for end in _NAMES if name.endswith(end)), None)
@@ -102,9 +105,9 @@ class OwnAdapter:
         }
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / OWN_WEIGHTS
-        metadata = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-        sort_metadata(path)
+        own = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=own)
+        sort_metadata(path, metadata)
         apply_umask(directory)
 
     def put_on(self, network: nn.Module) -> None:

@@ -14,8 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.pathwise import PathwiseObjective
+from genalign.algorithms.interfaces import RoundScores, traits_of
 from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.hypernetwork import with_gates
 from genalign.diffusion.policy import Policy
@@ -171,7 +170,7 @@ class MemoryCounter:
             after = (memory.live - before) // len(batches)
 
             # Learn
-            chained = isinstance(self.recipe.objective, PathwiseObjective)  # whose graph may span all stored steps
+            chained = traits_of(self.recipe.objective).through_sampler  # its graph may span all stored steps
             rollout = batch.rollout if chained else _first_transition(batch.rollout)
             part = replace(batch, rollout=next(rollout.split(micro_batch)))
             scores = _first_scores(trainer.gather_scores(batches, prompts), micro_batch)

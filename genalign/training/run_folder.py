@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from genalign.diffusion.lora import save_peft
+from genalign.diffusion.lora import adapter_file, save_peft, student_metadata
 from genalign.diffusion.policy import Policy
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import disk_errors, write_json, write_text
@@ -159,7 +159,8 @@ class RunFolder:
             config = policy.config
             self._replace(f"lora{suffix}", lambda folder: pipeline.save_lora(folder, state, config), best)
             if not suffix and policy.is_plain_lora:
-                self._replace("peft/adapter", lambda folder: save_peft(folder, state, config), best)
+                student = student_metadata(adapter_file(self.path / "lora"))
+                self._replace("peft/adapter", lambda folder: save_peft(folder, state, config, student), best)
                 write_text(self.path / "peft" / "README.md", _PEFT_README)
 
     def _replace(self, name: str, write: Callable[[Path], None], best: BestRound | None) -> None:

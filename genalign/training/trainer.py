@@ -31,9 +31,9 @@ from genalign.algorithms.interfaces import (
     UpdateBatch,
     UpdateContext,
     half_micro_batch,
+    traits_of,
     with_stronger_kl,
 )
-from genalign.algorithms.pathwise import PathwiseObjective
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
@@ -61,6 +61,7 @@ from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import FittedSettings, TrainerSettings, optimizer_class
+from genalign.training.students import rollout_guidance
 from genalign.training.trailing_weights import TrailingWeights
 from genalign.training.trust_region import RateController, RoundLimit
 from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
@@ -102,7 +103,7 @@ class Trainer:
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
-        if isinstance(recipe.objective, PathwiseObjective):
+        if traits_of(recipe.objective).through_sampler:
             _require_current_samples(recipe, settings, policy)
         _prepare_noise_shift(recipe, settings, policy)
         if policy.sharded:
@@ -111,7 +112,8 @@ class Trainer:
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
         self.grid = sampling.grid(pipeline)
-        self.guidance, self.elsewhere = sampling.guidance_scale(pipeline), sampling.kernel_on(self.grid)
+        self.guidance = rollout_guidance(pipeline, sampling, recipe.objective)
+        self.elsewhere = sampling.kernel_on(self.grid)
         if settings.deterministic:
             require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
@@ -240,7 +242,7 @@ class Trainer:
         """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""
         if self.samples == 0:
             self.monitor.compare(self.rewards, scores.scores)
-        self.monitor.see(scores.scores, silent)
+        self.monitor.see(scores.scores, silent and traits_of(self.recipe.objective).needs_spread)
 
     def _redrawn(
         self,
@@ -441,7 +443,7 @@ class Trainer:
             # The losses are scaled by the number of terms with credit by any reward, without the distances
             credited = [replace(batch, by_reward=cast(Tensor, batch.by_reward).abs()) for batch in batches.values()]
             counts = self._counts(batch.weighted(ones.sum(0)) for batch in credited)
-            scales = replace(TermScales.of_means(counts, self.loss_scale.value), distances=0.0)
+            scales = TermScales.of_means(counts, self.loss_scale.value).without_distances()
             for one in ones:
                 unlogged = MetricSums(sizes={"kl": 1})  # the distance counts as measured: the update itself does so
                 alone = [batch.weighted(one) for batch in batches.values()]
@@ -460,7 +462,7 @@ class Trainer:
     def _counts(self, batches: Iterable[UpdateBatch]) -> TermCounts:
         """Count the terms of an update's two means, over all ranks."""
         own = sum((self.recipe.objective.terms(batch) for batch in batches), TermCounts(0, 0))
-        return sum((TermCounts(**part) for part in self.processes.all_gather_object(vars(own))), TermCounts(0, 0))
+        return sum(map(TermCounts.from_list, self.processes.all_gather_object(own.as_list())), TermCounts(0, 0))
 
     def _accumulate(
         self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int], scales: TermScales
