@@ -206,10 +206,24 @@ def gates_of_rows(network: nn.Module, rows: Tensor) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class GatedBlock:
+    """A block of a denoiser with the gates of one call, whenever it is run."""
+
+    block: Callable[..., Any]
+    layers: Sequence[nn.Module]
+    gates: Sequence[Tensor | None]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        with _set_gates(self.layers, self.gates):
+            return self.block(*inputs, **named)
+
+
 def with_gates(network: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function that checkpoints a block, so that the block is computed again with the gates of its call.
 
-    The block is computed again in the backward pass, when other calls may have set other gates since.
+    The block is computed again in the backward pass, when other calls may have set other gates since. The function gets
+    a ``GatedBlock`` in place of the block.
     """
     hypernetwork = hypernetwork_of(network)
     if hypernetwork is None:
@@ -217,13 +231,7 @@ def with_gates(network: nn.Module, checkpoint: Callable[..., Any]) -> Callable[.
     layers = hypernetwork.layers
 
     def checkpointed(block: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        gates = [getattr(first, _GATES) for first in layers]
-
-        def run(*inputs: Any, **named: Any) -> Any:
-            with _set_gates(layers, gates):
-                return block(*inputs, **named)
-
-        return checkpoint(run, *inputs, **named)
+        return checkpoint(GatedBlock(block, layers, [getattr(layer, _GATES) for layer in layers]), *inputs, **named)
 
     return checkpointed
 

@@ -21,8 +21,6 @@ pytestmark = [
     pytest.mark.slow,
     # torch's older weight_norm, which diffusers' AutoencoderOobleck uses
     pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
-    # diffusers' UNet of AudioLDM2 under gradient checkpointing
-    pytest.mark.filterwarnings("ignore:.*Transformer2DModelOutput. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
 ]
 PROMPTS = ["a red circle", "two big blue squares"]
