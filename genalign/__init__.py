@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.pathwise_recipes import drtune as drtune
     from genalign.algorithms.pathwise_recipes import flow_bp as flow_bp
     from genalign.algorithms.pathwise_recipes import instruct_video as instruct_video
+    from genalign.algorithms.pathwise_recipes import noise_hypernetwork as noise_hypernetwork
     from genalign.algorithms.pathwise_recipes import refl as refl
     from genalign.algorithms.preference_recipes import crd as crd
     from genalign.algorithms.preference_recipes import dgpo as dgpo
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import turning_point as turning_point
     from genalign.algorithms.recipes import vgpo as vgpo
+    from genalign.diffusion.hypernetwork import Hypernetwork as Hypernetwork
     from genalign.diffusion.policy import Lora as Lora
     from genalign.diffusion.policy import Policy as Policy
     from genalign.diffusion.sampling import Sampling as Sampling
@@ -91,13 +93,15 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "genalign.algorithms.few_step_recipes": "consistency distribution_matching reward_instruct rg_lcd",
     "genalign.algorithms.pathwise": "Ascent",
-    "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video refl",
+    "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video"
+    " noise_hypernetwork refl",
     "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rwr sft",
     "genalign.algorithms.recipe": "Recipe",
     "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
     " with_gradient_balance with_more_samples with_recalibration",
     "genalign.algorithms.recipes": "adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo flow_grpo guard_grpo"
     " mix_grpo nft ngrpo prdp tempflow_grpo turning_point vgpo",
+    "genalign.diffusion.hypernetwork": "Hypernetwork",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

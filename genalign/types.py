@@ -92,6 +92,11 @@ class NoiseLevel:
     alpha: Tensor
     sigma: Tensor
 
+    def rows(self, index: Tensor) -> NoiseLevel:
+        """Select the levels ``index`` (N,) long of a batch; a level of all rows is that of any of them."""
+        fields = (self.timestep, self.alpha, self.sigma)
+        return NoiseLevel(*(field[index] if field.ndim else field for field in fields))
+
 
 @dataclass(frozen=True)
 class NoiseStep(NoiseLevel):

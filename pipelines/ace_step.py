@@ -99,7 +99,7 @@ class AceStep(AudioPipeline, FlowPipeline):
             )
             return velocity.transpose(1, 2)
 
-        return by_text_length(tensors["mask"], x.device, predict)
+        return by_text_length(self.denoiser, tensors["mask"], x.device, predict)
 
     def apply_guidance(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Apply adaptive projected guidance (arXiv 2410.02416) with ACE-Step's settings, without momentum.

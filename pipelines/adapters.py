@@ -23,10 +23,11 @@ from genalign.diffusion.lora import (
     sort_metadata,
     student_metadata,
 )
+from genalign.diffusion.own_adapter import OwnAdapter, kind_of
 from genalign.runtime.files import apply_umask, write_json
 from genalign.runtime.hub import HubAccess, is_hub_id
 from pipelines.adapter_files import read_adapter
-from pipelines.checkpoint_files import hub_adapter
+from pipelines.checkpoint_files import damage, hub_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Adapters:
         self.pipe, self.denoiser_name, self.encoder_names = pipe, denoiser_name, encoder_names
         self.in_diffusers, self.base, self.access = in_diffusers, base, access
         self._is_loaded = False  # whether there is an adapter from a file
+        self._kind: str | None = None  # of one that is no plain LoRA
         self._on_encoders: dict[str, LoraConfig] = {}  # by component
         self._in_input_dtype: tuple[Any, int] = None, 0  # the denoiser's adapters after ``multiply_in_input_dtype``
 
@@ -84,6 +86,13 @@ class Adapters:
         base = path.parent / _BASE_FILE
         if self.base is not None and base.is_file() and json.loads(base.read_text())["fingerprint"] != self.base:
             raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
+        if (problem := damage(path)) is not None:
+            raise ValueError(f"{path} {problem}")
+        if own := OwnAdapter.read(path):
+            own.put_on(self.pipe.components[self.denoiser_name])
+            self._is_loaded, self._kind = True, kind_of(path)
+            logger.info("the adapter %s, %s, is on %s", path, self._kind, self.denoiser_name)
+            return student_metadata(path)
         names = [self.denoiser_name, *self.encoder_names]
         networks = {name: network for name in names if (network := self.pipe.components.get(name)) is not None}
         try:
@@ -119,7 +128,7 @@ class Adapters:
 
         Adapters on text encoders, with which samples are generated, are written too. PEFT's format is written for a
         family whose adapters diffusers does not load, and for biases of the network, which diffusers' format has no
-        names for.
+        names for; genalign's own format for an adapter that is no plain LoRA.
 
         Args:
             directory: The folder.
@@ -128,9 +137,12 @@ class Adapters:
             metadata: Further entries of the file's header.
 
         Raises:
-            ValueError: Adapters on text encoders in PEFT's format, which holds one network's adapter.
+            ValueError: Adapters on text encoders in another format than diffusers', which hold one network's adapter.
         """
-        if self.in_diffusers and config.bias == "none":
+        own = OwnAdapter.of(self.pipe.components[self.denoiser_name], state, config)
+        if not own.is_plain and not self._on_encoders:
+            own.write(directory, metadata)
+        elif self.in_diffusers and config.bias == "none" and own.is_plain:
             parts: dict[str, tuple[Mapping[str, Tensor], LoraConfig]] = {self.denoiser_name: (state, config)}
             for name, own in self._on_encoders.items():
                 parts[name] = get_peft_model_state_dict(self.pipe.components[name], adapter_name=ADAPTER), own
@@ -144,7 +156,7 @@ class Adapters:
             apply_umask(directory)
         elif self._on_encoders:
             raise ValueError(
-                "the adapter's layers of the text encoders cannot be saved in PEFT's format: train without them"
+                "the adapter's layers of the text encoders cannot be saved in this format: train without them"
             )
         else:
             save_peft(directory, state, config, metadata)
@@ -152,7 +164,12 @@ class Adapters:
             write_json(directory / _BASE_FILE, {"fingerprint": self.base})
 
     def merge(self) -> None:
-        """Merge the adapters from a file, if there are any, into the weights of their networks."""
+        """Merge the adapters from a file, if there are any, into the weights of their networks.
+
+        Raises ValueError for an adapter that is no plain LoRA.
+        """
+        if self._kind is not None:
+            raise ValueError(f"{self._kind} cannot be merged into the weights: export it with --form genalign")
         if self._is_loaded:
             for name in (self.denoiser_name, *self._on_encoders):
                 merge_lora(self.pipe.components[name])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from genalign.diffusion.hypernetwork import GatedBlock
 from pipelines.audio_base import AudioPipeline
 from pipelines.noise_schedules import ScheduledPipeline, VPSchedule
 from pipelines.options import Options
@@ -135,13 +136,13 @@ class AudioLDM2(AudioPipeline, ScheduledPipeline):
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)
 
 
-def _checkpointed(module: nn.Module, *inputs: Any) -> Any:
+def _checkpointed(module: nn.Module | GatedBlock, *inputs: Any) -> Any:
     """Call a block of the network, whose activations are computed again in the backward pass.
 
     The network itself leaves out an argument of its transformers, added_cond_kwargs, so that the mask of the text would
     be that of the samples; their own blocks are checkpointed.
     """
-    if not isinstance(module, Transformer2DModel):
+    if not isinstance(module.block if isinstance(module, GatedBlock) else module, Transformer2DModel):
         return checkpoint(module, *inputs, use_reentrant=False)
     x, context, timestep, *rest = inputs
     return module(x, context, timestep, None, *rest, return_dict=False)

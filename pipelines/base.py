@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from genalign.diffusion.hypernetwork import gated
 from genalign.diffusion.lora import STUDENT_GUIDANCE
 from genalign.diffusion.rollout import rows_are_finite
 from genalign.runtime.cpu import use_faster_attention_backward
@@ -252,22 +253,25 @@ class DiffusersPipeline(Family):
         timestep = level.timestep.float().expand(len(x)).to(self.device, non_blocking=True)
         x, tensors = x.to(self.device), conditioning.to(self.device).tensors  # already there while training
         if self._blocks is None:
-            return self._run_guided(x, timestep, tensors, guidance)
-        rows = torch.arange(self._blocks.padded(len(x)), device=self.device) % len(x)
+            return self._run_guided(x, timestep, level, tensors, guidance)
+        repeated = torch.arange(self._blocks.padded(len(x))) % len(x)
+        rows = repeated.to(self.device, non_blocking=True)
         tensors = {name: tensor[rows] for name, tensor in tensors.items()}
         with self._blocks.running():
-            output = self._run_guided(x[rows], timestep[rows], tensors, guidance)[: len(x)]
+            output = self._run_guided(x[rows], timestep[rows], level.rows(repeated), tensors, guidance)[: len(x)]
         return output if torch.is_grad_enabled() else output.detach()
 
-    def _run_guided(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor], guidance: float) -> Tensor:
+    def _run_guided(
+        self, x: Tensor, timestep: Tensor, level: NoiseLevel, tensors: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
         """Run the denoiser, on one batch of 2 B rows with guidance above 1; all tensors (B, ...) are on the device."""
         if guidance > 1:
             away = self.unconditional_tensors(tensors)
             tensors = {name: _stacked(away[name], rows) for name, rows in tensors.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-        dtype = compute_dtype(self.denoiser)
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        with self._mixed_precision():
+        dtype, texts = compute_dtype(self.denoiser), tensors
+        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in texts.items()}
+        with gated(self.denoiser, x, level, texts), self._mixed_precision():
             output = self.run_denoiser(x.to(dtype), timestep, tensors).float()
         if guidance <= 1:
             return output

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, OWN_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from genalign.runtime.hub import DEFAULT_ACCESS, HubAccess, download, is_hub_id
 from genalign.runtime.text_files import parse_json, read_json
 from genalign.training.out_of_memory import is_out_of_memory
@@ -70,7 +70,7 @@ def model_index(path_or_id: str | Path, access: HubAccess = DEFAULT_ACCESS) -> d
     return {"_class_name": "no pipeline", **index}
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_line_errors(path_or_id: str | Path) -> Iterator[None]:
     """Raise ValueError, naming the checkpoint, for whatever a library raises on files that do not fit together.
 
@@ -241,11 +241,11 @@ def component_file(path_or_id: str | Path, component: str, file: str, access: Hu
 
 def hub_adapter(source: str, access: HubAccess = DEFAULT_ACCESS) -> Path:
     """Download an adapter's file from the Hub, or find it in the cache. Raises FileNotFoundError if it is nowhere."""
-    try:
-        return download(source, DIFFUSERS_WEIGHTS, access)
-    except FileNotFoundError:
-        download(source, PEFT_CONFIG, access)
-        return download(source, PEFT_WEIGHTS, access)
+    for name in (DIFFUSERS_WEIGHTS, OWN_WEIGHTS):
+        with contextlib.suppress(FileNotFoundError):
+            return download(source, name, access)
+    download(source, PEFT_CONFIG, access)
+    return download(source, PEFT_WEIGHTS, access)
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
+from genalign.diffusion.hypernetwork import gates_of_rows
 from genalign.diffusion.paths import FlowPath
 from genalign.types import Grid, NoiseLevel
 from pipelines.base import DiffusersPipeline
@@ -96,16 +97,27 @@ def even_sigmas(num_steps: int) -> list[float]:
     return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
-def by_text_length(mask: Tensor, device: torch.device, call: Callable[[Tensor, int], Tensor]) -> Tensor:
+def by_text_length(
+    denoiser: nn.Module, mask: Tensor, device: torch.device, call: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """Join what ``call(rows, length)`` returns for all samples with texts of one length, in the samples' order.
 
-    ``mask`` (B, tokens) is 0 after a text's end; ``rows`` (n,) are on ``device``.
+    Args:
+        denoiser: What ``call`` runs for these samples alone.
+        mask: 0 after a text's end, (B, tokens).
+        device: The device of ``rows`` (n,).
+        call: Returns the outputs (n, ...) of the samples ``rows``.
     """
     lengths = mask.sum(1).tolist()  # the one wait for the device
     groups = {length: [i for i, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
     if len(groups) == 1:
         return call(torch.arange(len(lengths), device=device), lengths[0])
-    joined = torch.cat([call(torch.tensor(rows, device=device), length) for length, rows in groups.items()])
+    outputs = list[Tensor]()
+    for length, members in groups.items():
+        rows = torch.tensor(members, device=device)
+        with gates_of_rows(denoiser, rows):
+            outputs.append(call(rows, length))
+    joined = torch.cat(outputs)
     return joined[torch.tensor([i for rows in groups.values() for i in rows], device=device).argsort()]
 
 

@@ -81,7 +81,7 @@ class QwenImage21(FlowPipeline):
             return tokens[:, -self.image_tokens :].transpose(1, 2).reshape(len(rows), -1, self.height, self.width)
 
         with _MasksOnMeta() if x.is_meta else contextlib.nullcontext():
-            return by_text_length(tensors["mask"], x.device, predict)
+            return by_text_length(self.denoiser, tensors["mask"], x.device, predict)
 
     def run_vae(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) as videos of one frame to pictures (B, 4, H, W) in [-1, 1]."""

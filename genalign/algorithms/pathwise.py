@@ -35,12 +35,21 @@ from genalign.types import Conditioning, NoiseLevel, Prompt
 
 @dataclass(frozen=True)
 class Prediction:
-    """A call of the network with a gradient: its inputs x (N, ...), level and conditioning, and its output."""
+    """A call of the network with a gradient.
+
+    Attributes:
+        x: Its input (N, ...).
+        level: Its level.
+        conditioning: Its conditioning.
+        output: Its output (N, ...).
+        reference: The reference policy's output (N, ...); None if it was not computed.
+    """
 
     x: Tensor
     level: NoiseLevel
     conditioning: Conditioning
     output: Tensor
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -181,8 +190,22 @@ class PathwiseObjective:
         return TermCounts(count, count)
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        return noised_distance(context, batch, seed)
+        """Predict each sample at one noise level; return what measures the mean squared change of predictions.
+
+        The level of a noise hypernetwork is the first, where alone its adapter is on.
+        """
+        if not context.policy.shifts_noise:
+            return noised_distance(context, batch, seed)
+        own = batch.rollout.inputs
+        noise, conditioning = context.pipeline.initial_noise(own.noise_seeds), own.conditioning[own.prompt]
+
+        @torch.no_grad()
+        def predictions() -> Tensor:
+            with context.policy.trained_prediction():
+                return context.pipeline.predict(noise, context.grid[0], conditioning, context.guidance)
+
+        before = predictions()
+        return lambda: mean_square(predictions(), before)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Run the tail for the samples with credit, and accumulate their gradients.
@@ -232,7 +255,9 @@ class PathwiseObjective:
         """The mean squared distance (N,) of the predictions from the reference policy's, a mean over the calls."""
         distances = []
         for call in ends.predictions:
-            with torch.no_grad(), context.policy.reference():
-                reference = context.pipeline.predict(call.x.detach(), call.level, call.conditioning, context.guidance)
+            reference, inputs = call.reference, (call.x.detach(), call.level, call.conditioning)
+            if reference is None:
+                with torch.no_grad(), context.policy.reference():
+                    reference = context.pipeline.predict(*inputs, context.guidance)
             distances.append(mean_square(call.output, reference))
         return torch.stack(distances).mean(0)

@@ -6,13 +6,23 @@ each moved along its own reward's gradient. Every reward that counts must be dif
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from genalign.algorithms.pathwise import Ascent, EqualCredit, PathwiseObjective, Tail
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.step_schedules import LastSteps, NoSteps, RandomLastSteps, StepSchedule
-from genalign.algorithms.tails import Chain, DirectAlign, OneStepEstimate, PartialChain, RenoisedCopies, SparseSteps
+from genalign.algorithms.tails import (
+    Chain,
+    DirectAlign,
+    OneStepEstimate,
+    PartialChain,
+    RenoisedCopies,
+    ShiftedNoise,
+    SparseSteps,
+)
 from genalign.diffusion.transitions import DDIM, ODE, Kernel
 
-_ODE, _PLAIN = ODE(), Ascent()
+_ODE, _PLAIN, _NEAR_NOISE = ODE(), Ascent(), Ascent(anchor=0.5)
 
 
 def pathwise(tail: Tail, schedule: StepSchedule, ascent: Ascent = _PLAIN, kernel: Kernel = _ODE) -> Recipe:
@@ -150,3 +160,16 @@ def instruct_video(
         ascent: How samples are moved, and what holds the policy back.
     """
     return pathwise(PartialChain(strength, 1, moves), NoSteps(), ascent)
+
+
+def noise_hypernetwork(ascent: Ascent = _NEAR_NOISE) -> Recipe:
+    """Noise hypernetworks (arXiv 2508.09968): the adapter shifts the initial noise, and the base model samples from it.
+
+    The loss is minus the rewards plus ``ascent.anchor`` times the mean square of the shift; 0.5 is the paper's. The
+    shift is the network's own prediction with the adapter less that without it, at the first level, in place of a
+    network beside it. It is for models of one or a few steps: the gradient goes through all of them.
+
+    Args:
+        ascent: How samples are moved, and what holds the shift back.
+    """
+    return replace(pathwise(ShiftedNoise(), NoSteps(), ascent), shifts_noise=True)

@@ -102,9 +102,10 @@ class Recipe:
         recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
         reset: When the weights return to their average; None never resets them.
         balance: How rewards are weighted by their gradients; None weighs them as the credit does.
+        redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
         companion: Makes what learns beside the policy, from the model, the policy and the seed of its first weights;
             None for nothing.
-        redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
+        shifts_noise: Whether the adapter shifts the initial noise, and is off in all later steps (noise hypernetworks).
     """
 
     kernel: Kernel | None
@@ -121,6 +122,7 @@ class Recipe:
     balance: GradientBalance | None = None
     redraw: RedrawRule | None = None
     companion: Callable[[Pipeline, Policy, int], Companion] | None = None
+    shifts_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.recalibration and self.completion is None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
 from genalign.algorithms.pathwise import Endpoints, Prediction
 from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise_shift import add_shift
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
@@ -89,6 +90,12 @@ class Mover:
         x_next, output = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         return x_next, Prediction(x, step, self.conditioning, output)
 
+    def compare(self, x0: Tensor) -> None:
+        """Log the largest distance (N,) of clean latents from the samples: 0 where a tail repeats the rollout."""
+        if self.batch.on_policy:
+            gap = (x0.detach() - self.batch.rollout.final[self.on_device]).abs().flatten(1).amax(1)
+            self.context.metrics.add("endpoint_gap", gap)
+
     def ends(self, x0: Tensor, predictions: Sequence[Prediction], weights: Tensor | None = None) -> Endpoints:
         """Wrap clean latents (N, ...), one for each sample."""
         weights = torch.ones(len(self.rows), dtype=torch.float64) if weights is None else weights
@@ -105,9 +112,7 @@ class Chain:
         for index in range(first, len(context.grid)):
             x, prediction = mover.move(x, index, recompute=len(context.grid) - first > 1)
             predictions.append(prediction)
-        if batch.on_policy:
-            gap = (x.detach() - batch.rollout.final[mover.on_device]).abs().flatten(1).amax(1)
-            context.metrics.add("endpoint_gap", gap)  # 0 where the tail repeats the rollout
+        mover.compare(x)
         yield mover.ends(x, predictions)
 
 
@@ -339,3 +344,28 @@ class PartialChain:
                 x, prediction = mover.move(x, index, recompute=index >= graph and len(grid) - graph > 1)
             predictions += [prediction] if index >= graph else []
         yield mover.ends(x, predictions)
+
+
+@dataclass(frozen=True)
+class ShiftedNoise:
+    """The whole chain under the reference policy, from initial noise that the policy shifts (arXiv 2508.09968).
+
+    The anchor is the weight of the mean square of the shift. The gradient at the shift is taken first, with the adapter
+    off, and then that of the weights, with the adapter on: what a backward pass computes again is computed as it was.
+    """
+
+    def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
+        mover, seeds, level = Mover.of(context, batch, rows), batch.rollout.inputs.noise_seeds, context.grid[0]
+        noise = context.pipeline.initial_noise([seeds[row] for row in rows.tolist()])
+        with torch.no_grad():
+            reference = mover.predict(noise, level).output
+        with context.policy.trained_prediction():
+            trained = mover.predict(noise, level).output
+        output = trained.detach().requires_grad_()
+        x = add_shift(noise, output, reference, level)
+        for index in range(len(context.grid)):
+            x, _ = mover.move(x, index, recompute=len(context.grid) > 1)
+        mover.compare(x)
+        yield mover.ends(x, [Prediction(noise, level, mover.conditioning, output, reference)])
+        with context.policy.trained_prediction():
+            torch.autograd.backward(trained, output.grad)

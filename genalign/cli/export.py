@@ -15,6 +15,7 @@ from genalign.cli.lora_forms import describe_lora, write_lora_form
 from genalign.cli.model_card import base_of, method_of, write_model_card
 from genalign.cli.model_settings import model_of
 from genalign.diffusion.lora import adapter_file
+from genalign.diffusion.own_adapter import kind_of
 from genalign.runtime.hub import Push
 from genalign.training.best_weights import BestRound
 from genalign.training.run_folder import RunFolder
@@ -28,8 +29,9 @@ class Export:
         run: Folder of the run.
         output: Folder to write.
         form: "lora" is the adapter alone, for diffusers; "comfy" for ComfyUI, at full strength; "kohya" for programs
-            that read kohya's names (SD 1.5 and SDXL). "merged" is the network with the adapter in its weights,
-            "pipeline" a whole diffusers folder.
+            that read kohya's names (SD 1.5 and SDXL). "genalign" is an adapter that is no plain LoRA (a noise
+            hypernetwork, or a LoRA with a hypernetwork), which genalign alone samples with. "merged" is the network
+            with the adapter in its weights, "pipeline" a whole diffusers folder.
         round: Export the checkpoint after so many rounds; null exports the end of the run, or the last checkpoint of
             one that has not ended.
         push: Name of a new repository of the Hub (owner/name) that the export is uploaded to; needs a token.
@@ -38,7 +40,7 @@ class Export:
 
     run: str
     output: str
-    form: Literal["lora", "comfy", "kohya", "merged", "pipeline"] = "lora"
+    form: Literal["lora", "comfy", "kohya", "genalign", "merged", "pipeline"] = "lora"
     round: int | None = None
     push: str | None = None
     private: bool = False
@@ -81,10 +83,11 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     push = Push(settings.push, settings.private) if settings.push is not None else None
     if push:
         push.require()
+    _require_form(run, weights, settings.form)
     if settings.form in ("merged", "pipeline"):
         _write_network(context, run, weights, output, whole=settings.form == "pipeline")
-    elif not weights.is_adapter:
-        raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
+    elif settings.form == "genalign":
+        shutil.copytree(weights.path, output)
     elif settings.form == "lora":
         shutil.copytree(weights.path, output)
         describe_lora(output, base_of(run), method_of(run))
@@ -95,6 +98,22 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     if push:
         print(f"pushed: {push.upload(output)}")
     return 0
+
+
+def _require_form(run: Path, weights: TrainedWeights, form: str) -> None:
+    """Raise ValueError for a form that the weights of a run do not have."""
+    if not weights.is_adapter:
+        if form not in ("merged", "pipeline"):
+            raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
+        return
+    kind = kind_of(adapter_file(weights.path))
+    if kind is not None and form != "genalign":
+        raise ValueError(
+            f"{run} trained {kind}, which acts differently on each sample, so that neither a plain LoRA nor merged"
+            " weights are what was trained: export it with --form genalign"
+        )
+    if kind is None and form == "genalign":
+        raise ValueError(f"{run} trained a plain LoRA, which has no form of genalign's own: export it with --form lora")
 
 
 def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, output: Path, whole: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genalign.cli.model_card import Base
 from genalign.diffusion.lora import PEFT_CONFIG, adapter_file, sort_metadata, student_metadata
+from genalign.diffusion.own_adapter import kind_of
 from genalign.runtime.files import apply_umask
 
 LoraForm = Literal["comfy", "kohya"]
@@ -52,6 +53,11 @@ class TrainedAdapter:
     def read(cls, folder: Path) -> Self:
         """Read the adapter that a run wrote for diffusers. Raises ValueError for more than two matrices a layer."""
         path = adapter_file(folder)
+        if kind := kind_of(path):
+            raise ValueError(
+                f"{path} is {kind}, which acts differently on each sample: it is not the matrices of a plain LoRA, and"
+                " genalign alone samples with it"
+            )
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         component = next(iter(state)).split(".")[0]

@@ -16,6 +16,7 @@ from huggingface_hub.repocard import metadata_load
 
 from genalign import assets
 from genalign.diffusion.lora import PEFT_CONFIG, STUDENT_GUIDANCE, adapter_file, student_metadata
+from genalign.diffusion.own_adapter import kind_of
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.files import write_text
 from genalign.runtime.media import AUDIO_SUFFIXES
@@ -122,7 +123,7 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
     Args:
         run: The folder of the run, with its config.json and environment.json.
         output: The folder of the exported weights.
-        form: The exported form: lora, comfy, kohya, merged or pipeline.
+        form: The exported form: lora, comfy, kohya, genalign, merged or pipeline.
         rounds: The number of rounds of an export in the middle of a run, which its evaluations are not of.
         name: The name by which the weights are opened; None for that of the folder.
     """
@@ -133,14 +134,15 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
     samples = list(_samples(run)) if evaluated else []
     is_audio = _is_audio(base, samples)
     task = "text-to-audio" if is_audio else "text-to-image"
+    library = "genalign" if form == "genalign" else "diffusers"
     data = ModelCardData(
         base_model=base.hub_id,
         base_model_relation="finetune" if form in ("merged", "pipeline") else "adapter",
-        library_name="diffusers",
+        library_name=library,
         pipeline_tag=task,
         tags=[
             task,
-            "diffusers",
+            *([] if form == "genalign" else ["diffusers"]),
             *([] if form in ("merged", "pipeline") else ["lora"]),
             "reinforcement-learning",
             "genalign",
@@ -152,9 +154,10 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
         **base.license,
     )
     after = f" Exported after round {rounds}." if rounds is not None else f" The weights after {best}." if best else ""
+    snippet = _genalign_snippet if form == "genalign" else _snippet
+    sampler = _only_here(output) if form == "genalign" else _sampler(base, _evaluated(settings))
     sections = {
-        "Use": f"```python\n{_snippet(base, settings, output, form, samples, name or output.name)}\n```"
-        + _sampler(base, _evaluated(settings)),
+        "Use": f"```python\n{snippet(base, settings, output, form, samples, name or output.name)}\n```{sampler}",
         "Samples": _gallery(output, samples) if samples and not is_audio else "",
         "Rewards": _rewards(settings["rewards"]),
         "Evaluation": _figures(run) if evaluated else "These weights were not evaluated by the run.",
@@ -204,6 +207,43 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
         f"audio = pipe(prompt=prompt{call}).audios[0]" if is_audio else f"image = pipe(prompt=prompt{call}).images[0]"
     )
     return "\n".join([*imports, "", *lines, f"prompt = {json.dumps(prompt, ensure_ascii=False)}", result])
+
+
+def _genalign_snippet(
+    base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str
+) -> str:
+    """Python that loads an adapter which is no plain LoRA by ``name``, and makes a sample with it."""
+    prompt = samples[0].prompt if samples else "a bell" if _is_audio(base, samples) else "a photo of a cat"
+    chosen = {key: value for key, value in _evaluated(settings).items() if value not in (None, {})}
+    kernel, model = chosen.pop("kernel", None), settings["model"]
+    sampling = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
+    names = ["Sampling", *(["assets"] if base.is_embedded else [])]
+    if kernel is not None:
+        names, sampling = [_as_call(kernel).split("(")[0], *names], f"{sampling}, kernel={_as_call(kernel)}"
+    sizes = ("height", "width", "seconds", "negative_prompt", "max_sequence_length", "distilled_guidance")
+    options = "".join(f", {key}={model[key]!r}" for key in sizes if model.get(key))
+    lines = [
+        "import pipelines",
+        f"from genalign import {', '.join(names)}",
+        "from genalign.diffusion.rollout import generate",
+        "",
+        f"model = pipelines.load({base.code}{options})",
+        f'model.load_lora("{name}")',
+        f"sampling = Sampling({sampling})",
+        "grid, guidance = sampling.grid(model), sampling.guidance_scale(model)",
+        f"prompts = [{json.dumps(prompt, ensure_ascii=False)}]",
+        f"(samples,) = generate(model, prompts, [0], grid, guidance, 1{', sampling.kernel' if kernel else ''})",
+    ]
+    return "\n".join(lines)
+
+
+def _only_here(output: Path) -> str:
+    """Say what kind of adapter an export holds, and why no other program samples with it."""
+    kind = kind_of(adapter_file(output))
+    return (
+        f"\n\nThis is {kind}, no plain LoRA: it acts differently on each sample. Its matrices, loaded as a LoRA by"
+        " diffusers or another program, would sample something else, so that its file has names that they refuse."
+    )
 
 
 def _student_guidance(output: Path, base: Base) -> float | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,8 @@ ADAPTER = "default"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+OWN_WEIGHTS = "genalign_adapter.safetensors"
+"""The file of an adapter that is no plain LoRA, see ``genalign.diffusion.own_adapter``."""
 STUDENT_GUIDANCE = "genalign.student_guidance"
 """The entry of an adapter's header for the guidance scale that a few-step student has in its weights."""
 _PREFIX = "base_model.model."
@@ -51,6 +54,37 @@ def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tens
         raise ValueError(f"{len(meta)} weights of the adapter were not loaded, such as {meta[0]}: give the whole file")
 
 
+@contextlib.contextmanager
+def adapters_enabled(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Turn the adapters of ``network`` on or off within the context; afterwards they are as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [not layer.disable_adapters for layer in layers]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]  # which PEFT changes
+    for layer in layers:
+        layer.enable_adapters(enabled)
+    try:
+        yield
+    finally:
+        for layer, was_enabled in zip(layers, before, strict=True):
+            layer.enable_adapters(was_enabled)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def disable_adapters(network: nn.Module) -> None:
+    """Turn the adapters of ``network`` off; their weights stay trainable if they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
 def multiply_in_input_dtype(network: nn.Module) -> None:
     """Let the adapters of ``network`` multiply in the dtype of autocast, without a float32 copy of each layer's input.
 
@@ -76,7 +110,7 @@ def adapter_file(source: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter {path}: give a run's folder, a .safetensors file or a Hub id")
     for folder in (path, path / "lora"):
-        for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
+        for name in (OWN_WEIGHTS, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
             if (folder / name).is_file():
                 return folder / name
         files = sorted(folder.glob("*.safetensors"))

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from genalign.diffusion.lora import ADAPTER, inject_lora
+from genalign.diffusion.hypernetwork import (
+    HYPERNETWORK,
+    Hypernetwork,
+    add_hypernetwork,
+    hypernetwork_of,
+    without_hypernetwork,
+)
+from genalign.diffusion.lora import ADAPTER, adapters_enabled, inject_lora
+from genalign.diffusion.noise_shift import make_noise_hypernetwork, shifts_noise, without_shift
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, seeded
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import (
@@ -40,11 +48,14 @@ class Lora:
         rank: Rank of the adapter's matrices.
         alpha: Scale of the adapter, which is multiplied by alpha / rank.
         targets: Ends of the names of the layers, such as to_q; null takes all projections of all attention layers.
+        hypernetwork: A network that makes gates for the adapter's ranks, from the state of sampling or from the prompt
+            (HyperAlign); null trains a plain LoRA.
     """
 
     rank: int = 32
     alpha: float = 64
     targets: Sequence[str] | None = None
+    hypernetwork: Hypernetwork | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -107,6 +118,21 @@ def _copied(tensor: Tensor, on_cpu: bool) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory().copy_(tensor, non_blocking=True)
 
 
+def _put_on(denoiser: nn.Module, lora: Lora, seed: int, has_adapter: bool) -> None:
+    """Put a new adapter on a network, unless it has one, and give it the hypernetwork that it lacks."""
+    with seeded(seed):  # B starts at zero and gates at 1, so that training starts at the reference policy
+        if not has_adapter:
+            from peft import LoraConfig  # takes seconds
+
+            targets = list(lora.target_modules(denoiser))
+            config = LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian"
+            )
+            inject_lora(denoiser, config)
+        if lora.hypernetwork and hypernetwork_of(denoiser) is None:
+            add_hypernetwork(denoiser, lora.hypernetwork)
+
+
 class Policy:
     """A trainable denoiser with its reference policy and a moving average of its weights.
 
@@ -140,15 +166,10 @@ class Policy:
         self.ema_decay, self.processes = ema_decay, processes
         self.updates = 0
         self.config: LoraConfig | None = None
-        if lora and not has_adapter:
-            from peft import LoraConfig  # takes seconds
-
-            targets = list(lora.target_modules(denoiser))
-            config = LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian"
-            )
-            with seeded(seed):  # B starts at zero, so that training starts at the reference policy
-                inject_lora(denoiser, config)
+        if lora:
+            _put_on(denoiser, lora, seed, has_adapter)
+        if sharding and hypernetwork_of(denoiser):
+            raise ValueError("a hypernetwork is not sharded by FSDP: leave lora.hypernetwork out, or launch without it")
         if lora or has_adapter:
             self.config = cast("LoraConfig", cast(Any, denoiser).peft_config[ADAPTER])
         elif sharding is None:
@@ -156,7 +177,7 @@ class Policy:
         for name, parameter in denoiser.named_parameters():
             if self.config is None:
                 parameter.requires_grad_(True)
-            elif "lora_" in name:
+            elif "lora_" in name or name.startswith(f"{HYPERNETWORK}."):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         self.sharded = sharding is not None
@@ -188,18 +209,33 @@ class Policy:
             with self.using(self._first):
                 yield
             return
-        from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
-
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
         try:
-            yield
+            with adapters_enabled(self.denoiser, False), without_shift(self.denoiser):
+                yield
         finally:
-            for layer in layers:
-                layer.enable_adapters(True)
             for parameter in self.parameters:  # FSDP gave the layers other parameters meanwhile
                 parameter.requires_grad_(True)
+
+    @property
+    def shifts_noise(self) -> bool:
+        """Whether the adapter is a noise hypernetwork, which is off except for the shift of the initial noise."""
+        return shifts_noise(self.denoiser)
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the adapter is a LoRA that other programs can use."""
+        return self.config is not None and not self.shifts_noise and hypernetwork_of(self.denoiser) is None
+
+    def shift_noise(self) -> None:
+        """Make the adapter a noise hypernetwork. Raises ValueError where the whole network is trained."""
+        if self.config is None:
+            raise ValueError("a noise hypernetwork is an adapter, and the whole network is trained: set lora")
+        if not self.shifts_noise:
+            make_noise_hypernetwork(self.denoiser)
+
+    def trained_prediction(self) -> contextlib.AbstractContextManager[None]:
+        """Run the network with its adapter on within the context, as the shift of a noise hypernetwork needs it."""
+        return adapters_enabled(self.denoiser, True)
 
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot) -> Iterator[None]:
@@ -253,6 +289,11 @@ class Policy:
         if self._first is not None:
             first = zip(self.parameters, self._first.tensors, strict=True)
             return torch.stack([(now - was.to(now.device)).square().sum() for now, was in first]).sum()
+        if hypernetwork_of(self.denoiser):
+            raise ValueError(
+                "the weights of an adapter with a hypernetwork differ between samples, and have no distance: set"
+                " ascent.anchor in place of ascent.leash"
+            )
         from peft.tuners.lora import LoraLayer  # takes seconds
 
         squares = []
@@ -304,11 +345,13 @@ class Policy:
             gradient.mul_(processes.world_size)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Return the current adapter under PEFT's names."""
+        """Return the current adapter under PEFT's names, and its hypernetwork under the prefix HYPERNETWORK."""
         from peft import get_peft_model_state_dict  # takes seconds
 
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        return {name: full_tensor(tensor) for name, tensor in state.items()}
+        made_by = hypernetwork_of(self.denoiser)
+        own = with_prefix(f"{HYPERNETWORK}.", made_by.state_dict()) if made_by else {}
+        return {name: full_tensor(tensor) for name, tensor in {**without_hypernetwork(state), **own}.items()}
 
     def network_state(self) -> dict[str, Tensor] | None:
         """Return the state dict of a sharded network, on rank 0, for which every rank must call this; else None."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.noise import seeded_noise
+from genalign.diffusion.noise_shift import first_latents
 from genalign.diffusion.transitions import ODE, Kernel, Transition, transition
 from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
 
@@ -221,6 +222,7 @@ def rollout(
     x = pipeline.initial_noise([inputs.noise_seeds[row] for row in rows])
     moved, origin = inputs.to(x.device), origin.to(x.device, non_blocking=True)
     conditioning = moved.conditioning[moved.prompt[rows]]
+    x = first_latents(pipeline, x, grid[0], conditioning, guidance)
     states, predictions = list[Tensor](), list[Tensor]()
     for i in range(len(grid)):
         if i == branch:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.noise_shift import first_latents
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
@@ -38,7 +39,7 @@ class Particles:
         prompt: Index (N,) long of each candidate's prompt.
         ids: Number (N,) long of each candidate in the lineage.
         step_seeds: Seed (N,) long of the noise of each candidate's stochastic steps.
-        noise: Initial latents (N, ...).
+        noise: Initial noise (N, ...), before the shift of a noise hypernetwork.
         x: Current latents (N, ...).
         preview: Clean latents (N, ...) predicted at the last step; before the first step and after the last one, ``x``.
         plain: Whether each (N,) is what plain sampling, by the ODE, makes of the first noise of its prompt.
@@ -182,11 +183,29 @@ class SearchRun:
         candidates = self.start_from(noise, [p for p, _ in places], seeds)
         return replace(candidates, plain=torch.tensor([j == 0 for _, j in places]))
 
-    def start_from(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Particles:
-        """Return new candidates with the initial latents ``noise`` (N, ...)."""
-        ids, noise = torch.tensor(self.lineage.add(prompts, [None] * len(prompts), 0)), noise.cpu()
+    def start_from(
+        self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int], shift: bool = True
+    ) -> Particles:
+        """Return new candidates.
+
+        Args:
+            noise: Their initial noise (N, ...).
+            prompts: The prompt (N) of each.
+            step_seeds: The seeds (N) of the noise of stochastic steps.
+            shift: Let a noise hypernetwork, if the model has one, shift the noise.
+        """
+        ids, prompt = torch.tensor(self.lineage.add(prompts, [None] * len(prompts), 0)), torch.tensor(prompts)
+        x, noise = (self.shifted(noise, prompt) if shift else noise).cpu(), noise.cpu()
         plain = torch.zeros(len(noise), dtype=torch.bool)
-        return Particles(torch.tensor(prompts), ids, torch.tensor(step_seeds), noise, noise, noise, plain, 0)
+        return Particles(prompt, ids, torch.tensor(step_seeds), noise, x, x, plain, 0)
+
+    @torch.no_grad()
+    def shifted(self, noise: Tensor, prompt: Tensor) -> Tensor:
+        """Return the latents (N, ...) that sampling begins with, of initial noise (N, ...) for prompts (N,)."""
+        rows = zip(torch.split(noise, self.batch_size), torch.split(prompt, self.batch_size), strict=True)
+        level, guidance = self.grid[0], self.guidance
+        parts = [first_latents(self.pipeline, part, level, self.conditioning[own], guidance) for part, own in rows]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def advance(self, candidates: Particles, to: int, kernel: Kernel | None = None) -> Particles:

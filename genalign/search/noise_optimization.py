@@ -61,10 +61,10 @@ class NoiseOptimization(ABC):
                 " out, or choose a strategy such as Prune or ZeroOrder"
             )
         if self.initial_search is None:
-            initial = run.start(1).noise
+            initial = run.start(1).x  # the noise of a noise hypernetwork is optimized as it shifts it
         else:
             first = self.initial_search(run, budget and budget.of(budget.limit * self.initial_share))
-            initial = first.candidates.noise[first.best()]
+            initial = run.shifted(first.candidates.noise[first.best()], torch.arange(len(run.prompts)))
             budget = budget and budget.remaining(run.ledger, len(run.prompts))
         alone = replace(self, initial_search=None)
         iterations = largest_size(run, budget, self.iterations, lambda n: replace(alone, iterations=n), "iterations")
@@ -101,7 +101,7 @@ class NoiseOptimization(ABC):
         """
         prompts = list(range(len(run.prompts)))
         x = noises[:, 0] * _initial_std(run)
-        candidates = run.start_from(x.detach(), prompts, [0] * len(prompts))
+        candidates = run.start_from(x.detach(), prompts, [0] * len(prompts), shift=False)
         for i in range(run.steps):
             noise = noises[:, 1 + stochastic.index(i)] if i in stochastic else None
             if self.recompute:

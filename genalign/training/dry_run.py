@@ -20,7 +20,7 @@ from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
-from genalign.diffusion.policy import Policy
+from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.budget import Ledger
@@ -44,8 +44,9 @@ class ToyPipeline:
         self, path: Path, grid: Grid, level: Callable[[Tensor], NoiseLevel], other_grid: Callable[[int], Grid]
     ) -> None:
         self.path, self.level, self.steps, self.other_grid = path, level, grid, other_grid
-        self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
-        nn.init.constant_(self.denoiser.weight, 0.1)
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(layer.weight, 0.1)
+        self.denoiser: nn.Module = nn.Sequential(layer)
 
     @classmethod
     def like(cls, pipeline: Pipeline, sampling: Sampling) -> Self:
@@ -188,9 +189,8 @@ def dry_run(
             if kind not in rounds:
                 fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.copy(toy)
                 pipeline.denoiser = copy.deepcopy(toy.denoiser)  # ``level`` may be a method of a whole pipeline
-                trainer = Trainer(
-                    pipeline, Policy(pipeline.denoiser, None), rewards, prompts, fixed, one_round, sampling
-                )
+                policy = Policy(pipeline.denoiser, Lora(1, 1, ["0"]) if recipe.shifts_noise else None)
+                trainer = Trainer(pipeline, policy, rewards, prompts, fixed, one_round, sampling)
                 if pool:
                     of_toys = replace(pool, read=lambda rows: torch.rand(len(rows), 1))
                     trainer.sampler = OfflineSampler(

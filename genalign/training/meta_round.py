@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from genalign.algorithms.interfaces import RoundScores, traits_of
 from genalign.algorithms.recipe import Recipe
+from genalign.diffusion.hypernetwork import with_gates
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import Rollout, generate
 from genalign.diffusion.sampling import Sampling
@@ -101,7 +102,8 @@ class MemoryCounter:
         self.keeps_samples = any(isinstance(reward.function, TrainableReward) for reward in rewards)
         self.memory, self.kernels = CountedMemory(), CudaKernels(outline.autocast)
         if outline.memory.checkpointing:
-            cast(Any, outline.pipeline.denoiser).enable_gradient_checkpointing(self.kernels.checkpoint)
+            checkpoint = with_gates(outline.pipeline.denoiser, self.kernels.checkpoint)
+            cast(Any, outline.pipeline.denoiser).enable_gradient_checkpointing(checkpoint)
         self.memory.leave_out(tensor for network in _networks(outline.pipeline) for tensor in _tensors(network))
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
         self.calls = _Calls(outline.pipeline, self.memory)

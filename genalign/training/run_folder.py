@@ -130,7 +130,8 @@ class RunFolder:
     def save(self, policy: Policy, pipeline: WeightStore, last: bool = False) -> None:
         """Write the averaged weights: lora/ (diffusers) and peft/, or, if the whole network was trained, denoiser/.
 
-        Under FSDP every rank must call this.
+        An adapter that is no plain LoRA is written into lora/ alone, in genalign's own format. Under FSDP every rank
+        must call this.
 
         Args:
             policy: The weights.
@@ -157,7 +158,7 @@ class RunFolder:
                 return
             config = policy.config
             self._replace(f"lora{suffix}", lambda folder: pipeline.save_lora(folder, state, config), best)
-            if not suffix:
+            if not suffix and policy.is_plain_lora:
                 student = student_metadata(adapter_file(self.path / "lora"))
                 self._replace("peft/adapter", lambda folder: save_peft(folder, state, config, student), best)
                 write_text(self.path / "peft" / "README.md", _PEFT_README)

@@ -107,6 +107,7 @@ class Trainer:
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
         if traits_of(recipe.objective).through_sampler:
             _require_current_samples(recipe, settings, policy)
+        _prepare_noise_shift(recipe, settings, policy)
         if policy.sharded:
             _require_equal_work(recipe, settings, self.batch_sizes, self.processes.world_size)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
@@ -608,6 +609,20 @@ def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: P
         raise ValueError(f"this recipe follows the rewards' gradients through the sampler, and takes no {name}")
     if policy.sharded:
         raise ValueError("gradients through the sampler are not trained with FSDP: train a LoRA without it")
+
+
+def _prepare_noise_shift(recipe: Recipe, settings: FittedSettings, policy: Policy) -> None:
+    """Make the adapter a noise hypernetwork if the recipe trains one. Raises ValueError for what cannot train one."""
+    if not recipe.shifts_noise:
+        if policy.shifts_noise:
+            raise ValueError(
+                "the adapter on this model is a noise hypernetwork, which is off while samples are made: train it with"
+                " noise_hypernetwork, or open the model without it"
+            )
+        return
+    if settings.data:
+        raise ValueError("noise_hypernetwork learns from the noise of its own samples: leave training.data out")
+    policy.shift_noise()
 
 
 def _require_equal_work(recipe: Recipe, settings: FittedSettings, batch_sizes: Sequence[int], ranks: int) -> None:

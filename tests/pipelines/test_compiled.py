@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from genalign.diffusion.hypernetwork import Hypernetwork
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout
 from genalign.diffusion.transitions import FlowSDE
@@ -43,9 +44,9 @@ def _log_ratio(tiny: SD3, sampled: Rollout, stored: int) -> Tensor:
     return replay(tiny, sampled, tiny.grid(3), KERNEL, ReplayBatch.of_step(stored, 4), 1.0).log_ratio
 
 
-def _policy(tiny: SD3) -> Policy:
+def _policy(tiny: SD3, hypernetwork: Hypernetwork | None = None) -> Policy:
     """A policy whose adapter is not zero."""
-    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
+    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4, hypernetwork=hypernetwork))
     for parameter in policy.parameters:
         nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
     return policy
@@ -82,9 +83,12 @@ class _Saved:
 
 @pytest.mark.slow  # tracing takes 10 seconds
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_sampling_and_learning_share_their_graphs(tiny_folder: Path, graphs: Any, checkpointing: bool) -> None:
+@pytest.mark.parametrize("hypernetwork", [None, Hypernetwork(width=8)])
+def test_sampling_and_learning_share_their_graphs(
+    tiny_folder: Path, graphs: Any, checkpointing: bool, hypernetwork: Hypernetwork | None
+) -> None:
     tiny = SD3.load(tiny_folder, compiled=True, memory=Memory(checkpointing=checkpointing))
-    policy = _policy(tiny)
+    policy = _policy(tiny, hypernetwork)
     tiny.compile_blocks((4,))
     with _Held() as sampling:
         sampled = _sample(tiny, (1,), (1, 1, 1, 1))  # of one noise: the first step has one sample

@@ -30,6 +30,7 @@ from genalign.algorithms.pathwise_recipes import (
     drtune,
     flow_bp,
     instruct_video,
+    noise_hypernetwork,
     refl,
 )
 from genalign.algorithms.preference_recipes import crd, dgpo, dp2o_sr, dpo, gdro, kto, rwr, sft
@@ -111,6 +112,7 @@ PATHWISE: dict[str, Callable[[], Recipe]] = {
     "drtune": lambda: drtune(active=2),
     "direct_align": lambda: direct_align(high=0.8, inversion=0.2),
     "instruct_video": lambda: instruct_video(moves=4),
+    "noise_hypernetwork": lambda: noise_hypernetwork(Ascent(limit=1.0, anchor=1e-3)),
 }
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
