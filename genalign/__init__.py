@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from genalign.algorithms.few_step_recipes import consistency as consistency
+    from genalign.algorithms.few_step_recipes import distribution_matching as distribution_matching
+    from genalign.algorithms.few_step_recipes import reward_instruct as reward_instruct
+    from genalign.algorithms.few_step_recipes import rg_lcd as rg_lcd
     from genalign.algorithms.pathwise import Ascent as Ascent
     from genalign.algorithms.pathwise_recipes import align_prop as align_prop
     from genalign.algorithms.pathwise_recipes import direct_align as direct_align
@@ -88,7 +91,7 @@ if TYPE_CHECKING:
     from genalign.types import PromptSet as PromptSet
 
 _PUBLIC = {
-    "genalign.algorithms.few_step_recipes": "consistency",
+    "genalign.algorithms.few_step_recipes": "consistency distribution_matching reward_instruct rg_lcd",
     "genalign.algorithms.pathwise": "Ascent",
     "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video"
     " noise_hypernetwork refl",

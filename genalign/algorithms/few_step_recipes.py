@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from genalign.algorithms.companions import DistributionMatching, FakeScore, LatentProxy, ProxyAscent, WeightedAscent
 from genalign.algorithms.consistency import ConsistencyObjective
-from genalign.algorithms.pathwise import EqualCredit
+from genalign.algorithms.objective_sum import ObjectivePart, SumObjective
+from genalign.algorithms.pathwise import Ascent, EqualCredit, PathwiseObjective
+from genalign.algorithms.pathwise_recipes import pathwise
 from genalign.algorithms.recipe import Lag, Recipe
-from genalign.algorithms.step_schedules import NoSteps
-from genalign.diffusion.transitions import ODE
+from genalign.algorithms.step_schedules import LastSteps, NoSteps
+from genalign.algorithms.tails import Chain, OneStepEstimate, RenoisedEstimate
+from genalign.diffusion.transitions import CPS, ODE
+
+_EQUALIZED, _PLAIN = Ascent(equalized=True, leash=1e-4), Ascent()
 
 
 def consistency(
@@ -33,3 +44,75 @@ def consistency(
     objective = ConsistencyObjective(steps, skip, guidance, huber, draws)
     memory = Lag(slope=0.0, limit=decay, first=decay)
     return Recipe(ODE(), NoSteps(), shared_noise=False, credit=EqualCredit(), objective=objective, memory=memory)
+
+
+def rg_lcd(
+    scale: float = 1.0,
+    proxy: Callable[[], nn.Module] | None = None,
+    steps: int = 50,
+    guidance: float = 1.0,
+    skip: int = 1,
+    huber: float = 1e-3,
+    decay: float = 0.95,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """RG-LCD (arXiv 2403.11027): consistency distillation, and the rewards of the student's one-step estimates.
+
+    Without a proxy the rewards must be differentiable, and their gradients run through the decoder. A proxy is a reward
+    of latents that is trained along, on the order of the rewards: these then need no gradient. Here the estimates are
+    of other levels and noises than those of the consistency loss.
+
+    Args:
+        scale: The weight of the rewards.
+        proxy: Makes the network of a proxy, such as ``rewards.noise_aware.LatentImageDistilled``; None for none.
+        steps: The number of steps of the teacher's grid.
+        guidance: The guidance scale of the teacher, which the student has in its weights.
+        skip: The number of the teacher's steps that one of its moves spans.
+        huber: The threshold of the pseudo-Huber loss.
+        decay: How much of the target's weights is kept after a round.
+        ascent: How estimates are moved along the rewards' gradients, and what holds the policy back.
+    """
+    base = consistency(steps, guidance, skip, huber, decay=decay)
+    reward = PathwiseObjective(RenoisedEstimate(), ascent, toward=ProxyAscent() if proxy else None)
+    parts = ObjectivePart("consistency", base.objective), ObjectivePart("reward", reward, scale)
+    return replace(base, objective=SumObjective(parts), companion=LatentProxy(proxy) if proxy else None)
+
+
+def reward_instruct(intermediate: bool = True, ascent: Ascent = _EQUALIZED) -> Recipe:
+    """Reward-Instruct, or R0 (arXiv 2503.13070): a few-step generator from rewards alone, held by its weights.
+
+    Set ``sampling`` to about four steps, with the kernel ``CPS(1.0)`` for evaluations. Each reward's gradient has a
+    length of 1 at the image, and ``ascent.leash`` holds the weights near the first ones: without it the paper reports
+    collapse, and with it a worse FID. Left out: the stochasticity of a step that is drawn anew each time.
+
+    Args:
+        intermediate: Whether the reward is that of the clean estimate at a drawn step, without gradients before it
+            (R0+); else that of the sample, with gradients through all steps.
+        ascent: How samples are moved, and what holds the policy back.
+    """
+    return pathwise(OneStepEstimate() if intermediate else Chain(), LastSteps(None), ascent, CPS(1.0))
+
+
+def distribution_matching(
+    guidance: float = 1.0,
+    reward: float = 0.0,
+    fake_steps: int = 5,
+    fake_learning_rate: float = 1e-4,
+    ascent: Ascent = _PLAIN,
+) -> Recipe:
+    """Distribution matching of a few-step generator, with or without rewards (DMD2, arXiv 2405.14867); experimental.
+
+    The generator's clean estimates, at a drawn step of its own sampling, move from a score of its own samples to that
+    of its teacher, the model that training starts from. Left out: the adversarial loss of DMD2.
+
+    Args:
+        guidance: The guidance scale of the teacher, which the student has in its weights.
+        reward: The weight of the rewards' gradients; 0 only reports the rewards.
+        fake_steps: The number of updates of the generator's own score in a round.
+        fake_learning_rate: Their learning rate.
+        ascent: How the rewards' gradients move samples, and what holds the policy back.
+    """
+    further = (WeightedAscent(ascent, reward),) if reward else ()
+    objective = PathwiseObjective(OneStepEstimate(), ascent, further, DistributionMatching(guidance))
+    base = pathwise(OneStepEstimate(), LastSteps(None), ascent, CPS(1.0))
+    return replace(base, objective=objective, companion=FakeScore(fake_steps, fake_learning_rate))

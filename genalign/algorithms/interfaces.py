@@ -18,6 +18,7 @@ from genalign.diffusion.paths import promote
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import ODE, Kernel
+from genalign.runtime.state import Stateful
 from genalign.scoring.score import NamedReward, combine
 from genalign.types import Grid, Pipeline, Prompt
 
@@ -218,7 +219,7 @@ class PartMetrics(MetricSums):
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """The model, the sampler, the rewards and the metrics of an update.
+    """The model, the sampler, the rewards, the metrics of an update, and the recipe's companion, if it has one.
 
     ``old`` holds the sampling weights of a recipe with a lag, and is None without one; ``memory`` the weights of its
     memory. ``prompts`` are those of the round, which ``UpdateBatch.group`` indexes. ``kernel`` is that of stored steps,
@@ -235,6 +236,7 @@ class UpdateContext:
     prompts: Sequence[Prompt] = ()
     rewards: Sequence[NamedReward] = ()
     memory: WeightSnapshot | None = None
+    companion: Companion | None = None
     elsewhere: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
 
     def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
@@ -259,6 +261,22 @@ class UpdateContext:
             self.metrics.add("clip_fraction", clip_fraction.reshape(1))
         if batch.on_policy:
             self.metrics.add_log_ratios(replayed.log_ratio)
+
+
+class Companion(Stateful, Protocol):
+    """What learns beside the policy, once a round from its samples, and is part of checkpoints."""
+
+    def update(self, context: UpdateContext, parts: Sequence[UpdateBatch], total: int, seed: int) -> None:
+        """Learn from a round before the policy does, and add metrics to ``context.metrics``.
+
+        Every rank calls this with its own samples, and must make the same update.
+
+        Args:
+            context: The model, the policy, the rewards and the metrics.
+            parts: This rank's samples in micro-batches.
+            total: The number of samples on all ranks.
+            seed: The seed of all noise.
+        """
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import (
     Distance,
+    HasTraits,
     ObjectiveTraits,
     RoundScores,
     TermCounts,
@@ -28,6 +29,7 @@ from genalign.algorithms.interfaces import (
 from genalign.algorithms.losses import mean_square, require_per_sample
 from genalign.algorithms.matching import noised_distance
 from genalign.algorithms.reward_gradient import LatentGradient, latent_gradient
+from genalign.diffusion.noise import derived_seed
 from genalign.types import Conditioning, NoiseLevel, Prompt
 
 
@@ -85,8 +87,13 @@ class Tail(Protocol):
 class LatentDirection(Protocol):
     """Where clean latents are moved."""
 
-    def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Return the direction (N, ...) of latents (N, ...), and add metrics to ``context.metrics``."""
+    def __call__(
+        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> Tensor:
+        """Return the direction (N, ...) of latents (N, ...), and add metrics to ``context.metrics``.
+
+        All noise is drawn from ``seeds`` (N), one for each sample.
+        """
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ class Ascent:
     anchor: float = 0.0
     leash: float = 0.0
 
-    def __call__(self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def __call__(
+        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> Tensor:
         """Return the gradient (N, ...) of the weighted sum of the run's rewards at latents (N, ...)."""
         rewards, size = [reward for reward in context.rewards if reward.weight], self.batch_size or len(latents)
         parts = [
@@ -155,15 +164,21 @@ class PathwiseObjective:
         tail: Where the sampler carries a gradient.
         ascent: How the endpoints are moved along the rewards' gradients, and what holds the policy back.
         further: Other directions, which are added.
+        toward: The direction in place of the rewards' gradients; None takes these.
     """
 
     unit: ClassVar[Unit] = "sample"
     clip_range: ClassVar[float | None] = None
     distance_target: ClassVar[float] = 1e-3  # of predictions
-    traits: ClassVar[ObjectiveTraits] = ObjectiveTraits(through_sampler=True, reward_gradients=True)
     tail: Tail
     ascent: Ascent = Ascent()
     further: Sequence[LatentDirection] = ()
+    toward: LatentDirection | None = None
+
+    @property
+    def traits(self) -> ObjectiveTraits:
+        own = self.toward.traits if isinstance(self.toward, HasTraits) else ObjectiveTraits()
+        return replace(own, through_sampler=True, reward_gradients=self.toward is None or bool(self.further))
 
     def with_stronger_kl(self, minimum: float) -> PathwiseObjective:
         return replace(self, ascent=replace(self.ascent, anchor=max(2 * self.ascent.anchor, minimum)))
@@ -205,19 +220,23 @@ class PathwiseObjective:
         if not len(rows):
             return
         for ends in self.tail(context, batch, rows, seed):
-            self._backward_from(context, batch, ends, scales)
+            self._backward_from(context, batch, ends, scales, seed)
         if self.ascent.leash:
             drift = context.policy.drift()
             context.metrics.add("drift", drift.reshape(1))
             torch.autograd.backward(self.ascent.leash * scales.losses * len(rows) * drift)
 
-    def _backward_from(self, context: UpdateContext, batch: UpdateBatch, ends: Endpoints, scales: TermScales) -> None:
+    def _backward_from(
+        self, context: UpdateContext, batch: UpdateBatch, ends: Endpoints, scales: TermScales, seed: int
+    ) -> None:
         """Accumulate the gradients of endpoints, one part of each sample's."""
         latents = ends.x0.detach()
         prompts = [context.prompts[place] for place in batch.group[ends.rows].tolist()]
-        total = sum(
-            (move(context, latents, prompts) for move in (self.ascent, *self.further)), torch.zeros_like(latents)
-        )
+        own = batch.rollout.inputs.noise_seeds
+        seeds = [derived_seed(seed, "direction", own[row]) for row in ends.rows.tolist()]
+        total = torch.zeros_like(latents)
+        for direction in (self.toward or self.ascent, *self.further):
+            total += direction(context, latents, prompts, seeds)
         shape = (-1, *[1] * (latents.ndim - 1))
         counted = (scales.losses * ends.weights * batch.credit[ends.rows]).to(latents.dtype)
         cotangent = -counted.to(latents.device, non_blocking=True).view(shape) * total

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from genalign.algorithms.gradient_balance import GradientBalance
-from genalign.algorithms.interfaces import Credit, Objective
+from genalign.algorithms.interfaces import Companion, Credit, Objective
 from genalign.algorithms.redraws import RedrawRule
 from genalign.algorithms.step_schedules import StepSchedule
 from genalign.diffusion.completion import Completion
+from genalign.diffusion.policy import Policy
 from genalign.diffusion.transitions import Kernel, default_kernel, trainable_steps
-from genalign.types import FeatureFunction, Grid, Path
+from genalign.types import FeatureFunction, Grid, Path, Pipeline
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Recipe:
         recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
         reset: When the weights return to their average; None never resets them.
         balance: How rewards are weighted by their gradients; None weighs them as the credit does.
+        companion: Makes what learns beside the policy, from the model, the policy and the seed of its first weights;
+            None for nothing.
         redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
         shifts_noise: Whether the adapter shifts the initial noise, and is off in all later steps (noise hypernetworks).
     """
@@ -117,6 +121,7 @@ class Recipe:
     reset: ElasticReset | None = None
     balance: GradientBalance | None = None
     redraw: RedrawRule | None = None
+    companion: Callable[[Pipeline, Policy, int], Companion] | None = None
     shifts_noise: bool = False
 
     def __post_init__(self) -> None:

@@ -241,6 +241,30 @@ class SparseSteps:
 
 
 @dataclass(frozen=True)
+class RenoisedEstimate:
+    """The clean latent that one prediction implies, from the sample noised to a random level.
+
+    It is what a few-step student makes in one step. No stored state is needed, so that samples on disk serve, too.
+
+    Args:
+        low: The lowest level, as a fraction of the path's range.
+        high: The highest level.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+
+    def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
+        mover, path = Mover.of(context, batch, rows), context.pipeline.path
+        place = torch.tensor([drawn / 2**63 for drawn in mover.seeds(seed, "level")], dtype=torch.float64)
+        level = context.pipeline.level(self.low + (self.high - self.low) * place)
+        final = batch.rollout.final[mover.on_device]
+        x = path.add_noise(final, seeded_noise(mover.seeds(seed, "noise"), final), level)
+        prediction = mover.predict(x, level)
+        yield mover.ends(path.x0(x, prediction.output, level), [prediction])
+
+
+@dataclass(frozen=True)
 class DirectAlign:
     """One move of the sample noised by noise that is known, and then the clean latent that it implies.
 

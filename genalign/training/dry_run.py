@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.advantages import UnsuitableScoresError
+from genalign.algorithms.companions import LatentProxy
 from genalign.algorithms.credit import GroupRelative, SetContrast
 from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.algorithms.recipe import Recipe
@@ -82,6 +83,18 @@ class ToyPipeline:
         return latents
 
 
+class _MeanOfLatents(nn.Module):
+    """A proxy of any latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores: Tensor = self.scale * latents.flatten(1).mean(1)
+        return scores
+
+
 @dataclass(frozen=True)
 class _CreditOfToyScores:
     """A credit, or GRPO's (B,) where it refuses scores that have not the range or the groups of the run's own."""
@@ -102,6 +115,8 @@ def without_networks(recipe: Recipe) -> Recipe:
     """
     if recipe.features:
         recipe = replace(recipe, features=lambda samples: samples.flatten(1)[:, :1])
+    if isinstance(recipe.companion, LatentProxy):
+        recipe = replace(recipe, companion=replace(recipe.companion, network=_MeanOfLatents))
     if isinstance(recipe.credit, SetContrast):
         recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
     return replace(recipe, credit=_CreditOfToyScores(recipe.credit))

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from genalign.algorithms.advantages import zero_std_share
 from genalign.algorithms.interfaces import (
+    Companion,
     Distance,
     MeasuresDistance,
     MetricSums,
+    PartMetrics,
     RoundScores,
     TermCounts,
     TermScales,
@@ -131,7 +133,9 @@ class Trainer:
         self.reset = ResetWeights(recipe.reset, policy) if recipe.reset else None
         self.balance = BalancedGradients(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
         self.memory = TrailingWeights(recipe.memory, policy) if recipe.memory else None
-        parts = {"noise": self.noise, "reset": self.reset, "balance": self.balance, "memory": self.memory}
+        self.companion = self._make_companion()
+        parts: dict[str, Stateful | None] = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
+        parts |= {"memory": self.memory, "companion": self.companion}
         self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
         # Refuse an impossible recipe before any compute
         try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(self._steps(0)))
@@ -149,6 +153,14 @@ class Trainer:
         self.rounds_done = 0
         self.samples = 0
         self.seconds = 0.0
+
+    def _make_companion(self) -> Companion | None:
+        """Make what learns beside the policy. Raises ValueError for a sharded network."""
+        if self.recipe.companion is None:
+            return None
+        if self.policy.sharded:
+            raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
+        return self.recipe.companion(self.pipeline, self.policy, derived_seed(self.settings.seed, "companion"))
 
     def _compile(self, pipeline: Pipeline) -> None:
         """Compile the network, if it was opened so, for the batches of sampling and of learning."""
@@ -311,11 +323,16 @@ class Trainer:
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         model = self.pipeline, self.policy, self.grid, self.kernel, self.guidance
         memory = self.memory.weights if self.memory else None
-        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, memory, self.elsewhere)
+        beside = memory, self.companion, self.elsewhere
+        context = UpdateContext(*model, self.old, sums, prompts, self.rewards, *beside)
         own = self._own_batches(sampled, scores)
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
         parts = updates_of_round(own, self.batch_sizes, updates, epochs, unit, seed)
+        if self.companion:
+            micro_batches = [part for batch in own.values() for part in batch.split(self.micro_batch)]
+            apart = replace(context, metrics=PartMetrics(sums, "companion", 0.0, counted=False))
+            self.companion.update(apart, micro_batches, len(scores.scores), derived_seed(seed, "companion"))
         limit = self._limit(context, own, index, rate_factor)
         with progress.phase("updates", epochs * updates, "updates") as advance:
             for update, batches in enumerate(parts):

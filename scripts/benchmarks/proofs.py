@@ -30,6 +30,7 @@ from scripts.benchmarks import method_comparisons
 from scripts.benchmarks.audio_measures import Measure as Measurable
 from scripts.benchmarks.audio_measures import TrainedRun, dragon_measures, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
+from scripts.benchmarks.few_steps import few_step_base, few_step_rewards, few_steps
 from scripts.benchmarks.guards import credits_part, guards_part
 from scripts.benchmarks.planted_ratings import rated_scenes, warmth
 from scripts.benchmarks.published_results import write_results
@@ -263,6 +264,9 @@ PARTS = {
     "prompt_counts": method_comparisons.prompt_counts,
     "guards": guards_part,
     "credits": credits_part,
+    "few_step_base": few_step_base,
+    "few_steps": few_steps,
+    "few_step_rewards": few_step_rewards,
     "audio_demo": audio_demo,
     "audio": audio,
     "audio_dragon": audio_dragon,

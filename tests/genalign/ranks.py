@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from genalign.algorithms import recipe_changes, recipes
+from genalign.algorithms import few_step_recipes, pathwise_recipes, recipe_changes, recipes
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.cli import main
 from genalign.cli import train as train_module
+from genalign.diffusion.hypernetwork import Hypernetwork
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
@@ -59,6 +60,18 @@ def greenness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples[:, 1].flatten(1).mean(1)
 
 
+class Channels(nn.Module):
+    """A proxy: a weighted sum of a latent's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(16))
+
+    def forward(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scores: Tensor = latents.flatten(2).mean(2) @ self.weight[: latents.shape[1]]
+        return scores
+
+
 @dataclass(frozen=True)
 class Case:
     """A recipe, its reward, the adapter that is trained (None trains the whole network), and the settings."""
@@ -87,6 +100,10 @@ CASES: Mapping[str, Case] = {
     ),
     "balanced": Case(recipe_changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
     "further prompts": Case(recipe_changes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
+    "student": Case(few_step_recipes.rg_lcd(proxy=Channels, steps=4)),
+    "distribution matching": Case(few_step_recipes.distribution_matching(reward=0.1, fake_steps=2)),
+    "noise hypernetwork": Case(pathwise_recipes.noise_hypernetwork()),
+    "hypernetwork": Case(recipes.flow_grpo(window=1, kl=0.01), lora=Lora(rank=2, hypernetwork=Hypernetwork(width=8))),
     "more samples": Case(recipe_changes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
 }
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks

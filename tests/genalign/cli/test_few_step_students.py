@@ -77,7 +77,7 @@ def test_training_and_evaluations_of_a_student_take_no_guidance(
         "--evaluation.num_steps=2",
         "--evaluation.guidance=2",
         "--before_after.seeds=1",
-        "--training.prompts_per_round=1",
+        f"--before_after.prompts={run.parent / 'prompts.txt'}",
     ]
     assert "set sampling.guidance to 1 or null, not 2" in error(*again, *evaluation)
 

@@ -1,0 +1,93 @@
+"""The proofs of few-step students: their commands, one tiny round of every arm, and the configuration of the docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genalign.cli.evaluate_settings import EvaluateShapes
+from genalign.cli.main import main
+from genalign.cli.parsing import parse
+from genalign.diffusion.transitions import CPS, ODE
+from genalign.evaluation.evaluate import load_evaluation
+from genalign.worlds import shapes
+from scripts.benchmarks.few_steps import (
+    KERNELS,
+    STEPS,
+    base_evaluations,
+    base_records,
+    collect_pool,
+    evaluation_arguments,
+)
+from tests.packages import ROOT
+
+COMPARISONS = ROOT / "scripts" / "configs" / "compare"
+TINY = ["--samples_per_task", "1", "--seeds", "1", "--batch_size", "4"]
+ROUND = {
+    "max_seconds": None,
+    "before_after": None,
+    "training": {"rounds": 1, "prompts_per_round": 2, "group_size": 2, "batch_size": 4, "updates_per_round": 1},
+}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompt.text for prompt in shapes.prompts("train").prompts[:2]))
+    return path
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_base_is_evaluated_on_an_even_grid(kernel: str, steps: int, tmp_path: Path) -> None:
+    settings, _ = parse(EvaluateShapes, evaluation_arguments(kernel, steps, tmp_path)[2:], "evaluate shapes")
+    assert settings.sampling.kernel == {"ode": ODE(), "cps": CPS(1.0)}[kernel]
+    assert list(settings.sampling.sigmas) == [1 - step / steps for step in range(steps)]
+
+
+@pytest.mark.slow
+def test_the_base_in_few_steps_is_compared_with_its_most(tmp_path: Path) -> None:
+    folders = base_evaluations(tmp_path, TINY)
+    protocols = {load_evaluation(folder).protocol.kernel for folder in folders.values()}
+    assert protocols == {"ODE()", "CPS(eta=1.0)"}
+    records = base_records(folders)
+    assert {record.name for record in records} >= {"ode_1.partial", "cps_8.strict"}
+    assert all(record.before == record.after for record in records if record.name.startswith("ode_8."))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["few_steps", "few_step_rewards"])
+def test_a_tiny_round_of_every_arm(name: str, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pool = tmp_path / "pool"
+    collect_pool(pool, ["--prompts", str(prompts), "--sampling.num_steps", "2", "--batch_size", "4"])
+    for arm, own in yaml.safe_load((COMPARISONS / f"shapes_{name}.yaml").read_text())["runs"].items():
+        learns = own.get("training", {}).get("data", "") is not None
+        training = {**ROUND["training"], "data": str(pool) if learns else None}  # type: ignore[dict-item]
+        settings = {**own, **ROUND, "training": training, "prompts": str(prompts), "output": str(tmp_path / arm)}
+        file = tmp_path / f"{arm}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        assert main(["train", "--config", str(COMPARISONS / "base_few_steps.yaml"), "--config", str(file)]) == 0
+        assert (tmp_path / arm / "denoiser" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_docs_runs(tmp_path: Path, prompts: Path) -> None:
+    text = (ROOT / "docs" / "methods" / "few_steps.md").read_text()
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    pool = tmp_path / "pool"
+    reward = [
+        "--rewards.partial.function",
+        "rewards.shapes.ShapesReward",
+        "--rewards.partial.function.score",
+        "partial",
+    ]
+    own = ["--model.path", "shapes-sd3", "--prompts", str(prompts), "--samples_per_prompt", "2"]
+    assert main(["collect", "--output", str(pool), *own, *reward, "--sampling.num_steps", "2"]) == 0
+    settings["training"] |= {"rounds": 1, "data": str(pool)}
+    settings |= {"prompts": str(pool), "output": str(tmp_path / "student"), "before_after": None}
+    file = tmp_path / "student.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(file)]) == 0
