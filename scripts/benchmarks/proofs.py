@@ -160,6 +160,24 @@ def hacking(work: Path) -> None:
     write_results(RESULTS, "hacking_shapes", header, records)
 
 
+def hypernetworks(work: Path) -> None:
+    """Gates of the state and of the prompt, beside the plain LoRA, and a noise hypernetwork on four steps."""
+    runs = compared(work / "hypernetworks", "shapes_hypernetworks")
+    records: list[PromptRecord] = []
+    for name, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            records += gains(name, "redness", "red", seed, run) + gains(f"{name}.strict", "strict", "strict", seed, run)
+    for seed, run in runs["noise"].items():
+        alarms = float(sum(bool(panel.alarm) for _, panel in panels(run)))
+        records.append(PromptRecord("noise_alarms", "alarms", seed, "all", "the whole run", 0.0, alarms, 1))
+    claim = (
+        "LoRAs with a hypernetwork, of the state and of the prompt, raise an exact reward above the base model's; so"
+        " does a noise hypernetwork on four steps, with as many steps, and how often the alarm of reward hacking comes"
+    )
+    header = head(claim, "python scripts/benchmarks/proofs.py hypernetworks")
+    write_results(RESULTS, "hypernetworks_shapes", header, records)
+
+
 AUDIO_TARGETS = {
     "ddpo": "strict",
     "dragon_instance": "strict",
@@ -242,6 +260,7 @@ PARTS = {
     "dragon": dragon,
     "adversarial": adversarial,
     "hacking": hacking,
+    "hypernetworks": hypernetworks,
     "prompt_counts": method_comparisons.prompt_counts,
     "guards": guards_part,
     "credits": credits_part,

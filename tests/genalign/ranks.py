@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from genalign.algorithms import few_step_recipes, recipe_changes, recipes
+from genalign.algorithms import few_step_recipes, pathwise_recipes, recipe_changes, recipes
 from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.cli import main
 from genalign.cli import train as train_module
+from genalign.diffusion.hypernetwork import Hypernetwork
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
@@ -104,6 +105,8 @@ CASES: Mapping[str, Case] = {
     "further prompts": Case(recipe_changes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
     "student": Case(few_step_recipes.rg_lcd(proxy=Channels, steps=4, ascent=ANCHORED)),
     "distribution matching": Case(few_step_recipes.distribution_matching(reward=0.1, fake_steps=2, ascent=ANCHORED)),
+    "noise hypernetwork": Case(pathwise_recipes.noise_hypernetwork()),
+    "hypernetwork": Case(recipes.flow_grpo(window=1, kl=0.01), lora=Lora(rank=2, hypernetwork=Hypernetwork(width=8))),
     "more samples": Case(recipe_changes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
 }
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks

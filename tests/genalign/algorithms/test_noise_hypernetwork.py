@@ -17,6 +17,7 @@ from genalign.algorithms.pathwise import Ascent, PathwiseObjective
 from genalign.algorithms.pathwise_recipes import draft, noise_hypernetwork
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.tails import ShiftedNoise
+from genalign.diffusion.hypernetwork import Hypernetwork
 from genalign.diffusion.lora import ADAPTER
 from genalign.diffusion.noise_shift import first_latents
 from genalign.diffusion.paths import FlowPath
@@ -25,10 +26,12 @@ from genalign.diffusion.rollout import RolloutInputs, generate, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, transition
 from genalign.runtime.memory_options import Memory
+from genalign.scoring.budget import NFE, backward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import SearchRun
 from genalign.search.noise_optimization import ReNO
 from genalign.search.noise_search import ZeroOrder
+from genalign.training.dry_run import ToyPipeline, dry_run
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt, PromptSet
@@ -182,8 +185,12 @@ def test_what_cannot_train_a_noise_hypernetwork_is_refused(tiny_folder: Path) ->
         )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tiny_folder: Path) -> None:
-    whole, first, resumed = (_trainer(tiny_folder, noise_hypernetwork(), Lora(rank=2)) for _ in range(3))
+@pytest.mark.parametrize("kind", ["noise hypernetwork", "hypernetwork"])
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_folder: Path, kind: str) -> None:
+    recipe, lora = noise_hypernetwork(), Lora(rank=2)
+    if kind == "hypernetwork":
+        recipe, lora = draft(ascent=Ascent(anchor=0.1)), Lora(rank=2, hypernetwork=Hypernetwork(width=8))
+    whole, first, resumed = (_trainer(tiny_folder, recipe, lora) for _ in range(3))
     results = list(whole.rounds())
     next(first.rounds())
     resumed.restore(first.state())
@@ -191,3 +198,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_folder: Path) -> None:
     assert last.reward == results[-1].reward and last.kl == results[-1].kl > 0
     for ours, theirs in zip(resumed.policy.parameters, whole.policy.parameters, strict=True):
         assert torch.equal(ours, theirs)
+    for ours, theirs in zip(resumed.policy.average.tensors, whole.policy.average.tensors, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_calls_of_a_round_are_those_of_the_documentation() -> None:
+    """Sampling takes T + 2; learning 2 for the shift, T for the chain, and T again that compute it once more."""
+    settings = TrainerSettings(
+        rounds=1, prompts_per_round=2, group_size=2, batch_size=4, updates_per_round=1, learning_rate=1e-3
+    )
+    steps, rewards, prompts = 3, [NamedReward("r", spread)], PromptSet.of(PROMPTS)
+    first = dry_run(ToyPipeline.flow(steps), rewards, prompts, noise_hypernetwork(), settings, 1.0).first
+    assert first.nfe == 4 * (steps + 2 + 2 + steps + steps)
+    assert first.counts[backward_call(NFE)] == 4 * (1 + steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -56,6 +56,7 @@ from genalign.algorithms.recipes import (
     vgpo,
 )
 from genalign.algorithms.trajectory import PolicyGradient
+from genalign.diffusion.hypernetwork import Hypernetwork
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch
 from genalign.diffusion.sampling import Sampling
@@ -86,13 +87,19 @@ def red_set(features: Tensor) -> float:
 
 
 def _train(
-    folder: Path, recipe: Recipe, rounds: int, rate: float, updates: int = 1, pixels: int = 32
+    folder: Path,
+    recipe: Recipe,
+    rounds: int,
+    rate: float,
+    updates: int = 1,
+    pixels: int = 32,
+    lora: Lora = Lora(rank=4, alpha=8),
 ) -> list[RoundResult]:
     settings = TrainerSettings(
         rounds=rounds, prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=updates, learning_rate=rate
     )
     tiny = SD3.load(folder, height=pixels, width=pixels)
-    policy = Policy(tiny.denoiser, Lora(rank=4, alpha=8), seed=0)
+    policy = Policy(tiny.denoiser, lora, seed=0)
     trainer = Trainer(tiny, policy, [NamedReward("red", redness)], PROMPTS, recipe, settings, SAMPLING)
     return list(trainer.rounds())
 
@@ -166,6 +173,23 @@ def test_the_reward_rises(tiny_folder: Path, name: str) -> None:
     assert last > first + 0.5 * spread
     assert all(result.log_ratio_max == 0.0 for result in results)
     assert results[-1].kl > 0 and bool(torch.tensor([result.loss for result in results]).isfinite().all())
+
+
+def test_replays_have_the_gates_of_the_rollout(tiny_folder: Path) -> None:
+    lora = Lora(rank=4, alpha=8, hypernetwork=Hypernetwork(width=16))
+    results = _train(tiny_folder, flow_grpo(KERNEL, kl=0.1), 2, 1e-2, lora=lora)
+    assert all(result.log_ratio_max == 0.0 for result in results) and results[-1].kl > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", ["state", "prompt"])
+@pytest.mark.parametrize("name", ["ddpo", "draft"])
+def test_the_reward_rises_with_a_hypernetwork(tiny_folder: Path, name: str, reads: Literal["state", "prompt"]) -> None:
+    lora = Lora(rank=4, alpha=8, hypernetwork=Hypernetwork(reads, width=16))
+    results = _train(tiny_folder, RECIPES[name](), 24, 1e-2, lora=lora)
+    first, last = (sum(result.reward for result in part) / 4 for part in (results[:4], results[-4:]))
+    assert last > first + 0.5 * results[0].reward_std
+    assert all(result.log_ratio_max == 0.0 for result in results)
 
 
 def test_a_credit_knows_the_tasks_of_the_prompts(tiny_folder: Path) -> None:
