@@ -82,7 +82,8 @@ def pin_weights(modules: Sequence[nn.Module]) -> None:
 def on_device(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
     """Run modules, if ``offload``, on copies of their weights on ``device`` within the context.
 
-    The weights themselves stay on the CPU, and nothing is copied back: they must not change within the context.
+    The weights themselves stay on the CPU, and nothing is copied back: they must not change within the context. A graph
+    that autograd records within the context keeps the copies until its backward pass, which may come later.
     """
     weights = list(_weights(modules)) if offload and device.type != "cpu" else []
     copies: dict[int, Tensor] = {}  # by the weight, which several layers may share

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,34 @@ def pytest_collection_finish() -> None:
     """Leave what was imported out of every later garbage collection, each of which takes half a second otherwise."""
     gc.collect()
     gc.freeze()
+
+
+def _global_state() -> dict[str, object]:
+    """The settings of torch that hold for the whole process; none before it is imported.
+
+    On a machine with a GPU the precision is set for good when a model is first opened on it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "number of threads": torch.get_num_threads(),
+        "precision of float32 products": None if torch.cuda.is_available() else torch.get_float32_matmul_precision(),
+        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "mode of gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _no_global_state_is_left_changed() -> Iterator[None]:
+    """Fail a test that leaves a setting of torch changed, with which later tests would run."""
+    before = _global_state()
+    yield
+    after = _global_state()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test left settings of torch changed (before, after): {changed}"
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ class FakeStreams:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         own = threading.get_ident
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # as on a GPU, for good
         monkeypatch.setattr(torch.cuda, "current_device", lambda: self.devices.get(own(), 0))
         monkeypatch.setattr(torch.cuda, "set_device", lambda index: self.devices.update({own(): index}))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream("side", self))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from genalign.algorithms import few_step_recipes, pathwise_recipes, recipe_changes, recipes
+from genalign.algorithms import few_step_recipes, pathwise_recipes, preference_recipes, recipe_changes, recipes
 from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.cli import main
@@ -84,6 +84,10 @@ class Case:
     lora: Lora | None = Lora(rank=2)
     settings: TrainerSettings = SETTINGS
 
+    def on_pool(self, folder: Path) -> Case:
+        """Return the same case that learns from the pool ``folder``."""
+        return replace(self, settings=replace(self.settings, data=str(folder)))
+
 
 CASES: Mapping[str, Case] = {
     "trajectory": Case(recipes.flow_grpo(window=1, kl=0.01)),
@@ -112,6 +116,10 @@ CASES: Mapping[str, Case] = {
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks
     "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),
     "whole matching": Case(recipes.nft(lag=Lag(slope=0.3)), lora=None),
+}
+OFFLINE: Mapping[str, Case] = {  # from a pool, which has the score; features are those of decoded samples
+    "offline": Case(preference_recipes.dpo(draws=1)),
+    "offline set": Case(recipes.dragon_set(vendi_score, channels, quality=0.5)),
 }
 SHARDED = ("trajectory", "matching", "seldom matched", "adapted rate", "reset")
 
@@ -183,11 +191,13 @@ def recorded(
     return recording
 
 
+LAGGING = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
+
+
 def resumed(
-    opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None, lora: Lora | None = Lora(rank=2)
+    opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None, case: Case = LAGGING
 ) -> None:
     """Train two rounds without interruption, and two in two sessions, each with a checkpoint at the end."""
-    case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless, lora)
 
     def session(name: str, seed: int) -> Session:
         score_log = ScoreLog()
@@ -239,7 +249,7 @@ def become(rank: int, port: int, errors: Path, count: int = 2) -> dict[str, str]
     return variables
 
 
-def work(rank: int, port: int, errors: Path, model: Path, folder: Path) -> None:
+def work(rank: int, port: int, errors: Path, model: Path, pool: Path, folder: Path) -> None:
     """Write everything that the tests compare, as one of two processes."""
     with process_group(become(rank, port, errors), 15.0, 300.0) as processes:  # on a busy machine
         opened = SD3.load(model)
@@ -249,12 +259,15 @@ def work(rank: int, port: int, errors: Path, model: Path, folder: Path) -> None:
             for again in (True, False):
                 recording = recorded(opened, CASES[name], processes, Sharding(2, again))
                 recording.write(folder / f"{name}.{'thrice' if again else 'twice'}.{rank}.safetensors")
+        for name, case in OFFLINE.items():
+            recorded(opened, case.on_pool(pool), processes).write(folder / f"{name}.{rank}.safetensors")
+        resumed(opened, folder / "offline", processes, None, OFFLINE["offline"].on_pool(pool))
         resumed(opened, folder / "copies", processes, None)
         resumed(opened, folder / "divided", processes, Sharding(2))
         _adapter(opened, folder, processes)
         for name, case in WHOLE.items():
             recorded(opened, case, processes, Sharding(2)).write(folder / f"{name}.{rank}.safetensors")
-        resumed(opened, folder / "whole", processes, Sharding(2), lora=None)
+        resumed(opened, folder / "whole", processes, Sharding(2), replace(LAGGING, lora=None))
         saved_whole(opened, folder / "whole", processes, Sharding(2))
 
 

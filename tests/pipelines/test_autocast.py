@@ -93,7 +93,6 @@ def test_an_autoencoder_that_overflows_in_float16_is_not_under_autocast(folder_o
 
 
 def test_float32_is_multiplied_as_tf32_on_cuda_alone() -> None:
-    torch.set_float32_matmul_precision("highest")  # an earlier test of this process may have set another
     before = torch.get_float32_matmul_precision()
     own_device("cpu", {})
     assert torch.get_float32_matmul_precision() == before == "highest"

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from genalign.algorithms.pathwise_recipes import draft
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.runtime.memory_options import Memory
+from genalign.scoring.score import NamedReward
+from genalign.search import DNO, FKSteering, ReNO, RewardGradient, run_search
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from pipelines import SD3
 from pipelines.low_memory import multiply_in_float8, on_device, require_quantization
 from tests.fake_cuda import FakeCuda
@@ -121,6 +129,63 @@ def test_offloaded_weights_are_copied_to_the_device_and_never_back(offload: Offl
 
 def _size(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {*module.parameters(), *module.buffers()})
+
+
+def _sharpness(samples: Tensor, prompts: object) -> Tensor:
+    return samples.diff(dim=-1).abs().flatten(1).mean(1)
+
+
+def _searches(strategy: Any, pipeline: SD3) -> Iterator[None]:
+    """Search once for each value."""
+    while True:
+        reward, sampling = NamedReward("sharpness", _sharpness), Sampling(num_steps=4)
+        run_search.search(pipeline, PROMPTS[:1], reward, strategy, sampling=sampling)
+        yield
+
+
+def _training(pipeline: SD3) -> Iterator[object]:
+    """Train a round for each value."""
+    settings = TrainerSettings(rounds=2, prompts_per_round=2, group_size=2, batch_size=4, overlap_scoring=False)
+    rewards, policy = [NamedReward("sharpness", _sharpness)], Policy(pipeline.denoiser, Lora(rank=2))
+    return Trainer(pipeline, policy, rewards, PROMPTS, draft(), settings, Sampling(num_steps=2)).rounds()
+
+
+DIFFERENTIATED: dict[str, Callable[[SD3], Iterator[object]]] = {  # all that differentiates rewards through the decoder
+    "ReNO": partial(_searches, ReNO(2)),
+    "DNO": partial(_searches, DNO(2, gamma=0.1, permutations=2)),
+    "RewardGradient": partial(_searches, FKSteering(2, 1.0, start=0.0, guide=RewardGradient())),
+    "pathwise": _training,
+}
+
+
+@contextmanager
+def _moved_and_back(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
+    """Move the weights themselves, which are back on the CPU when the samples' gradient is taken."""
+    for module in modules:
+        module.to(device)
+    yield
+    for module in modules if offload else ():
+        module.to("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers, in schedulers
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_an_offloaded_decoder_stays_on_the_device_until_the_backward_pass(
+    name: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_search, "check_rewards", lambda *_, **__: None)  # values are random
+    with FakeCuda() as cuda:
+        pipeline = SD3.load(tiny_folder, device="cuda", memory=Memory(offload="all", decode_batch=1))
+        vae, before, held = pipeline.pipe.vae, _storages([pipeline.pipe.vae]), cuda.live
+        runs = DIFFERENTIATED[name](pipeline)
+        next(runs)
+        assert all(weight.is_cpu for weight in vae.parameters()) and _storages([vae]) == before
+        assert [wait for wait in cuda.waits if wait.functions[-1] == "_copy"] == []
+        assert cuda.live - held < _size(vae)  # the graph that kept the copies is gone
+        monkeypatch.setattr("pipelines.base.on_device", _moved_and_back)
+        with pytest.raises(RuntimeError, match="weight is on cpu"):
+            next(runs)
 
 
 def test_offloaded_weights_are_in_place_again_after_an_error() -> None:

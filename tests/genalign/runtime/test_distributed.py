@@ -40,7 +40,7 @@ from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.training.round_log import flat_numbers
 from pipelines import SD3
 from tests.genalign import ranks
-from tests.genalign.training.toy_runs import require_same_checkpoints, write_config
+from tests.genalign.training.toy_runs import require_same_checkpoints, write_config, write_pool
 from tests.http_servers import free_port
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -65,24 +65,32 @@ def _require_success(started: Sequence[BaseProcess], errors: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the results of two processes."""
-    folder = tmp_path_factory.mktemp("both")
-    _require_success(_start(ranks.work, folder, tiny_folder, folder), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def opened(tiny_folder: Path) -> SD3:
     return SD3.load(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def alone(opened: SD3) -> Iterator[Mapping[str, ranks.Recording]]:
+def pool(opened: SD3, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of groups of three, of which two are drawn, for every prompt."""
+    folder = tmp_path_factory.mktemp("pool")
+    return write_pool(opened, folder, ranks.PROMPTS.prompts, group_size=3, scores=("one",))
+
+
+@pytest.fixture(scope="module")
+def both(tiny_folder: Path, pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the results of two processes."""
+    folder = tmp_path_factory.mktemp("both")
+    _require_success(_start(ranks.work, folder, tiny_folder, pool, folder), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(opened: SD3, pool: Path) -> Iterator[Mapping[str, ranks.Recording]]:
     """The same in one process, on one core as each of the two: the number of cores alone moves the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield {name: ranks.recorded(opened, case) for name, case in ranks.CASES.items()}
+    offline = {name: case.on_pool(pool) for name, case in ranks.OFFLINE.items()}
+    yield {name: ranks.recorded(opened, case) for name, case in {**ranks.CASES, **offline}.items()}
     torch.set_num_threads(before)
 
 
@@ -111,7 +119,7 @@ def _require_same_run(recording: ranks.Recording, expected: ranks.Recording, unc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize("name", [*ranks.CASES, *ranks.OFFLINE])
 def test_two_processes_do_what_one_does(both: Path, alone: Mapping[str, ranks.Recording], name: str) -> None:
     first, second = _of(both, name)
     for rank, recording in enumerate((first, second)):
@@ -172,7 +180,7 @@ def test_a_whole_network_is_saved_from_its_shards(both: Path, opened: SD3, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["copies", "divided", "whole"])
+@pytest.mark.parametrize("kind", ["copies", "divided", "whole", "offline"])
 def test_two_processes_resume_exactly(both: Path, kind: str) -> None:
     unbroken, broken = (both / kind / run / "latest" for run in ("unbroken", "broken"))
     require_same_checkpoints(unbroken, broken)

@@ -27,7 +27,9 @@ from genalign.runtime.files import load_state
 from genalign.training import checkpointing
 from genalign.training.checkpointing import Checkpoints
 from genalign.training.run_folder import RunFolder
-from tests.genalign.training.toy_runs import write_config
+from genalign.types import Prompt
+from pipelines import SD3
+from tests.genalign.training.toy_runs import write_config, write_pool
 
 REWARD = "tests.genalign.training.toy_runs.redness"
 
@@ -73,13 +75,16 @@ class ChildRuns:
     def __init__(self, context: ForkServerContext, work: Path, model: Path, rounds: int) -> None:
         self.context, self.work, self.model, self.rounds = context, work, model, rounds
 
-    def config(self, name: str) -> Path:
-        """Write the configuration of the run ``name``."""
+    def config(self, name: str, pool: Path | None = None) -> Path:
+        """Write the configuration of the run ``name``, which samples, or learns from a pool that has its score."""
         recipe = {"class_path": "genalign.algorithms.recipes.nft", "init_args": {"lag": {"slope": 0.3}}}
         sizes = {"prompts": "shapes:len", "samples_per_task": 1, "seeds": 1}
-        path, training = self.work / f"{name}.json", {"rounds": self.rounds}
+        path, training = self.work / f"{name}.json", dict[str, Any](rounds=self.rounds)
         held_out = {"every": 1, "prompts": "shapes:val", "samples_per_task": 1, "scorers": {"red": REWARD}}
-        sections = {"recipe": recipe, "before_after": sizes, "held_out": held_out}
+        sections: dict[str, Any] = {"recipe": recipe, "before_after": sizes, "held_out": held_out}
+        if pool is not None:
+            training |= {"data": str(pool)}
+            sections |= {"prompts": str(pool), "recipe": {"class_path": "genalign.dpo", "init_args": {"draws": 1}}}
         return write_config(path, self.model, REWARD, training, **sections)
 
     def train(self, *arguments: str, **kill: Any) -> int:
@@ -140,6 +145,19 @@ def test_a_run_that_is_killed_while_saving_ends_like_an_uninterrupted_one(runs: 
     assert runs.train("--resume", str(run)) == 0
     assert (run / "before" / "summary.json").stat().st_mtime_ns == before
     _require_same_end(run, runs.work / "unbroken")
+
+
+@pytest.mark.slow
+def test_an_offline_run_that_is_killed_ends_like_an_uninterrupted_one(runs: ChildRuns) -> None:
+    prompts = [Prompt(f"{number} circles") for number in range(4)]
+    pool = write_pool(SD3.load(runs.model), runs.work / "pool", prompts, group_size=3, scores=("red",))
+    assert runs.train("--config", str(runs.config("unbroken", pool))) == 0
+    assert runs.train("--config", str(runs.config("run", pool)), moment=70) == -9
+    run = runs.work / "run"
+    assert 0 < _require_resumable(run) < 3
+    assert runs.train("--resume", str(run)) == 0
+    _require_same_end(run, runs.work / "unbroken")
+    assert "decode" not in _rows(run)[0]["calls"]  # nothing was sampled
 
 
 @pytest.mark.slow

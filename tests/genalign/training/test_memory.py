@@ -77,7 +77,7 @@ def test_a_round_is_released_before_it_is_evaluated(tiny_folder: Path) -> None:
 
 
 def test_samples_are_held_for_rewards_that_are_trained_alone(tiny_folder: Path) -> None:
-    trained = adversary((3, 64, 64), batch_size=6)
+    trained = adversary((3, 32, 32), batch_size=6)
     for reward, held in ((redness, False), (trained, True)):
         trainer = _trainer(tiny_folder, RECIPES[0], LARGE, reward)
         batches = trainer.sample(0, next(trainer.prompts.rounds()))

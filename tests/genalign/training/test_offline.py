@@ -27,24 +27,15 @@ from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
-from tests.genalign.training.toy_runs import Session, channels, redness, require_same_checkpoints
+from tests.genalign.training.toy_runs import Session, channels, redness, require_same_checkpoints, write_pool
 
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
 
 
-def _pool(tiny: SD3, folder: Path, groups: int = 3, size: int = 4) -> Path:
-    """Write a pool of random latents in parts of five, scored at random; the second score has a gap."""
-    generator = torch.Generator().manual_seed(0)
-    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("human", "other"), {"by": "a test"}).write(folder)
-    samples = [
-        PoolSample(Prompt(f"{group} circles", {"tag": "counting"}), {"human": float(number), "other": math.nan})
-        for group in range(groups)
-        for number in range(size)
-    ]
-    for part, first in enumerate(range(0, len(samples), 5)):
-        own = samples[first : first + 5]
-        write_part(folder, part, torch.randn(len(own), *tiny.latent_shape, generator=generator), own)
-    return folder
+def _pool(tiny: SD3, folder: Path) -> Path:
+    """Write a pool of three groups of four, whose second score has a gap."""
+    prompts = [Prompt(f"{group} circles", {"tag": "counting"}) for group in range(3)]
+    return write_pool(tiny, folder, prompts, scores=("human", "other"))
 
 
 def _settings(folder: Path, **changes: object) -> TrainerSettings:

@@ -33,7 +33,9 @@ def _trainer(
     folder: Path, reward: RewardFunction, overlap_scoring: bool, make: Callable[..., Recipe] = flow_grpo
 ) -> Trainer:
     settings = replace(SETTINGS, prompts_per_round=4, weight_decay=1e-4, overlap_scoring=overlap_scoring)
-    return toy_trainer(SD3.load(folder), make(FlowSDE(0.9), clip_range=1e-2), reward, settings, PROMPTS)
+    return toy_trainer(
+        SD3.load(folder, height=32, width=32), make(FlowSDE(0.9), clip_range=1e-2), reward, settings, PROMPTS
+    )
 
 
 @pytest.mark.parametrize("make", [flow_grpo, dense_grpo])

@@ -34,7 +34,7 @@ TOLERANT = replace(SETTINGS, max_failed_fraction=0.5)
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), CPS(0.8)])
 def test_a_reward_rises(small: SD3, kernel: Kernel) -> None:
     recipe = flow_grpo(kernel, window=2, clip_range=1e-2, shared_noise=False)
-    settings = replace(SETTINGS, rounds=30, group_size=8, batch_size=8, learning_rate=3e-2)
+    settings = replace(SETTINGS, rounds=15, group_size=8, batch_size=8, learning_rate=3e-2)
     results = list(toy_trainer(small, recipe, settings=settings).rounds())
     first, last = (sum(result.reward for result in part) / 5 for part in (results[:5], results[-5:]))
     assert last > first + results[0].reward_std

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
+from genalign.training.pools import PoolInfo, PoolSample, write_part
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
@@ -85,6 +87,22 @@ def adversary(shape: Sequence[int], batch_size: int) -> AdversarialReward:
     learning = DiscriminatorSettings(steps_per_update=2, batch_size=batch_size, replay=6, learning_rate=1e-2)
     pool = ReferencePool(ReferenceSamples(shape))
     return AdversarialReward(channels, pool, weights=PatchWeights(1.0, 0.0), learning=learning)
+
+
+def write_pool(
+    pipeline: SD3, folder: Path, prompts: Sequence[Prompt], group_size: int = 4, scores: Sequence[str] = ("human",)
+) -> Path:
+    """Write a pool of random latents in parts of five; the first score counts the samples of a group, others are NaN.
+
+    Return ``folder``.
+    """
+    generator, first, rest = torch.Generator().manual_seed(0), scores[0], dict.fromkeys(scores[1:], math.nan)
+    PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), tuple(scores), {"by": "a test"}).write(folder)
+    samples = [PoolSample(prompt, {first: float(number), **rest}) for prompt in prompts for number in range(group_size)]
+    for part, start in enumerate(range(0, len(samples), 5)):
+        own = samples[start : start + 5]
+        write_part(folder, part, torch.randn(len(own), *pipeline.latent_shape, generator=generator), own)
+    return folder
 
 
 class Session:
@@ -155,6 +173,8 @@ def toy_trainer(
     settings: TrainerSettings = SETTINGS,
     prompts: PromptSet = PROMPTS,
 ) -> Trainer:
+    """A trainer on the tiny pipeline, from here on for images of 32 x 32, which cost half as much."""
+    tiny.height = tiny.width = 8
     policy = Policy(tiny.denoiser, Lora(rank=4, alpha=8), seed=settings.seed)
     return Trainer(tiny, policy, [NamedReward("red", reward)], prompts, recipe, settings, SAMPLING)
 

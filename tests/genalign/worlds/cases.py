@@ -51,4 +51,20 @@ def verifications(cases: list[Case], corruption: Corruption) -> list[Verificatio
 
 
 def strict_rate(cases: list[Case], corruption: Corruption) -> float:
-    return float(np.mean([verification.strict for verification in verifications(cases, corruption)]))
+    return strict_share(verifications(cases, corruption))
+
+
+def strict_share(verified: list[Verification]) -> float:
+    return float(np.mean([verification.strict for verification in verified]))
+
+
+class Verified(dict[Corruption, list[Verification]]):
+    """The verifications of the same cases under each corruption, which several tests read."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        super().__init__()
+        self.cases = cases
+
+    def __missing__(self, corruption: Corruption) -> list[Verification]:
+        self[corruption] = verifications(self.cases, corruption)
+        return self[corruption]

@@ -19,7 +19,7 @@ from genalign.worlds.tones.prompts import attribution, counting, loudness, pitch
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.spectrum import Sound
 from genalign.worlds.tones.verifier import verify, verify_detections
-from tests.genalign.worlds.cases import Case, Corruption, strict_rate, true_cases, untouched, verifications
+from tests.genalign.worlds.cases import Case, Corruption, Verified, strict_share, true_cases, untouched, verifications
 
 WINDOW = torch.hann_window(512)
 UNKNOWN_TIMBRES = {
@@ -135,6 +135,11 @@ def cases() -> list[Case]:
 
 
 @pytest.fixture(scope="module")
+def verified(cases: list[Case]) -> Verified:
+    return Verified(cases)
+
+
+@pytest.fixture(scope="module")
 def misses(cases: list[Case]) -> list[tuple[int, str, Case]]:
     """(index of the true case, kind of mistake, case) of near misses."""
     rng = np.random.default_rng(72_002)
@@ -161,16 +166,16 @@ def misses(cases: list[Case]) -> list[tuple[int, str, Case]]:
         (generated, 0.95),
     ],
 )
-def test_truth_is_accepted(cases: list[Case], corruption: Corruption, least: float) -> None:
-    assert strict_rate(cases, corruption) >= least
+def test_truth_is_accepted(verified: Verified, corruption: Corruption, least: float) -> None:
+    assert strict_share(verified[corruption]) >= least
 
 
 @pytest.mark.parametrize("corruption", [untouched, generated])
 def test_near_misses_are_refused_and_score_less(
-    cases: list[Case], misses: list[tuple[int, str, Case]], corruption: Corruption
+    verified: Verified, misses: list[tuple[int, str, Case]], corruption: Corruption
 ) -> None:
     assert {kind for _, kind, _ in misses} == {"kind", "add", "drop", "note", "order", "relation", "loudness"}
-    truth = verifications(cases, corruption)
+    truth = verified[corruption]
     near = verifications([case for _, _, case in misses], corruption)
     assert np.mean([verification.strict for verification in near]) <= 0.005
     right = [truth[index].strict for index, _, _ in misses]
@@ -332,7 +337,7 @@ def test_known_sounds_alone_are_recognized_whatever_the_prompt_asks_for() -> Non
     assert not verify_detections([], SINE).recognized
 
 
-def test_hiss_that_fills_a_clip_is_not_recognized(cases: list[Case]) -> None:
+def test_hiss_that_fills_a_clip_is_not_recognized(verified: Verified) -> None:
     white = 0.1 * torch.from_numpy(np.random.default_rng(72_004).standard_normal((4, 1, LENGTH))).float()
     assert not any(verification.recognized for verification in verify(white, [single_tone("noise").metadata] * 4))
-    assert np.mean([verification.recognized for verification in verifications(cases, untouched)]) == 1.0
+    assert np.mean([verification.recognized for verification in verified[untouched]]) == 1.0
