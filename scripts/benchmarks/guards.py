@@ -30,7 +30,7 @@ log_sigmoid and ceiling; of shapes_criteria normalized_sum.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ import yaml
 
 from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import Evaluation, SampleRecord, load_evaluation
-from genalign.evaluation.records import PromptRecord, ResultRow, mean, prompt_records
+from genalign.evaluation.records import PromptRecord, ResultRow, mean
 from genalign.runtime.files import without_infinities, write_json
 from genalign.types import RewardFunction
 from genalign.worlds.shapes.diversity import evaluation_images
 from scripts.benchmarks.learned_proxies import Overrating, write_proxies
 from scripts.benchmarks.planted_rewards import Taste
 from scripts.benchmarks.published_results import result_rows, write_results
-from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics
+from scripts.benchmarks.trained_runs import RESULTS, compared, differences, gains, head, metrics
 
 COMPARISONS = Path("scripts/configs/compare")
 PROXIES, REFERENCES = Path("runs/proofs/proxies"), Path("runs/proofs/references.json")  # which the comparisons name
@@ -177,7 +177,7 @@ def guard_records(bench: str, runs: Runs) -> list[PromptRecord]:
             records += planted_records(f"{bench}.{arm}.planted", seed, run, PLANTED[bench])
     for guard in guards:
         name = f"{bench}.{guard.arm}.difference"
-        records += differences(name, "guarded - unguarded", runs[guard.unguarded], runs[guard.arm])
+        records += differences(name, "guarded - unguarded", "strict", runs[guard.unguarded], runs[guard.arm])
     return records
 
 
@@ -188,7 +188,7 @@ def credit_records(bench: str, runs: Runs) -> list[PromptRecord]:
     for arm in (usual, *others):
         records += _gains(f"{bench}.{arm}", runs[arm], "strict")
     for arm in others:
-        records += differences(f"{bench}.{arm}.difference", f"{arm} - {usual}", runs[usual], runs[arm])
+        records += differences(f"{bench}.{arm}.difference", f"{arm} - {usual}", "strict", runs[usual], runs[arm])
     for arm in SEARCHED if bench == "honest" else ():
         for seed, run in runs[arm].items():
             records += best_of_records(f"{bench}.{arm}.best_of_{BEST_OF}", seed, run)
@@ -198,17 +198,6 @@ def credit_records(bench: str, runs: Runs) -> list[PromptRecord]:
 def _gains(name: str, runs: Mapping[int, Path], score: str) -> list[PromptRecord]:
     """The records of one score of an arm, over its seeds."""
     return [record for seed, run in runs.items() for record in gains(name, score, score, seed, run)]
-
-
-def differences(
-    name: str, metric: str, unguarded: Mapping[int, Path], guarded: Mapping[int, Path]
-) -> list[PromptRecord]:
-    """Strict accuracy after training in two arms, paired by seed, prompt and noise; ``before`` is the first arm's."""
-    records: list[PromptRecord] = []
-    for seed in sorted(unguarded.keys() & guarded.keys()):
-        sides = [load_evaluation(runs[seed] / "after") for runs in (unguarded, guarded)]
-        records += [replace(record, metric=metric) for record in prompt_records(name, "strict", seed, *sides)]
-    return records
 
 
 def planted_records(name: str, seed: int, run: Path, planted: RewardFunction) -> list[PromptRecord]:

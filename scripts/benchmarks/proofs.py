@@ -3,15 +3,15 @@
     python scripts/benchmarks/proofs.py                 every part
     python scripts/benchmarks/proofs.py demo            one part
 
-``guards`` and ``credits`` take up to 12 hours together; ``scripts/benchmarks/guards.py`` has their plan. Finished
-seeds are saved in runs/proofs; an interrupted proof resumes where it stopped.
+``guards`` and ``credits`` take up to 12 hours together; ``scripts/benchmarks/guards.py`` has their plan, and
+``scripts/benchmarks/reward_gradients.py`` that of reward gradients and of learning from pools. Finished seeds are saved
+in runs/proofs; an interrupted proof resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,11 @@ from typing import Any
 import torch
 
 from genalign.cli.main import main as genalign
-from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord
 from genalign.metrics.image import saturation
-from genalign.training.reward_hacking import HackingReport
 from rewards.ratings import RatingReward
 from rewards.shapes import recolored, rendered
-from scripts.benchmarks import method_comparisons
+from scripts.benchmarks import method_comparisons, reward_gradients
 from scripts.benchmarks.audio_measures import Measure as Measurable
 from scripts.benchmarks.audio_measures import TrainedRun, dragon_measures, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
@@ -48,7 +46,7 @@ from scripts.benchmarks.set_measures import (
     share,
     variety,
 )
-from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics
+from scripts.benchmarks.trained_runs import RESULTS, alarm_and_fall, compared, gains, hacking_reports, head
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 
@@ -145,10 +143,10 @@ def hacking(work: Path) -> None:
     runs = compared(work / "hacking", "shapes_hacking")
     records: list[PromptRecord] = []
     for seed, run in runs["planted"].items():
-        alarm, fall = alarm_and_fall(run)
+        alarm, fall = alarm_and_fall(run, "strict")
         records.append(PromptRecord("alarm_lead", "rounds", seed, "all", "the whole run", alarm, fall, 1))
     for seed, run in runs["honest"].items():
-        alarms = float(sum(bool(panel.alarm) for _, panel in panels(run)))
+        alarms = float(sum(bool(report.alarm) for _, report in hacking_reports(run)))
         records.append(PromptRecord("honest_alarms", "alarms", seed, "all", "the whole run", 0.0, alarms, 1))
         records += gains("honest.strict", "strict", "strict", seed, run)
     claim = (
@@ -231,26 +229,6 @@ def audio_gains(
     return records, table
 
 
-def alarm_and_fall(run: Path) -> tuple[float, float]:
-    """Find the round of the first alarm, and the round of the first fall of strict accuracy.
-
-    A fall is a strict accuracy a tenth below the untrained model's. Without an alarm the first is infinite; without a
-    fall the second is one past the last round.
-    """
-    base = load_evaluation(run / "before").overall["strict"].mean
-    rows = metrics(run)
-    alarm = next((number for number, panel in panels(run) if panel.alarm), math.inf)
-    fallen = (row["round"] for row in rows if row["held_out"]["strict"]["mean"] <= 0.9 * base)
-    return float(alarm), float(next(fallen, len(rows)))
-
-
-def panels(run: Path) -> list[tuple[int, HackingReport]]:
-    """Every look of a run, by round."""
-    return [
-        (row["round"], HackingReport.from_list(row["reward_hacking"])) for row in metrics(run) if row["reward_hacking"]
-    ]
-
-
 PARTS = {
     "demo": demo,
     "methods": method_comparisons.methods,
@@ -267,9 +245,16 @@ PARTS = {
     "few_step_base": few_step_base,
     "few_steps": few_steps,
     "few_step_rewards": few_step_rewards,
+    "pathwise": reward_gradients.pathwise,
+    "pathwise_hacking": reward_gradients.pathwise_hacking,
+    "pathwise_guards": reward_gradients.pathwise_guards,
+    "gradient_growth": reward_gradients.gradient_growth,
+    "offline": reward_gradients.offline,
+    "soup": reward_gradients.soup,
     "audio_demo": audio_demo,
     "audio": audio,
     "audio_dragon": audio_dragon,
+    "audio_pathwise": reward_gradients.audio_pathwise,
 }
 
 

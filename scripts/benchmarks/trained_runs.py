@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records
+from genalign.training.reward_hacking import HackingReport
 
 RESULTS = Path("docs/results")
 
@@ -38,6 +41,37 @@ def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[Prom
     """The records of one score of a finished run."""
     records = prompt_records(name, score, seed, load_evaluation(run / "before"), load_evaluation(run / "after"))
     return [replace(record, metric=metric) for record in records]
+
+
+def differences(
+    name: str, metric: str, score: str, first: Mapping[int, Path], second: Mapping[int, Path]
+) -> list[PromptRecord]:
+    """One score after training in two arms, paired by seed, prompt and noise; ``before`` is the first arm's."""
+    records: list[PromptRecord] = []
+    for seed in sorted(first.keys() & second.keys()):
+        sides = [load_evaluation(runs[seed] / "after") for runs in (first, second)]
+        records += [replace(record, metric=metric) for record in prompt_records(name, score, seed, *sides)]
+    return records
+
+
+def alarm_and_fall(run: Path, score: str) -> tuple[float, float]:
+    """Find the round of the first alarm, and the round of the first fall of a held-out score.
+
+    A fall is a score a tenth below the untrained model's. Without an alarm the first is infinite; without a fall the
+    second is one past the last round.
+    """
+    base = load_evaluation(run / "before").overall[score].mean
+    rows = metrics(run)
+    alarm = next((number for number, report in hacking_reports(run) if report.alarm), math.inf)
+    fallen = (row["round"] for row in rows if row["held_out"][score]["mean"] <= 0.9 * base)
+    return float(alarm), float(next(fallen, len(rows)))
+
+
+def hacking_reports(run: Path) -> list[tuple[int, HackingReport]]:
+    """Every report of reward hacking of a run, by round."""
+    return [
+        (row["round"], HackingReport.from_list(row["reward_hacking"])) for row in metrics(run) if row["reward_hacking"]
+    ]
 
 
 def head(claim: str, command: str) -> dict[str, str]:

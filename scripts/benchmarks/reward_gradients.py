@@ -1,0 +1,268 @@
+"""What is measured of the pathwise family, of pools on disk and of soups, on the embedded worlds.
+
+Each part trains the runs of a comparison file where they are missing, and writes docs/results. The parts are run by
+``scripts/benchmarks/proofs.py``. The plan, in minutes of two cores (comparisons in scripts/configs/compare/):
+
+| part | arms x seeds x minutes |
+|---|---|
+| pathwise | 9 x 3 x 4.5 = 122 |
+| pathwise_hacking | 2 x 3 x 5 = 30 |
+| pathwise_guards | 8 x 3 x 3.5 = 84, and 1 to fit the rewards |
+| gradient_growth | 2 |
+| offline | 9 x 3 x 3 = 81, and 3 for the pool |
+| soup | 2 x 3 x 2 = 12, and 3 x 1 for the mixtures |
+| audio_pathwise | 2 x 3 x 5 = 30, and 3 for the pool |
+
+That is 6.2 hours. Where it takes longer, arms go before seeds, from the end of the comparisons' lists.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import yaml
+
+import pipelines
+from genalign import assets
+from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
+from genalign.algorithms.pathwise import PathwiseObjective, Tail
+from genalign.algorithms.tails import Chain, RenoisedCopies
+from genalign.cli.main import main as genalign
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import RolloutInputs, rollout
+from genalign.diffusion.transitions import ODE
+from genalign.evaluation.evaluate import load_evaluation
+from genalign.evaluation.records import PromptRecord, prompt_records
+from genalign.prompts import drawn_in_turn
+from genalign.runtime.files import write_json, write_text
+from genalign.scoring.score import NamedReward
+from genalign.worlds import shapes, tones
+from rewards.clip import ClipReward
+from scripts.benchmarks.learned_proxies import write_proxies
+from scripts.benchmarks.published_results import Measurement, write_results
+from scripts.benchmarks.trained_runs import RESULTS, alarm_and_fall, compared, differences, gains, head, metrics
+
+COMPARISONS, WORK = Path("scripts/configs/compare"), Path("runs/proofs")
+PROXIES, DIRECTION = WORK / "proxies", WORK / "direction.safetensors"  # which the comparisons name, as both pools
+POOL, TONES_POOL = WORK / "pool", WORK / "tones_pool"
+POOL_PROMPTS, POOL_SAMPLES = 256, 16
+RISE = 0.05  # of the CLIP reward, at which guards are compared
+UNGUARDED, POLICY_GRADIENT = "none", "flow_grpo"
+GROWTH_SAMPLES, GROWTH_MOVES, COPIES = 64, (1, 2, 4, 8), (0, 1, 2)
+BOTH = ("clip", "partial", "strict")
+
+
+def pathwise(work: Path) -> None:
+    """A CLIP reward by its gradient and by Flow-GRPO, at equal seconds: the reward, and what it costs in accuracy."""
+    runs = compared(work / "pathwise", "shapes_pathwise")
+    records: list[PromptRecord] = []
+    for name, by_seed in runs.items():
+        for score in BOTH:
+            own = f"{name}.{score}" if score != "clip" else name
+            records += [record for seed, run in by_seed.items() for record in gains(own, score, score, seed, run)]
+    for name in runs.keys() - {POLICY_GRADIENT}:
+        metric = f"clip, {name} - {POLICY_GRADIENT}"
+        records += differences(f"{name}.difference", metric, "clip", runs[POLICY_GRADIENT], runs[name])
+    records.sort(key=lambda record: record.name)
+    claim = "A CLIP reward on held-out compositions (ODE) after 4 minutes by its gradient, and by Flow-GRPO"
+    write_results(RESULTS, "pathwise_shapes", head(claim, "python scripts/benchmarks/proofs.py pathwise"), records)
+
+
+def pathwise_hacking(work: Path) -> None:
+    """Whether the alarm comes before partial credit has lost a tenth, where a CLIP reward's gradient is followed."""
+    write_proxies(PROXIES)
+    records: list[PromptRecord] = []
+    for name, by_seed in compared(work / "pathwise_hacking", "shapes_pathwise_hacking").items():
+        for seed, run in by_seed.items():
+            alarm, fall = alarm_and_fall(run, "partial")
+            records.append(PromptRecord(f"{name}.alarm_lead", "rounds", seed, "all", "the whole run", alarm, fall, 1))
+    claim = "The alarm comes before a CLIP reward's gradient has cost a tenth of the held-out partial credit"
+    header = head(claim, "python scripts/benchmarks/proofs.py pathwise_hacking")
+    write_results(RESULTS, "pathwise_hacking_shapes", header, records)
+
+
+def pathwise_guards(work: Path) -> None:
+    """What holds a policy that follows a CLIP reward's gradient: its partial credit where the reward has risen."""
+    write_proxies(PROXIES)
+    if not DIRECTION.exists():
+        write_direction(work / "directional.json")
+    records: list[PromptRecord] = []
+    held = {
+        name: {seed: at_rise(run) for seed, run in by_seed.items()}
+        for name, by_seed in compared(work / "pathwise_guards", "shapes_pathwise_guards").items()
+    }
+    for name, by_seed in held.items():
+        for seed, (start, end) in by_seed.items():
+            records.append(PromptRecord(name, "partial", seed, "all", "the whole run", start, end, 1))
+            if name != UNGUARDED:
+                metric, unguarded = f"partial, {name} - {UNGUARDED}", held[UNGUARDED][seed][1]
+                records.append(
+                    PromptRecord(f"{name}.difference", metric, seed, "all", "the whole run", unguarded, end, 1)
+                )
+    records.sort(key=lambda record: record.name)
+    claim = (
+        f"Held-out partial credit where the CLIP reward, whose gradient is followed, has risen by {RISE}: at the start"
+        " and there, and beside the run without a guard; a run that never rises so far counts by its last evaluation"
+    )
+    header = head(claim, "python scripts/benchmarks/proofs.py pathwise_guards")
+    write_results(RESULTS, "pathwise_guards_shapes", header, records)
+
+
+def at_rise(run: Path) -> tuple[float, float]:
+    """The held-out partial credit before training, and where the CLIP reward has risen by ``RISE``.
+
+    Between two evaluations it is taken on a straight line; a run that does not rise as far gives its last.
+    """
+    start = load_evaluation(run / "before").overall
+    curve = [(start["clip"].mean, start["partial"].mean)] + [
+        (row["held_out"]["clip"]["mean"], row["held_out"]["partial"]["mean"]) for row in metrics(run) if row["held_out"]
+    ]
+    target = curve[0][0] + RISE
+    for (low, earlier), (high, later) in pairwise(curve):
+        if high >= target:
+            return curve[0][1], earlier + (target - low) / (high - low) * (later - earlier)
+    return curve[0][1], curve[-1][1]
+
+
+def write_direction(own: Path) -> None:
+    """Learn D2-Align's direction for the arm ``directional``, whose settings are written to ``own``."""
+    comparison = yaml.safe_load((COMPARISONS / "shapes_pathwise_guards.yaml").read_text(encoding="utf-8"))
+    write_json(own, comparison["runs"]["directional"])
+    configs = ["--config", str(COMPARISONS / comparison["base"]), "--config", str(own)]
+    _run("reward", "direction", *configs, "--output", str(DIRECTION))
+
+
+def gradient_growth(work: Path) -> None:
+    """How long DRaFT-K's gradient is by K, and how much DRaFT-LV's copies narrow it, on fixed samples of the base."""
+    measured = [
+        *(Measurement(f"draft_{k}", "length of the mean gradient", gradients(Chain(), k)[0]) for k in GROWTH_MOVES),
+        *(
+            Measurement(f"draft_lv_{n}", "variance of a sample's gradient over the squared mean", gradients(tail, 1)[1])
+            for n, tail in ((n, RenoisedCopies(n) if n else Chain()) for n in COPIES)
+        ),
+    ]
+    claim = f"The gradient of a CLIP reward on {GROWTH_SAMPLES} samples of the base model, by the moves it runs through"
+    header = head(claim, "python scripts/benchmarks/proofs.py gradient_growth")
+    write_results(RESULTS, "gradient_growth_shapes", header, measured)
+
+
+def gradients(tail: Tail, moves: int) -> tuple[float, float]:
+    """The length of the mean gradient of all samples, and the variance of a sample's relative to that squared."""
+    pipeline = pipelines.load(assets.resolve("shapes-sd3"))
+    policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32), seed=0)
+    for number, parameter in enumerate(policy.parameters):  # B starts at zero, where A has no gradient
+        torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(number))
+    prompts = drawn_in_turn(shapes.prompts("val"), GROWTH_SAMPLES, seed=0)
+    seeds = tuple(derived_seed(0, "growth", place) for place in range(GROWTH_SAMPLES))
+    grid = pipeline.grid(8)
+    objective, rewards = PathwiseObjective(tail), [NamedReward("clip", ClipReward("shapes-clip"))]
+    rows = []
+    for place, prompt in enumerate(prompts):
+        inputs = RolloutInputs(pipeline.encode([prompt.text]), torch.tensor([0]), seeds[place : place + 1], (place,))
+        sampled = rollout(pipeline, inputs, grid, [ODE()] * len(grid), 1.0, range(len(grid) - moves, len(grid)))
+        context = UpdateContext(pipeline, policy, grid, ODE(), 1.0, None, MetricSums(), [prompt], rewards)
+        batch = UpdateBatch(sampled, torch.ones(1), torch.tensor([0]), on_policy=True)
+        objective.backward(context, batch, TermScales(1.0, 0.0), place)
+        rows.append(torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None]))
+        for parameter in policy.parameters:
+            parameter.grad = None
+    every = torch.stack(rows).double()
+    mean = every.mean(0)
+    return float(mean.norm()), float((every - mean).square().sum(1).mean() / mean.square().sum())
+
+
+def offline(work: Path) -> None:
+    """What is learned from a pool of the base model's samples, by each recipe that can."""
+    write_pool("shapes", work / "pool.jsonl", POOL)
+    records: list[PromptRecord] = []
+    runs = compared(work / "offline", "shapes_offline")
+    for name, by_seed in runs.items():
+        for score in ("strict", "partial"):
+            own = name if score == "strict" else f"{name}.{score}"
+            records += [record for seed, run in by_seed.items() for record in gains(own, score, score, seed, run)]
+    metric = "strict, dp2o_sr - dpo"
+    records += differences("dp2o_sr.difference", metric, "strict", runs["dpo"], runs["dp2o_sr"])
+    records.sort(key=lambda record: record.name)
+    claim = (
+        f"Accuracy on held-out compositions (ODE) after 60 updates on {POOL_SAMPLES} samples of {POOL_PROMPTS} prompts"
+    )
+    write_results(RESULTS, "offline_shapes", head(claim, "python scripts/benchmarks/proofs.py offline"), records)
+
+
+def write_pool(world: str, prompts: Path, pool: Path) -> None:
+    """Collect a pool of the base model's samples of training prompts, as many of each task."""
+    train = {"shapes": shapes, "tones": tones}[world].prompts("train")
+    drawn = drawn_in_turn(train, POOL_PROMPTS, seed=0)
+    write_text(prompts, "".join(json.dumps(prompt.metadata) + "\n" for prompt in drawn))
+    base = yaml.safe_load((COMPARISONS / f"base_{world}.yaml").read_text(encoding="utf-8"))
+    own = {
+        "output": str(pool),
+        "model": base["model"],
+        "prompts": str(prompts),
+        "rewards": base["rewards"],
+        "sampling": base["sampling"],
+        "samples_per_prompt": POOL_SAMPLES,
+        "batch_size": 96,
+    }
+    write_json(prompts.with_suffix(".json"), own)
+    _run("collect", "--config", str(prompts.with_suffix(".json")))
+
+
+def soup(work: Path) -> None:
+    """Mixtures of two LoRAs with planted tastes: what each of five scores by both, beside the first adapter."""
+    runs = compared(work / "tastes", "shapes_tastes")
+    base = yaml.safe_load((COMPARISONS / "base_shapes.yaml").read_text(encoding="utf-8"))
+    tastes = {
+        name: {"class_path": "scripts.benchmarks.planted_rewards.Taste", "init_args": {"likes": likes}}
+        for name, likes in (("red", "red"), ("bright", "brightness"))
+    }
+    configured = {
+        "output": str(work / "soups"),  # of each mixture its own instead
+        "model": base["model"],
+        "prompts": "shapes:val",
+        "rewards": tastes,
+        "sampling": base["evaluation"],
+        "seeds": 1,
+    }
+    write_json(work / "tastes-evaluation.json", configured)
+    records: list[PromptRecord] = []
+    for seed, red in runs["red"].items():
+        front = work / "soups" / f"seed-{seed}"
+        adapters = json.dumps([str(red), str(runs["bright"][seed])])
+        evaluation = str(work / "tastes-evaluation.json")
+        _run("soup", "--adapters", adapters, "--evaluate", evaluation, "--output", str(front))
+        first, *others = sorted(front.glob("share-*"))
+        for point in others:
+            for taste in tastes:
+                sides = [load_evaluation(share / "evaluation") for share in (first, point)]
+                records += prompt_records(f"{point.name}.{taste}", taste, seed, *sides)
+    records.sort(key=lambda record: record.name)
+    claim = "Mixtures of a LoRA that makes images red and one that makes them bright, beside the first alone"
+    write_results(RESULTS, "soup_shapes", head(claim, "python scripts/benchmarks/proofs.py soup"), records)
+
+
+def audio_pathwise(work: Path) -> None:
+    """A CLAP reward's gradient, and the best of a pool of clips, on sounds."""
+    write_pool("tones", work / "tones_pool.jsonl", TONES_POOL)
+    records: list[PromptRecord] = []
+    for name, by_seed in compared(work / "audio_pathwise", "tones_pathwise").items():
+        for score in ("clap", "strict"):
+            records += [
+                record for seed, run in by_seed.items() for record in gains(f"{name}.{score}", score, score, seed, run)
+            ]
+    records.sort(key=lambda record: record.name)
+    claim = (
+        "CLAP score and strict accuracy (suite comp, ODE) after the gradient of a CLAP reward, and after SFT on a pool"
+    )
+    header = head(claim, "python scripts/benchmarks/proofs.py audio_pathwise")
+    write_results(RESULTS, "pathwise_tones", header, records)
+
+
+def _run(*arguments: str) -> None:
+    """Run a command of genalign. Raises SystemExit where it fails."""
+    if status := genalign(list(arguments)):
+        raise SystemExit(f"genalign {' '.join(arguments)} ended with status {status}")
