@@ -66,11 +66,13 @@ if TYPE_CHECKING:
     from genalign.scoring.budget import Budget as Budget
     from genalign.scoring.score import NamedReward as NamedReward
     from genalign.search import DNO as DNO
+    from genalign.search import NRG as NRG
     from genalign.search import Beam as Beam
     from genalign.search import BestOfN as BestOfN
     from genalign.search import DoobGuide as DoobGuide
     from genalign.search import Evolution as Evolution
     from genalign.search import FKSteering as FKSteering
+    from genalign.search import NoiseAwareGradient as NoiseAwareGradient
     from genalign.search import Prune as Prune
     from genalign.search import ReNO as ReNO
     from genalign.search import RewardGradient as RewardGradient
@@ -100,7 +102,8 @@ _PUBLIC = {
     "genalign.evaluation.python_api": "evaluate",
     "genalign.scoring.budget": "Budget",
     "genalign.scoring.score": "NamedReward",
-    "genalign.search": "DNO Beam BestOfN DoobGuide Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
+    "genalign.search": "DNO NRG Beam BestOfN DoobGuide Evolution FKSteering NoiseAwareGradient Prune ReNO"
+    " RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
     "genalign.training.offline": "recorded",
     "genalign.training.python_api": "train",
