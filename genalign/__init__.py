@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.preference_recipes import dpo as dpo
     from genalign.algorithms.preference_recipes import gdro as gdro
     from genalign.algorithms.preference_recipes import kto as kto
+    from genalign.algorithms.preference_recipes import rpo as rpo
     from genalign.algorithms.preference_recipes import rwr as rwr
     from genalign.algorithms.preference_recipes import sft as sft
     from genalign.algorithms.recipe import Recipe as Recipe
@@ -89,7 +90,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "genalign.algorithms.pathwise": "Ascent",
     "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video refl",
-    "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rwr sft",
+    "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rpo rwr sft",
     "genalign.algorithms.recipe": "Recipe",
     "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
     " with_gradient_balance with_more_samples with_recalibration",
