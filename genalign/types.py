@@ -48,6 +48,12 @@ class Prompt(str):
         return str(self.metadata["tag"]) if self.metadata and "tag" in self.metadata else "all"
 
 
+def user_of(prompt: Prompt) -> str | None:
+    """Return whose taste a prompt's samples are for, its metadata's "user"; None for nobody's in particular."""
+    user = (prompt.metadata or {}).get("user")
+    return None if user is None else str(user)
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """A named, ordered list of prompts."""

@@ -143,7 +143,12 @@ def _parts(
         ]
     else:
         listed = [
-            (Prompt(image.prompt), image.comparison, {PREFERENCE: image.score}, image.read)
+            (
+                Prompt(image.prompt, {"user": image.user} if image.user else None),
+                image.comparison,
+                {PREFERENCE: image.score},
+                image.read,
+            )
             for image in read_preferences(Path(str(settings.preferences)))
         ]
     read = (

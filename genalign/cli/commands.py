@@ -172,6 +172,12 @@ COMMANDS = {
             f"{_CLI}.reward_direction:RewardDirection",
         ),
         Command(
+            "reward users",
+            "learn a reward that differs by person, from people's comparisons",
+            f"{_CLI}.reward_users:reward_users_command",
+            f"{_CLI}.reward_users:RewardUsers",
+        ),
+        Command(
             "serve",
             "serve a reward over HTTP, for rewards.remote.RemoteReward",
             f"{_CLI}.reward:serve_command",

@@ -113,7 +113,7 @@ def test_direct_group_preferences() -> None:
 
 
 def test_a_reference_and_a_generated_image() -> None:
-    """Fixture F6: the first reference is preferred, and the second generated image; the errors added are references'."""
+    """Fixture F6: the first reference is preferred, and the second generated image; references' errors are added."""
     new = torch.tensor([0.20, 0.40, 0.30, 0.25], dtype=torch.float64).sqrt()
     base = torch.tensor([0.22, 0.39, 0.29, 0.27], dtype=torch.float64).sqrt()
     credit, group = torch.tensor([2.0, -1.0, -2.0, 1.0]), torch.tensor([0, 0, 1, 1])
