@@ -28,7 +28,7 @@ from genalign.reward_learning.ideal_points import (
 )
 from genalign.reward_learning.users import UserAccuracy, UserComparison
 from genalign.runtime.files import load_state, save_state
-from genalign.types import Prompt, user_of
+from genalign.types import Prompt, users_of
 from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import DualEncoder
@@ -68,7 +68,7 @@ class PALReward:
         network, model = encoder.to(samples.device), model.to(samples.device)
         features = F.normalize(network(samples, *_arguments(rate)).float(), dim=-1)
         texts = network.text([prompt.text for prompt in prompts])
-        scores: Tensor = model(features, texts, model.weights_of([user_of(prompt) for prompt in prompts]))
+        scores: Tensor = model(features, texts, model.weights_of([users_of(prompt) for prompt in prompts]))
         return scores
 
 

@@ -228,7 +228,7 @@ class TrainingRun:
         """
         processes = replace(self.processes, in_step=self.policy.sharded) if shared else SINGLE_PROCESS
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
-        source = OdeSamples(self.pipeline, [prompt.text for prompt in prompts], seeds, grid, guidance, batch_size)
+        source = OdeSamples(self.pipeline, prompts, seeds, grid, guidance, batch_size)
         sizes, own = [len(part) for part in source.parts], list[Tensor]()
         with self.progress.phase("sampling", len(prompts)) as advance:
             for number in processes.batch_numbers(len(source)):

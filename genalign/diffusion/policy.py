@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import ADAPTER, inject_lora
+from genalign.diffusion.user_attention import PROJECTIONS, projections_of, without_users
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, seeded
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import (
@@ -40,11 +41,14 @@ class Lora:
         rank: Rank of the adapter's matrices.
         alpha: Scale of the adapter, which is multiplied by alpha / rank.
         targets: Ends of the names of the layers, such as to_q; null takes all projections of all attention layers.
+        frozen: Leave the adapter as it is, new or that of init_lora, and train the attention to users (model.users)
+            alone, as in PPD.
     """
 
     rank: int = 32
     alpha: float = 64
     targets: Sequence[str] | None = None
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -52,7 +56,7 @@ class Lora:
 
     def target_modules(self, network: nn.Module) -> Sequence[str]:
         """Resolve the targets against ``network``. Raises ValueError for a target that matches no layer."""
-        names = [name for name, _ in network.named_modules()]
+        names = [name for name, _ in network.named_modules() if PROJECTIONS not in name]
         targets = ATTENTION if self.targets is None else self.targets
         unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
         if self.targets is None:
@@ -153,12 +157,14 @@ class Policy:
             self.config = cast("LoraConfig", cast(Any, denoiser).peft_config[ADAPTER])
         elif sharding is None:
             denoiser.float()
+        self._is_frozen = lora is not None and lora.frozen
         for name, parameter in denoiser.named_parameters():
             if self.config is None:
                 parameter.requires_grad_(True)
-            elif "lora_" in name:
+            elif "lora_" in name or f".{PROJECTIONS}." in name:
                 parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(not (self._is_frozen and "lora_" in name))
+        _require_users_fit(denoiser, lora, self.config is not None and sharding is None)
         self.sharded = sharding is not None
         if sharding:
             sharding.apply(denoiser, master_weights=self.config is None)  # which replaces the parameters
@@ -183,9 +189,13 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Run the network as the policy that training started from, within the context."""
+        """Run the network as the policy that training started from, which sees no users, within the context."""
         if self._first is not None:
             with self.using(self._first):
+                yield
+            return
+        if self._is_frozen:  # the adapter is a part of the network
+            with without_users(self.denoiser):
                 yield
             return
         from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
@@ -194,7 +204,8 @@ class Policy:
         for layer in layers:
             layer.enable_adapters(False)
         try:
-            yield
+            with without_users(self.denoiser):
+                yield
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
@@ -328,3 +339,15 @@ class Policy:
         if self.sharded:
             reshard(self.denoiser)
         self.updates = updates
+
+
+def _require_users_fit(denoiser: nn.Module, lora: Lora | None, takes_users: bool) -> None:
+    """Raise ValueError where nothing, or not only an adapter and the attention to users, would be trained."""
+    has_users = bool(projections_of(denoiser))
+    if lora is not None and lora.frozen and not has_users:
+        raise ValueError("lora.frozen leaves nothing to train: set model.users, or lora.frozen to false")
+    if has_users and not takes_users:
+        raise ValueError(
+            "the attention to users is trained beside an adapter, on one copy of the network: set lora, with frozen to"
+            " train the users alone, and leave FSDP out"
+        )

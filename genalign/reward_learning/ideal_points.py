@@ -121,23 +121,28 @@ class IdealPointModel(nn.Module):
             score = -(point - weights @ self.points).square().sum(1)
         return self.log_scale.exp() * score
 
-    def weights_of(self, users: Sequence[str | None]) -> Tensor:
-        """Return the mixture weights (N, K) of users; None is the mean of all users.
+    def weights_of(self, users: Sequence[Mapping[str, float]]) -> Tensor:
+        """Return the mixture weights (N, K) of users, each by the share of every name; none is the mean of all users.
 
         Raises ValueError for a user that was not fitted.
         """
-        weights = self.mixture.softmax(1)
-        if unknown := sorted({user for user in users if user is not None} - set(self.users)):
+        if unknown := sorted({name for shares in users for name in shares} - set(self.users)):
             raise ValueError(
                 f"user {unknown[0]!r} is not known ({len(self.users)} others are): fit a few comparisons of this user"
                 " with genalign reward users --known FILE, or leave the user out for the mean of all"
             )
-        places = {None: len(self.users), **{user: place for place, user in enumerate(self.users)}}
-        return torch.cat([weights, weights.mean(0, keepdim=True)])[[places[user] for user in users]]
+        places = {user: place for place, user in enumerate(self.users)}
+        shares = torch.zeros(len(users), len(self.users))
+        for row, names in enumerate(users):
+            for name, share in names.items():
+                shares[row, places[name]] = share
+            if not names:
+                shares[row] = 1.0
+        return (shares / shares.sum(1, keepdim=True)).to(self.mixture.device) @ self.mixture.softmax(1)
 
     def margins(self, comparisons: Comparisons) -> Tensor:
         """Return the logits (N,) of the preferences: the preferred sample's reward less the rejected one's."""
-        weights = self.weights_of(comparisons.users)
+        weights = self.weights_of([{user: 1.0} for user in comparisons.users])
         preferred = self(comparisons.preferred, comparisons.prompts, weights)
         margins: Tensor = preferred - self(comparisons.rejected, comparisons.prompts, weights)
         return margins

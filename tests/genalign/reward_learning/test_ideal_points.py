@@ -48,9 +48,10 @@ def _fitted(score: Score, users: dict[str, tuple[float, float]] = TASTES) -> Ide
 def test_opposite_tastes_are_learned_side_by_side(score: Score) -> None:
     model, held_out = _fitted(score), _comparisons(TASTES, 100, 1)
     assert min(accuracies(model, held_out).values()) > 0.9
-    weights = model.weights_of([*TASTES, None])
-    torch.testing.assert_close(weights.sum(1), torch.ones(5))
+    weights = model.weights_of([*({user: 1.0} for user in TASTES), {}, {"left": 1.0, "up": 3.0}])
+    torch.testing.assert_close(weights.sum(1), torch.ones(6))
     torch.testing.assert_close(weights[4], weights[:4].mean(0))
+    torch.testing.assert_close(weights[5], 0.25 * weights[0] + 0.75 * weights[2])
     everyone = Comparisons(held_out.preferred, held_out.rejected, held_out.prompts, ("left",) * len(held_out))
     assert 0.4 < accuracies(model, everyone)["left"] < 0.6  # opposite and orthogonal tastes cancel
 
@@ -105,7 +106,7 @@ def test_a_restored_model_scores_alike_and_each_user_has_held_out_comparisons() 
 def test_what_cannot_be_learned_is_refused() -> None:
     model = new_model(IdealPointSettings(2, 3), ("ada",), 0)
     with pytest.raises(ValueError, match=r"user 'bob' is not known \(1 others are\): fit a few comparisons"):
-        model.weights_of(["bob"])
+        model.weights_of([{"bob": 1.0}])
     empty = Comparisons(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 3), ())
     with pytest.raises(ValueError, match="there is no comparison to learn from"):
         list(fit(model, empty, FIT))
