@@ -205,12 +205,12 @@ def test_opposite_tastes_are_learned_by_one_network(tiny_folder: Path, users: Pa
     opened.load_lora(tmp_path / "lora")
     conditioning = pipeline.encode([Prompt("0 circles", {"user": "ada"})])
     assert torch.equal(opened.predict(x[:1], step, conditioning, 1.0), pipeline.predict(x[:1], step, conditioning, 1.0))
-    with pytest.raises(ValueError, match="was trained with users: set model.users to"):
+    with pytest.raises(ValueError, match=r"was trained with users: set model.users to"):
         SD3.load(tiny_folder, height=32, width=32).load_lora(tmp_path / "lora")
 
 
 def test_what_users_do_not_go_with_is_refused(tiny: SD3, tiny_folder: Path, users: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lora.frozen leaves nothing to train"):
+    with pytest.raises(ValueError, match=r"lora.frozen leaves nothing to train"):
         Policy(copy.deepcopy(tiny.denoiser), Lora(rank=2, frozen=True))
     seeing = SD3.load(tiny_folder, users=str(users))
     with pytest.raises(ValueError, match="trained beside an adapter"):
