@@ -1,6 +1,6 @@
 """A reward that differs by person: PAL's mixtures of ideal points (arXiv 2406.08469) on a frozen encoder.
 
-``genalign reward users`` learns the file of ``PALReward`` from people's comparisons. A prompt says whose taste counts
+``genalign learn-users`` learns the file of ``PALReward`` from people's comparisons. A prompt says whose taste counts
 by its metadata, ``Prompt("a dog", {"user": "ada"})``.
 """
 
@@ -11,12 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.reward_learning.ideal_points import (
-    Comparisons,
     IdealPointModel,
     IdealPointSettings,
     PreferenceFit,
@@ -29,24 +27,13 @@ from genalign.reward_learning.ideal_points import (
 from genalign.reward_learning.users import UserAccuracy, UserComparison
 from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt, users_of
-from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import DualEncoder
-
-_HELD_OUT = 0.2  # of each user's comparisons, by which the fit is measured
-
-
-def _encoder(model: str, sample_rate: int | None) -> DualEncoder:
-    return load_clip(model) if sample_rate is None else load_clap(model)
-
-
-def _arguments(sample_rate: int | None) -> tuple[int, ...]:
-    return () if sample_rate is None else (sample_rate,)
+from rewards.user_embeddings import HELD_OUT, dual_encoder, embedded_comparisons, rate_arguments
 
 
 @dataclass(frozen=True)
 class PALReward:
-    """The taste of each prompt's user, as a reward of single samples, from the file of ``genalign reward users``.
+    """The taste of each prompt's user, as a reward of single samples, from the file of ``genalign learn-users``.
 
     A prompt without a user is scored for the mean of all users; a user who is not in the file is refused by name.
 
@@ -66,7 +53,7 @@ class PALReward:
         """Score samples as (B,), differentiable in them; NaN where one has NaN."""
         model, rate, encoder = _opened(self.weights)
         network, model = encoder.to(samples.device), model.to(samples.device)
-        features = F.normalize(network(samples, *_arguments(rate)).float(), dim=-1)
+        features = F.normalize(network(samples, *rate_arguments(rate)).float(), dim=-1)
         texts = network.text([prompt.text for prompt in prompts])
         scores: Tensor = model(features, texts, model.weights_of([users_of(prompt) for prompt in prompts]))
         return scores
@@ -75,22 +62,22 @@ class PALReward:
 @functools.cache
 def _opened(path: str) -> tuple[IdealPointModel, int | None, DualEncoder]:
     model, encoder, rate = _read(path)
-    return model.requires_grad_(False).eval(), rate, _encoder(encoder, rate)
+    return model.requires_grad_(False).eval(), rate, dual_encoder(encoder, rate)
 
 
 def _read(path: str) -> tuple[IdealPointModel, str, int | None]:
     """Read a file: the model, and the encoder's name and rate. Raises FileNotFoundError or ValueError for another."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file: learn one with genalign reward users")
+        raise FileNotFoundError(f"{path} is not a file: learn one with genalign learn-users")
     tensors, meta = load_state(Path(path))
     if set(meta) != {"settings", "users", "encoder", "sample_rate"}:
-        raise ValueError(f"{path} holds no users' tastes: learn them with genalign reward users")
+        raise ValueError(f"{path} holds no users' tastes: learn them with genalign learn-users")
     return IdealPointModel.restore(tensors, meta), meta["encoder"], meta["sample_rate"]
 
 
 @dataclass(frozen=True)
 class PALLearner:
-    """What ``genalign reward users`` learns by: the encoder, the shape of the model, and its fit.
+    """What ``genalign learn-users`` learns by: the encoder, the shape of the model, and its fit.
 
     Args:
         model: The CLIP whose embeddings are read, or with a ``sample_rate`` the CLAP.
@@ -124,7 +111,7 @@ class PALLearner:
         Raises:
             ValueError: There is no comparison, or the known file is of another encoder.
         """
-        train, held_out = self._features(comparisons).split(_HELD_OUT, self.fit.seed)
+        train, held_out = embedded_comparisons(comparisons, self.model, self.sample_rate).split(HELD_OUT, self.fit.seed)
         if known is None:
             shape = IdealPointSettings(
                 train.preferred.shape[1],
@@ -146,18 +133,3 @@ class PALLearner:
         save_state(path, tensors, {**meta, "encoder": self.model, "sample_rate": self.sample_rate})
         _opened.cache_clear()
         return UserAccuracy(accuracies(model, train), accuracies(model, held_out))
-
-    @torch.no_grad()
-    def _features(self, comparisons: Iterable[UserComparison]) -> Comparisons:
-        """Read and embed the samples, one comparison at a time."""
-        encoder, columns = _encoder(self.model, self.sample_rate), list[tuple[Tensor, Tensor, Tensor]]()
-        users = list[str]()
-        for comparison in comparisons:
-            pair = torch.stack([comparison.preferred(), comparison.rejected()])
-            preferred, rejected = F.normalize(encoder(pair, *_arguments(self.sample_rate)).float(), dim=-1)
-            columns.append((preferred, rejected, encoder.text([comparison.prompt])[0]))
-            users.append(comparison.user)
-        if not columns:
-            raise ValueError("there is no comparison to learn from")
-        preferred, rejected, prompts = map(torch.stack, zip(*columns, strict=True))
-        return Comparisons(preferred, rejected, prompts, tuple(users))

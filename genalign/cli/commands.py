@@ -172,10 +172,10 @@ COMMANDS = {
             f"{_CLI}.reward_direction:RewardDirection",
         ),
         Command(
-            "reward users",
-            "learn a reward that differs by person, from people's comparisons",
-            f"{_CLI}.reward_users:reward_users_command",
-            f"{_CLI}.reward_users:RewardUsers",
+            "learn-users",
+            "learn people's tastes from their comparisons: a reward of each, or embeddings that a model follows",
+            f"{_CLI}.learn_users:learn_users_command",
+            f"{_CLI}.learn_users:LearnUsers",
         ),
         Command(
             "serve",

@@ -129,7 +129,7 @@ class IdealPointModel(nn.Module):
         if unknown := sorted({name for shares in users for name in shares} - set(self.users)):
             raise ValueError(
                 f"user {unknown[0]!r} is not known ({len(self.users)} others are): fit a few comparisons of this user"
-                " with genalign reward users --known FILE, or leave the user out for the mean of all"
+                " with genalign learn-users --known FILE, or leave the user out for the mean of all"
             )
         places = {user: place for place, user in enumerate(self.users)}
         shares = torch.zeros(len(users), len(self.users))

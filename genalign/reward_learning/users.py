@@ -1,4 +1,4 @@
-"""Comparisons by users, and what learns a reward of each user from them."""
+"""Comparisons by users, and what learns each user's taste from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class UserComparison:
 
 @dataclass(frozen=True)
 class UserAccuracy:
-    """The share of comparisons that a reward predicts, by user: of those learned from, and of those held out.
+    """The share of comparisons that is predicted, by user: of those learned from, and of those held out.
 
     A user with few comparisons may have none that is held out.
     """
@@ -38,8 +38,8 @@ class UserAccuracy:
     held_out: Mapping[str, float]
 
 
-class UserRewardLearner(Protocol):
-    """Learns a reward that differs by user, such as ``rewards.pal.PALLearner``."""
+class UserLearner(Protocol):
+    """Learns users' tastes: a reward (``rewards.pal``), or embeddings (``rewards.user_embeddings``)."""
 
     def learn(self, comparisons: Iterable[UserComparison], path: Path, known: Path | None = None) -> UserAccuracy:
-        """Learn from comparisons and write the reward's file; with ``known``, add these users to those of a file."""
+        """Learn from comparisons and write a file; with ``known``, add these users to those of that file."""

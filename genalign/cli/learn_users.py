@@ -1,4 +1,4 @@
-"""``genalign reward users``: a reward that differs by person, learned from people's comparisons."""
+"""``genalign learn-users``: people's tastes, learned from their comparisons."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from pathlib import Path
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table
 from genalign.cli.preference_files import read_preferences
-from genalign.reward_learning.users import UserComparison, UserRewardLearner
+from genalign.reward_learning.users import UserComparison, UserLearner
 from genalign.runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardUsers:
-    """A reward that differs by person, learned from comparisons that say who compared.
+class LearnUsers:
+    """People's tastes, learned from comparisons that say who compared: a reward of each person, or their embeddings.
 
     Args:
         output: File to write, as in users.safetensors.
         preferences: A .jsonl or .parquet file of comparisons with a column user or user_id.
-        learner: What is learned, as in rewards.pal.PALLearner.
+        learner: What is learned: a reward (rewards.pal.PALLearner), or embeddings for model.users
+            (rewards.user_embeddings.MeanDifferenceLearner).
         known: A file of other users, to which these are added with all else frozen; null learns everything anew.
     """
 
     output: str
     preferences: str
-    learner: UserRewardLearner
+    learner: UserLearner
     known: str | None = None
 
 
-def reward_users_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign reward users``: learn every user's taste, and print how well it predicts their comparisons."""
-    settings, _ = parsing.parse(RewardUsers, arguments, "reward users")
+def learn_users_command(context: CommandContext, arguments: Sequence[str]) -> int:
+    """Run ``genalign learn-users``: learn every user's taste, and print how well it predicts their comparisons."""
+    settings, _ = parsing.parse(LearnUsers, arguments, "learn-users")
     path, progress = Path(settings.preferences), Progress()
     with progress.phase("learning"):
         comparisons = user_comparisons(path)

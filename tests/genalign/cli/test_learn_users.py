@@ -1,4 +1,4 @@
-"""genalign reward users: tastes of people learned from a file of comparisons, and added to it later."""
+"""genalign learn-users: rewards and embeddings of people from a file of comparisons, and users added to them later."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.utils import save_image
 
 from genalign.cli.main import main
+from genalign.diffusion.user_attention import Users
 from genalign.runtime.media import read_image
 from genalign.types import Prompt
+from rewards.backbones.clip_encoder import load_clip
 from rewards.pal import PALReward
 
 COLORS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 1.0, 0.0)}
@@ -50,7 +53,7 @@ def _preferences(folder: Path, name: str, users: dict[str, str], places: range) 
 def _learn(folder: Path, preferences: Path, *more: str) -> int:
     learner = ["--learner.class_path", "rewards.pal.PALLearner", "--learner.init_args.model", "shapes-clip"]
     steps = ["--learner.init_args.fit.steps", "150", "--learner.init_args.fit.learning_rate", "0.01"]
-    return main(["reward", "users", "--preferences", str(preferences), *learner, *steps, *more])
+    return main(["learn-users", "--preferences", str(preferences), *learner, *steps, *more])
 
 
 def test_tastes_are_learned_and_a_new_user_is_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +84,28 @@ def _image(folder: Path, name: str) -> torch.Tensor:
     return read_image(folder / name)
 
 
+def test_embeddings_are_mean_differences_of_features(tmp_path: Path) -> None:
+    _images(tmp_path)
+    learner = ["--learner.class_path", "rewards.user_embeddings.MeanDifferenceLearner"]
+    command = ["learn-users", *learner, "--learner.init_args.model", "shapes-clip"]
+    first = _preferences(tmp_path, "p.jsonl", {"ada": "red"}, range(1))
+    assert main([*command, "--preferences", str(first), "--output", str(tmp_path / "u")]) == 0
+    (ada,) = Users.load(tmp_path / "u").embeddings.values()
+    encoder = load_clip("shapes-clip")
+    with torch.no_grad():
+        features = {
+            color: F.normalize(encoder(_image(tmp_path, f"{color}-0.png")[None]), dim=-1)[0] for color in COLORS
+        }
+    others = torch.stack([features[color] for color in COLORS if color != "red"])
+    expected = F.normalize((features["red"] - others).mean(0), dim=0) * len(ada[0]) ** 0.5
+    torch.testing.assert_close(ada[0], expected, rtol=1e-4, atol=1e-5)
+    later = _preferences(tmp_path, "q.jsonl", {"bob": "green"}, range(2))
+    added = ("--preferences", str(later), "--output", str(tmp_path / "v"), "--known", str(tmp_path / "u"))
+    assert main([*command, *added]) == 0
+    both = Users.load(tmp_path / "v").embeddings
+    assert both.keys() == {"ada", "bob"} and torch.equal(both["ada"], ada)
+
+
 def test_the_reward_has_a_gradient(tmp_path: Path) -> None:
     _images(tmp_path)
     _learn(tmp_path, _preferences(tmp_path, "p.jsonl", {"ada": "red"}, range(2)), "--output", str(tmp_path / "u"))
@@ -109,5 +134,5 @@ def test_comparisons_that_nothing_is_learned_from_are_refused(
         path.write_text(json.dumps(row) + "\n")
         assert _learn(tmp_path, path, "--output", str(tmp_path / "u")) != 0
         assert message in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(FileNotFoundError, match="learn one with genalign reward users"):
+    with pytest.raises(FileNotFoundError, match="learn one with genalign learn-users"):
         PALReward(str(tmp_path / "none"))(torch.rand(1, 3, 64, 64), [Prompt("a")])
