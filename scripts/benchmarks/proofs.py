@@ -48,6 +48,7 @@ from scripts.benchmarks.set_measures import (
     variety,
 )
 from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics
+from scripts.benchmarks.users import users_part
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 
@@ -244,6 +245,7 @@ PARTS = {
     "prompt_counts": method_comparisons.prompt_counts,
     "guards": guards_part,
     "credits": credits_part,
+    "users": users_part,
     "audio_demo": audio_demo,
     "audio": audio,
     "audio_dragon": audio_dragon,
