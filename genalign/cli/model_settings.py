@@ -40,8 +40,7 @@ class Model:
         weights: "safetensors" reads no other weights; "bin" reads pickled ones.
         text_cache: Folder of text embeddings. All texts of the command are encoded into it before the work, and the
             text encoders are dropped; they are not loaded if all texts are there already. Null keeps the encoders.
-        users: File of users' embeddings (genalign learn-users, or that of a trained run), which the denoiser attends to
-            for prompts whose metadata name a user; null leaves the network as it is.
+        users: File of the users that the denoiser sees.
     """
 
     path: str
