@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.preference_recipes import dpo as dpo
     from genalign.algorithms.preference_recipes import gdro as gdro
     from genalign.algorithms.preference_recipes import kto as kto
+    from genalign.algorithms.preference_recipes import rpo as rpo
     from genalign.algorithms.preference_recipes import rwr as rwr
     from genalign.algorithms.preference_recipes import sft as sft
     from genalign.algorithms.recipe import Recipe as Recipe
@@ -72,11 +73,13 @@ if TYPE_CHECKING:
     from genalign.scoring.budget import Budget as Budget
     from genalign.scoring.score import NamedReward as NamedReward
     from genalign.search import DNO as DNO
+    from genalign.search import NRG as NRG
     from genalign.search import Beam as Beam
     from genalign.search import BestOfN as BestOfN
     from genalign.search import DoobGuide as DoobGuide
     from genalign.search import Evolution as Evolution
     from genalign.search import FKSteering as FKSteering
+    from genalign.search import NoiseAwareGradient as NoiseAwareGradient
     from genalign.search import Prune as Prune
     from genalign.search import ReNO as ReNO
     from genalign.search import RewardGradient as RewardGradient
@@ -95,7 +98,7 @@ _PUBLIC = {
     "genalign.algorithms.pathwise": "Ascent",
     "genalign.algorithms.pathwise_recipes": "align_prop direct_align draft draft_lv drtune flow_bp instruct_video"
     " noise_hypernetwork refl",
-    "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rwr sft",
+    "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rpo rwr sft",
     "genalign.algorithms.recipe": "Recipe",
     "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
     " with_gradient_balance with_more_samples with_recalibration",
@@ -109,7 +112,8 @@ _PUBLIC = {
     "genalign.evaluation.python_api": "evaluate",
     "genalign.scoring.budget": "Budget",
     "genalign.scoring.score": "NamedReward",
-    "genalign.search": "DNO Beam BestOfN DoobGuide Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
+    "genalign.search": "DNO NRG Beam BestOfN DoobGuide Evolution FKSteering NoiseAwareGradient Prune ReNO"
+    " RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
     "genalign.training.offline": "recorded",
     "genalign.training.python_api": "train",

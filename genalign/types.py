@@ -44,8 +44,28 @@ class Prompt(str):
 
     @property
     def task(self) -> str:
-        """The GenEval tag, or "all" for a prompt without metadata."""
-        return str(self.metadata["tag"]) if self.metadata and "tag" in self.metadata else "all"
+        """The GenEval tag; without one the user, as in "ada" or "0.5 ada + 0.5 bob"; "all" without either."""
+        if self.metadata and "tag" in self.metadata:
+            return str(self.metadata["tag"])
+        users = users_of(self).items()
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in users) or "all"
+
+
+def users_of(prompt: str) -> dict[str, float]:
+    """Return whose taste a prompt's samples are for, the "user" of its metadata, with weights; {} for nobody's.
+
+    A name has the weight 1; a mapping from names to weights mixes tastes. Raises ValueError for anything else.
+    """
+    user = (prompt.metadata or {}).get("user") if isinstance(prompt, Prompt) else None
+    if user is None:
+        return {}
+    if isinstance(user, str):
+        return {user: 1.0}
+    if isinstance(user, Mapping) and user and all(isinstance(weight, int | float) for weight in user.values()):
+        return {str(name): float(weight) for name, weight in user.items()}
+    raise ValueError(
+        f"a prompt's user is a name, or names with weights, as in {{'ada': 0.5, 'bob': 0.5}}, not {user!r}"
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class AceStep(AudioPipeline, FlowPipeline):
     """
 
     kind = AceStepPipeline
+    takes_users = False
     encoders = ("text_encoder", "condition_encoder")
     sampling_encoders = ("condition_encoder",)  # it has what guidance leads away from
     default_seconds = 60.0

@@ -17,6 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 from genalign.diffusion.hypernetwork import gated
 from genalign.diffusion.lora import STUDENT_GUIDANCE
 from genalign.diffusion.rollout import rows_are_finite
+from genalign.diffusion.user_attention import (
+    USER,
+    USERS_FILE,
+    Users,
+    attach_users,
+    load_projections,
+    projection_state,
+    seeing,
+)
 from genalign.runtime.cpu import use_faster_attention_backward
 from genalign.runtime.distributed import ALL_RANKS, RankShare, own_device
 from genalign.runtime.files import apply_umask
@@ -66,6 +75,9 @@ class DiffusersPipeline(Family):
             use_faster_attention_backward()
         self.compiled = options.get("compiled", False)
         self._blocks: CompiledBlocks | None = None
+        self.users: Users | None = None
+        if path := options.get("users"):
+            self._attach_users(Path(path))
 
     def _set_texts_and_guidance(self, options: Options) -> None:
         """Set the number of text tokens, the negative prompt and the guidance of a distilled network."""
@@ -79,6 +91,21 @@ class DiffusersPipeline(Family):
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
+
+    def _attach_users(self, path: Path) -> None:
+        """Let the denoiser attend to the users of a file. Raises ValueError for a family or an option without it."""
+        if not self.takes_users:
+            raise ValueError(
+                f"{type(self).__name__} runs texts of each length apart, which users cannot follow: leave"
+                " model.users out"
+            )
+        if self.compiled or self.memory.checkpointing or self.memory.quantization is not None:
+            raise ValueError(
+                "the attention to users goes without model.compiled, model.memory.checkpointing and quantization: leave"
+                " them out, or model.users"
+            )
+        self.users = Users.load(path)
+        attach_users(self.denoiser, self.users)
 
     def _place_networks(self) -> None:
         """Freeze all networks, and move them according to the memory options."""
@@ -173,10 +200,15 @@ class DiffusersPipeline(Family):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts to named tensors (P, ...) on the CPU, padded with zeros at the end of shorter texts.
 
-        Embeddings are cached up to 4 GiB, and those used longest ago are dropped first.
+        With users, their embeddings are among them, zeros for a prompt without one. Embeddings of texts are cached up
+        to 4 GiB, and those used longest ago are dropped first.
         """
-        needed = {*prompts} if self.unconditional is None else {*prompts, self.unconditional}
-        return self._embeddings.conditioning(prompts, needed, self._run_text_encoders)
+        texts = [str(prompt) for prompt in prompts]
+        needed = {*texts} if self.unconditional is None else {*texts, self.unconditional}
+        encoded = self._embeddings.conditioning(texts, needed, self._run_text_encoders)
+        if self.users is None:
+            return encoded
+        return Conditioning({**encoded.tensors, USER: self.users.rows(prompts)})
 
     def _run_text_encoders(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode P texts to named tensors (P, ...) on the CPU."""
@@ -265,13 +297,17 @@ class DiffusersPipeline(Family):
         self, x: Tensor, timestep: Tensor, level: NoiseLevel, tensors: Mapping[str, Tensor], guidance: float
     ) -> Tensor:
         """Run the denoiser, on one batch of 2 B rows with guidance above 1; all tensors (B, ...) are on the device."""
+        user = tensors.get(USER)
+        tensors = {name: tensor for name, tensor in tensors.items() if name != USER}
         if guidance > 1:
+            user = None if user is None else torch.cat([torch.zeros_like(user), user])
             away = self.unconditional_tensors(tensors)
             tensors = {name: _stacked(away[name], rows) for name, rows in tensors.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
         dtype, texts = compute_dtype(self.denoiser), tensors
         tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in texts.items()}
-        with gated(self.denoiser, x, level, texts), self._mixed_precision():
+        users = seeing(self.denoiser, user) if self.users else contextlib.nullcontext()
+        with gated(self.denoiser, x, level, texts), self._mixed_precision(), users:
             output = self.run_denoiser(x.to(dtype), timestep, tensors).float()
         if guidance <= 1:
             return output
@@ -340,11 +376,18 @@ class DiffusersPipeline(Family):
         student = self._adapters.load(source, hint if isinstance(self._embeddings, TextCache) else "")
         if STUDENT_GUIDANCE in student:
             self.record_student(float(student[STUDENT_GUIDANCE]))
+        for path in (Path(source) / USERS_FILE, Path(source) / "lora" / USERS_FILE):
+            if path.is_file():
+                if self.users is None:
+                    raise ValueError(f"the adapter in {source} was trained with users: set model.users to {path}")
+                load_projections(self.denoiser, Users.load(path).projections)
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
-        """Write the denoiser's adapter, and those of the text encoders, as ``Adapters.save`` does."""
+        """Write the denoiser's adapter, those of the text encoders, as ``Adapters.save`` does, and the users."""
         student = {} if self.student_guidance is None else {STUDENT_GUIDANCE: f"{self.student_guidance:g}"}
         self._adapters.save(directory, state, config, student)
+        if self.users is not None:
+            Users(self.users.embeddings, projection_state(self.denoiser)).save(directory / USERS_FILE)
 
     def load_denoiser(self, directory: Path) -> None:
         """Load the weights that ``save_denoiser`` wrote."""
@@ -369,6 +412,8 @@ class DiffusersPipeline(Family):
             raise ValueError("the pipeline was opened without its text encoders: leave model.text_cache out to save it")
         if self._adapters.are_on_encoders and not whole:
             raise ValueError("the adapter has layers on the text encoders: export the whole pipeline")
+        if self.users is not None:
+            raise ValueError("no other program knows the attention to users: export without model.users")
         self._adapters.merge()
         (self.pipe if whole else self.denoiser).save_pretrained(directory)
         apply_umask(directory)

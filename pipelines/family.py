@@ -32,6 +32,7 @@ class Family(ABC):
     sampling_encoders: ClassVar[tuple[str, ...]] = ()  # encoders that sampling needs, too: a text cache keeps them
     decoders: ClassVar[tuple[str, ...]] = ("vae",)  # the components from latents to samples
     lora_in_diffusers: ClassVar[bool] = True  # whether diffusers saves and loads adapters of this family
+    takes_users: ClassVar[bool] = True  # whether its network, if it attends to texts apart, runs whole batches
 
     pipe: Any  # the pipeline of diffusers, whose components differ by family
     device: torch.device

@@ -24,7 +24,8 @@ class Options(TypedDict, total=False):
     ``revision`` is a branch, tag or commit of a Hub id, and ``token`` the name of the environment variable that holds
     the Hub's token. ``variant`` is the variant of the weights, such as "fp16"; ``weights`` "bin" reads pickled weights
     instead of safetensors. ``text_cache`` is a folder of text embeddings: the text encoders are then loaded by
-    ``encode_ahead`` alone, for texts that have none yet.
+    ``encode_ahead`` alone, for texts that have none yet. ``users`` is a file of users' embeddings, which the denoiser
+    then attends to (``genalign.diffusion.user_attention``).
     """
 
     device: str
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     token: str | None
     weights: WeightFormat
     text_cache: str | None
+    users: str | None
 
 
 def hub_access(options: Options) -> HubAccess:

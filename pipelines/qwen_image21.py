@@ -25,6 +25,7 @@ class QwenImage21(FlowPipeline):
     """
 
     kind = QwenImage21Pipeline
+    takes_users = False
     text_tokens = 512
 
     @property

@@ -20,6 +20,7 @@ class ZImage(FlowPipeline):
     """
 
     kind = ZImagePipeline
+    takes_users = False
     guidance_default = 5.0
     text_tokens = 512
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -24,6 +24,7 @@ from genalign.search.noise_aware import (
     RewardIdentity,
     ScorerLevel,
 )
+from genalign.search.strategy import Previews
 from genalign.types import Prompt, RewardFunction
 from rewards.backbones.clap_encoder import ClapEncoder
 
@@ -251,3 +252,29 @@ def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
     )
     make_student = functools.partial(kind, **meta["arguments"])
     return NoiseAware(make_student, kind.input_kind, levels, RewardIdentity(**meta["reward"]), least_tau)
+
+
+@dataclass(frozen=True)
+class ScorerFile:
+    """A noise-aware reward by the path of its file, opened at its first use: the scorer of ``NoiseAwareGradient``.
+
+    Args:
+        path: A file of ``genalign train-noise-aware``.
+        least_tau: Levels at which Kendall's tau with the clean reward is below this are refused.
+    """
+
+    path: str
+    least_tau: float = 0.1
+
+    @functools.cached_property
+    def scorer(self) -> NoiseAware:
+        """The scorer of the file. Raises ValueError for another file."""
+        return load_scorer(self.path, self.least_tau)
+
+    def covers(self, noise_share: float) -> bool:
+        """Return whether the scorer was validated at this noise level."""
+        return self.scorer.covers(noise_share)
+
+    def expected(self, previews: Previews) -> Tensor:
+        """Return expected rewards (N,) of the clean samples, differentiable in the previews' latents."""
+        return self.scorer.expected(previews)

@@ -31,6 +31,7 @@ from genalign.algorithms.preference_pairs import (
     greedy_swap,
     paired_halves,
 )
+from genalign.diffusion.noise import derived_seed
 from genalign.metrics.set_metric import with_quality
 from genalign.types import AnyCallable, SetReward
 
@@ -320,6 +321,39 @@ class BestAndWorst:
     def __call__(self, scores: RoundScores) -> Tensor:
         pairs = best_and_worst_pairs(scores.combined, scores.group, self.tolerance, self.pairs)
         return pairs.signs(len(scores.group))
+
+
+@dataclass(frozen=True)
+class DrawnPreference:
+    """RPO's credit (B,) (arXiv 2407.12164): which of a reference image and a generated one is preferred, by a draw.
+
+    The reference is preferred with the probability sigmoid(r_reference - r_generated) of the weighted sums of the
+    rewards, drawn anew in every round. The preferred sample gets +1 and the other -1, times 2 for the reference, which
+    ``ReferencePreferenceLoss`` knows it by. Groups that are not one of each, or lack a score, get 0.
+
+    Args:
+        reference: The name of the score that is above 0.5 for references, of weight 0.
+    """
+
+    reference: str = "preference"
+
+    def __call__(self, scores: RoundScores) -> Tensor:
+        marks = scores.scores[:, scores.column_of(self.reference)] > 0.5
+        credit, combined = torch.zeros(len(scores.group)), scores.combined.double()
+        for members in _scored_members(scores):
+            if len(members) != 2 or bool(marks[members[0]] == marks[members[1]]):
+                continue
+            reference, generated = members[marks[members].long().argsort(descending=True)].tolist()
+            name = derived_seed(scores.seed, "preference", int(scores.group[reference]))
+            drawn = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(name))
+            sign = 1.0 if drawn < torch.sigmoid(combined[reference] - combined[generated]) else -1.0
+            credit[reference], credit[generated] = 2 * sign, -sign
+        if not bool(credit.any()):
+            raise UnsuitableScoresError(
+                f"no group of this round is a reference and a generated sample, by the score {self.reference!r}: set"
+                " training.group_size to 2, and collect pairs of one each"
+            )
+        return credit
 
 
 @dataclass(frozen=True)

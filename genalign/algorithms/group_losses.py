@@ -1,4 +1,4 @@
-"""Matching losses that compare all samples of a prompt: CRD, GDRO and DGPO.
+"""Matching losses that compare all samples of a prompt: CRD, GDRO, DGPO and RPO.
 
 N counts the samples of whole groups; credit and prompt index are (N,), on the CPU.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import Unit
 from genalign.algorithms.losses import mean_square
-from genalign.algorithms.matching import NoisedSamples, normalized_error, optimality
+from genalign.algorithms.matching import NoisedSamples, dpo_loss, normalized_error, optimality, sign_pairs
 
 
 @dataclass(frozen=True)
@@ -162,3 +162,39 @@ class GroupPreferenceLoss:
             above, below = ratio > 1 + self.clip_range, ratio < 1 - self.clip_range
             stopped = torch.where(advantage > 0, above, below)
         return weight * advantage * torch.where(stopped, errors.detach(), errors)
+
+
+@dataclass(frozen=True)
+class ReferencePreferenceLoss:
+    """RPO (arXiv 2407.12164): a preference between a reference image and a generated one, and the reference's error.
+
+    With gains g = e_ref - e over the reference policy and the label y that ``DrawnPreference`` drew, it is
+    -y log sigmoid(beta (g_r - g_g)) - (1 - y) log sigmoid(beta (g_g - g_r)) + ``sft`` e_r, of the reference image r and
+    the generated one g, whichever is preferred. A term is a pair.
+
+    Args:
+        beta: The strength; half of Diffusion-DPO's, whose loss has beta / 2.
+        sft: The weight of the error of the reference image.
+    """
+
+    unit: ClassVar[Unit] = "group"
+    beta: float = 1.0
+    sft: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or self.sft < 0:
+            raise ValueError(f"beta must be positive and sft at least 0, not {self.beta} and {self.sft}")
+
+    def used(self, credit: Tensor) -> Tensor:
+        return credit != 0
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        return len(sign_pairs(credit, group))
+
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
+        pairs = sign_pairs(credit, group)
+        errors, base = noised.error, mean_square(noised.reference, noised.target)
+        better, worse = noised.on_device(pairs.winners), noised.on_device(pairs.losers)
+        loss = dpo_loss(errors[better], base[better], errors[worse], base[worse], 2 * self.beta)
+        images = torch.where(credit[pairs.winners].abs() > 1, pairs.winners, pairs.losers)
+        return loss + self.sft * errors[noised.on_device(images)]

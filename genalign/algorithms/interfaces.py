@@ -36,6 +36,7 @@ class RoundScores:
         features: Features (B, d) of the samples; None without ``features`` of the recipe.
         task: The task index (B,) long of each sample's prompt; None counts all prompts as one task.
         names: The names (K,) of the rewards, for credit that treats some of them differently.
+        seed: The name of the round that random numbers of a credit are derived from, the same on every rank.
     """
 
     scores: Tensor
@@ -45,6 +46,7 @@ class RoundScores:
     features: Tensor | None = None
     task: Tensor | None = None
     names: tuple[str, ...] = ()
+    seed: str = ""
 
     @property
     def combined(self) -> Tensor:

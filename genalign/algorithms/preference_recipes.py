@@ -11,13 +11,19 @@ from dataclasses import replace
 from genalign.algorithms.credit import (
     BestAndWorst,
     BestOnly,
+    DrawnPreference,
     ExponentialWeights,
     GroupRelative,
     HierarchicalPairs,
     PlainReward,
     Thresholded,
 )
-from genalign.algorithms.group_losses import CentredRewardLoss, GroupPreferenceLoss, RankedPreferenceLoss
+from genalign.algorithms.group_losses import (
+    CentredRewardLoss,
+    GroupPreferenceLoss,
+    RankedPreferenceLoss,
+    ReferencePreferenceLoss,
+)
 from genalign.algorithms.matching import DPOLoss, KTOLoss, MatchingObjective, RewardWeightedLoss
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.algorithms.recipes import matching
@@ -116,6 +122,25 @@ def dp2o_sr(count: int = 4, beta: float = 100.0, draws: int = 2, anchor: float =
     """
     loss = DPOLoss(beta, pairs="all", weighted=True)
     return matching(HierarchicalPairs(count), MatchingObjective(loss, draws, anchor=anchor))
+
+
+def rpo(
+    reference: str = "preference", beta: float = 1.0, draws: int = 2, sft: float = 1.0, anchor: float = 0.0
+) -> Recipe:
+    """RPO (arXiv 2407.12164): subject-driven tuning on pairs of a reference image and a generated one.
+
+    Which of the two is preferred is drawn anew in every round, by their reward. Its regularizer is to stop early, by
+    the similarity to the references on held-out prompts: the best weights of a run are kept so.
+
+    Args:
+        reference: The name of the score that is 1 for reference images, of weight 0; as ``genalign collect`` names it.
+        beta: The strength.
+        draws: The number of noise levels per sample and update.
+        sft: The weight of the reference image's error.
+        anchor: The weight of the distance from the reference policy.
+    """
+    loss = ReferencePreferenceLoss(beta, sft)
+    return matching(DrawnPreference(reference), MatchingObjective(loss, draws, anchor=anchor))
 
 
 def crd(

@@ -20,7 +20,7 @@ from genalign.cli.generation_settings import RewardChoice, require_positive
 from genalign.cli.model_settings import Model
 from genalign.cli.preference_files import read_preferences
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import RolloutInputs, rollout
+from genalign.diffusion.rollout import RolloutInputs, distinct_inputs, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.runtime.progress import Progress
 from genalign.scoring.score import NamedReward
@@ -142,7 +142,12 @@ def _parts(
         ]
     else:
         listed = [
-            (Prompt(image.prompt), image.comparison, {PREFERENCE: image.score}, image.read)
+            (
+                Prompt(image.prompt, {"user": image.user} if image.user else None),
+                image.comparison,
+                {PREFERENCE: image.score},
+                image.read,
+            )
             for image in read_preferences(Path(str(settings.preferences)))
         ]
     read = (
@@ -164,11 +169,10 @@ def _generated(
 ) -> tuple[Tensor, list[PoolSample]]:
     """Sample a part, one seed for each prompt and number; decode and score it."""
     prompts = [prompt for prompt, _ in jobs]
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    rows = torch.tensor([texts.index(prompt.text) for prompt in prompts])
+    different, rows = distinct_inputs(prompts)
     seeds = tuple(derived_seed(settings.seed, "pool", prompt.text, number) for prompt, number in jobs)
     grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance_scale(pipeline)
-    inputs = RolloutInputs(pipeline.encode(texts), rows, seeds, seeds)
+    inputs = RolloutInputs(pipeline.encode(different), rows, seeds, seeds)
     kernels = [settings.sampling.kernel_on(grid)] * len(grid)
     latents = rollout(pipeline, inputs, grid, kernels, guidance).final
     return latents, _scored(pipeline.decode(latents), prompts, rewards)

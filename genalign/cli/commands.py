@@ -172,6 +172,12 @@ COMMANDS = {
             f"{_CLI}.reward_direction:RewardDirection",
         ),
         Command(
+            "learn-users",
+            "learn people's tastes from their comparisons: a reward of each, or embeddings that a model follows",
+            f"{_CLI}.learn_users:learn_users_command",
+            f"{_CLI}.learn_users:LearnUsers",
+        ),
+        Command(
             "serve",
             "serve a reward over HTTP, for rewards.remote.RemoteReward",
             f"{_CLI}.reward:serve_command",

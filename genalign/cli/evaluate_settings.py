@@ -11,7 +11,18 @@ from genalign.evaluation.benchmarks.benchmark import Judges
 from genalign.evaluation.geneval.judge import Judge
 from genalign.types import AnyCallable
 
-TEN_STEPS = (1.0, 0.9643, 0.9231, 0.875, 0.8182, 0.75, 0.6667, 0.5625, 0.4286, 0.25)  # of shapes-sd3: even steps, shifted by 3
+TEN_STEPS = (
+    1.0,
+    0.9643,
+    0.9231,
+    0.875,
+    0.8182,
+    0.75,
+    0.6667,
+    0.5625,
+    0.4286,
+    0.25,
+)  # of shapes-sd3: even steps, shifted by 3
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from genalign.cli.model_card import base_of, method_of, write_model_card
 from genalign.cli.model_settings import model_of
 from genalign.diffusion.lora import adapter_file
 from genalign.diffusion.own_adapter import kind_of
+from genalign.diffusion.user_attention import USERS_FILE
 from genalign.runtime.hub import Push
 from genalign.training.best_weights import BestRound
 from genalign.training.run_folder import RunFolder
@@ -80,6 +81,11 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
         raise FileNotFoundError(f"{run} has no config.json: give the output folder of a training run")
     RunFolder(run).require_format()
     weights = trained_weights(run, settings.round)
+    if (weights.path / USERS_FILE).is_file():
+        raise ValueError(
+            f"{run} was trained with users, whose attention no other program knows: use its lora/ with --lora, and"
+            f" model.users {weights.path / USERS_FILE}"
+        )
     push = Push(settings.push, settings.private) if settings.push is not None else None
     if push:
         push.require()

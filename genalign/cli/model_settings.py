@@ -40,6 +40,7 @@ class Model:
         weights: "safetensors" reads no other weights; "bin" reads pickled ones.
         text_cache: Folder of text embeddings. All texts of the command are encoded into it before the work, and the
             text encoders are dropped; they are not loaded if all texts are there already. Null keeps the encoders.
+        users: File of the users that the denoiser sees.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Model:
     token: str | None = None
     weights: Literal["safetensors", "bin"] = "safetensors"
     text_cache: str | None = None
+    users: str | None = None
 
     def __post_init__(self) -> None:
         if self.token is not None and (self.token.startswith("hf_") or not self.token.isidentifier()):

@@ -22,6 +22,7 @@ from genalign.runtime.media import inside, read_image
 from genalign.runtime.text_files import numbered_lines, parse_json
 
 _TEXTS = ("caption", "prompt", "text")
+_USERS = ("user", "user_id")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class JudgedImage:
         score: 1 where it was preferred, 0 where the other was, 0.5 for a tie.
         comparison: The name of the comparison.
         content: The path of the file, or its bytes.
+        user: The name of who compared; None where the file does not say.
     """
 
     prompt: str
     score: float
     comparison: str
     content: Path | bytes
+    user: str | None = None
 
     def read(self) -> Tensor:
         """Read the image (3, H, W) in [0, 1]. Raises ValueError for bytes that are no image."""
@@ -106,7 +109,10 @@ def _images(path: Path, number: int, row: Mapping[str, Any]) -> list[JudgedImage
         )
     if len(contents) != len(scores) or len(scores) < 2:
         raise ValueError(f"{where} has {len(contents)} images and {len(scores)} labels: give as many, and two or more")
-    return [JudgedImage(text, score, str(number), content) for score, content in zip(scores, contents, strict=True)]
+    user = next((str(row[name]) for name in _USERS if row.get(name) is not None), None)
+    return [
+        JudgedImage(text, score, str(number), content, user) for score, content in zip(scores, contents, strict=True)
+    ]
 
 
 def _content(folder: Path, value: Any) -> Path | bytes:

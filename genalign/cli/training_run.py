@@ -228,8 +228,7 @@ class TrainingRun:
         """
         processes = replace(self.processes, in_step=self.policy.sharded) if shared else SINGLE_PROCESS
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
-        texts, kernel = [prompt.text for prompt in prompts], sampling.kernel_on(grid)
-        source = SeededSamples(self.pipeline, texts, seeds, grid, guidance, batch_size, kernel)
+        source = SeededSamples(self.pipeline, prompts, seeds, grid, guidance, batch_size, sampling.kernel_on(grid))
         sizes, own = [len(part) for part in source.parts], list[Tensor]()
         with self.progress.phase("sampling", len(prompts)) as advance:
             for number in processes.batch_numbers(len(source)):

@@ -20,6 +20,7 @@ from genalign.diffusion.hypernetwork import (
 )
 from genalign.diffusion.lora import ADAPTER, adapters_enabled, inject_lora
 from genalign.diffusion.noise_shift import make_noise_hypernetwork, shifts_noise, without_shift
+from genalign.diffusion.user_attention import PROJECTIONS, projections_of, without_users
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, seeded
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import (
@@ -50,12 +51,15 @@ class Lora:
         targets: Ends of the names of the layers, such as to_q; null takes all projections of all attention layers.
         hypernetwork: A network that makes gates for the adapter's ranks, from the state of sampling or from the prompt
             (HyperAlign); null trains a plain LoRA.
+        frozen: Leave the adapter as it is, new or that of init_lora, and train the attention to users (model.users)
+            alone, as in PPD.
     """
 
     rank: int = 32
     alpha: float = 64
     targets: Sequence[str] | None = None
     hypernetwork: Hypernetwork | None = None
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -63,7 +67,7 @@ class Lora:
 
     def target_modules(self, network: nn.Module) -> Sequence[str]:
         """Resolve the targets against ``network``. Raises ValueError for a target that matches no layer."""
-        names = [name for name, _ in network.named_modules()]
+        names = [name for name, _ in network.named_modules() if PROJECTIONS not in name]
         targets = ATTENTION if self.targets is None else self.targets
         unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
         if self.targets is None:
@@ -174,12 +178,14 @@ class Policy:
             self.config = cast("LoraConfig", cast(Any, denoiser).peft_config[ADAPTER])
         elif sharding is None:
             denoiser.float()
+        self._is_frozen = lora is not None and lora.frozen
         for name, parameter in denoiser.named_parameters():
             if self.config is None:
                 parameter.requires_grad_(True)
-            elif "lora_" in name or name.startswith(f"{HYPERNETWORK}."):
+            elif "lora_" in name or name.startswith(f"{HYPERNETWORK}.") or f".{PROJECTIONS}." in name:
                 parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(not (self._is_frozen and "lora_" in name))
+        _require_users_fit(denoiser, lora, self.config is not None and sharding is None)
         self.sharded = sharding is not None
         if sharding:
             sharding.apply(denoiser, master_weights=self.config is None)  # which replaces the parameters
@@ -204,13 +210,17 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Run the network as the policy that training started from, within the context."""
+        """Run the network as the policy that training started from, which sees no users, within the context."""
         if self._first is not None:
             with self.using(self._first):
                 yield
             return
+        if self._is_frozen:  # the adapter is a part of the network
+            with without_users(self.denoiser):
+                yield
+            return
         try:
-            with adapters_enabled(self.denoiser, False), without_shift(self.denoiser):
+            with adapters_enabled(self.denoiser, False), without_shift(self.denoiser), without_users(self.denoiser):
                 yield
         finally:
             for parameter in self.parameters:  # FSDP gave the layers other parameters meanwhile
@@ -227,9 +237,11 @@ class Policy:
         return self.config is not None and not self.shifts_noise and hypernetwork_of(self.denoiser) is None
 
     def shift_noise(self) -> None:
-        """Make the adapter a noise hypernetwork. Raises ValueError where the whole network is trained."""
+        """Make the adapter a noise hypernetwork. Raises ValueError for a whole network, or one with users."""
         if self.config is None:
             raise ValueError("a noise hypernetwork is an adapter, and the whole network is trained: set lora")
+        if projections_of(self.denoiser):
+            raise ValueError(f"a noise hypernetwork {_WITHOUT_USERS}")
         if not self.shifts_noise:
             make_noise_hypernetwork(self.denoiser)
 
@@ -371,3 +383,20 @@ class Policy:
         if self.sharded:
             reshard(self.denoiser)
         self.updates = updates
+
+
+_WITHOUT_USERS = "is not trained beside the attention to users, which needs a plain LoRA: leave model.users out"
+
+
+def _require_users_fit(denoiser: nn.Module, lora: Lora | None, takes_users: bool) -> None:
+    """Raise ValueError where nothing, or not only an adapter and the attention to users, would be trained."""
+    has_users = bool(projections_of(denoiser))
+    if lora is not None and lora.frozen and not has_users:
+        raise ValueError("lora.frozen leaves nothing to train: set model.users, or lora.frozen to false")
+    if has_users and hypernetwork_of(denoiser):
+        raise ValueError(f"a hypernetwork {_WITHOUT_USERS}")
+    if has_users and not takes_users:
+        raise ValueError(
+            "the attention to users is trained beside an adapter, on one copy of the network: set lora, with frozen to"
+            " train the users alone, and leave FSDP out"
+        )

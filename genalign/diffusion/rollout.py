@@ -12,7 +12,7 @@ from torch import Tensor
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.noise_shift import first_latents
 from genalign.diffusion.transitions import ODE, Kernel, Transition, transition
-from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
+from genalign.types import Conditioning, Grid, NoiseStep, Pipeline, users_of
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighboring seeds land far apart
 
@@ -331,12 +331,19 @@ def replay(
     return ReplayedStep(new, old, x_next, prediction, step)
 
 
+def distinct_inputs(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Return the prompts that differ in text or user, and the row (B,) long of each prompt among them."""
+    found: dict[tuple[str, str], tuple[int, str]] = {}
+    rows = [found.setdefault((str(p), repr(users_of(p))), (len(found), p))[0] for p in prompts]
+    return [prompt for _, prompt in found.values()], torch.tensor(rows)
+
+
 class SeededSamples:
     """Decoded samples of (prompt, seed) pairs in numbered batches, each of which depends on its number alone.
 
     Args:
         pipeline: The model.
-        prompts: The texts of the samples, which are encoded at once.
+        prompts: The texts of the samples, with their users if they have some, which are encoded at once.
         seeds: The seeds of all noise, one per sample.
         grid: The sampling grid.
         guidance: The classifier-free guidance scale; 1 is none.
@@ -354,9 +361,8 @@ class SeededSamples:
         batch_size: int,
         kernel: Kernel = ODE(),  # noqa: B008  # frozen
     ) -> None:
-        texts = list(dict.fromkeys(prompts))
-        place, conditioning = {text: i for i, text in enumerate(texts)}, pipeline.encode(texts)
-        rows = torch.tensor([place[text] for text in prompts])
+        different, rows = distinct_inputs(prompts)
+        conditioning = pipeline.encode(different)
         self.pipeline, self.grid, self.guidance, self.kernel = pipeline, grid, guidance, kernel
         self.parts = RolloutInputs(conditioning, rows, tuple(seeds), tuple(seeds)).split(batch_size)
 

@@ -93,8 +93,8 @@ class PipelineSource:
         """Encode the texts of a chunk; the first one before any other, as an embedding's last bits depend on it."""
         first, last = self._starts[chunk], (*self._starts[chunk + 1 :], len(self))[0]
         specs = self.specs[first * self.batch_size : last * self.batch_size]
-        texts, seeds = [spec.prompt.text for spec in specs], [spec.seed for spec in specs]
-        return SeededSamples(self.pipeline, texts, seeds, self._grid, self._guidance, self.batch_size, self.kernel)
+        prompts, seeds = [spec.prompt for spec in specs], [spec.seed for spec in specs]
+        return SeededSamples(self.pipeline, prompts, seeds, self._grid, self._guidance, self.batch_size, self.kernel)
 
 
 def _chunk_starts(specs: Sequence[SampleSpec], size: int) -> list[int]:

@@ -3,7 +3,9 @@
 from genalign.scoring.budget import Budget as Budget
 from genalign.search.fk_steering import FKSteering as FKSteering
 from genalign.search.guidance import DoobGuide as DoobGuide
+from genalign.search.guidance import NoiseAwareGradient as NoiseAwareGradient
 from genalign.search.guidance import RewardGradient as RewardGradient
+from genalign.search.guided_sampling import NRG as NRG
 from genalign.search.noise_optimization import DNO as DNO
 from genalign.search.noise_optimization import ReNO as ReNO
 from genalign.search.noise_search import Evolution as Evolution

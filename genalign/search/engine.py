@@ -144,7 +144,7 @@ class SearchRun:
         self.plain: dict[int, ScoredParticles] = {}
         self.finished_scores: list[Tensor] = []
         self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
-        self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
+        self.conditioning = pipeline.encode(prompts)
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -2,7 +2,8 @@
 
 A guide estimates g, the gradient (N, ...) of the log density that the target adds to the model at a state. A move of
 mean m and deviation s is drawn around m + s^2 g instead, the optimum to first order. The weights of sequential Monte
-Carlo correct for the shift, so that a guide changes how fast particles reach the target, but not the target.
+Carlo correct for the shift, so that a guide changes how fast particles reach the target, but not the target. A move of
+the ODE, which has no noise to be drawn, is shifted by ``ode_shift`` instead, without weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import Kernel, transition
 from genalign.scoring.score import score
 from genalign.search.engine import Particles, SearchRun
+from genalign.search.strategy import Previews, previews_at
+from genalign.types import NoiseStep
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,58 @@ class RewardGradient:
         return Guidance(prediction.detach().cpu(), self.scale * lam * gradient.nan_to_num(0.0).cpu(), scores)
 
 
+class DifferentiableScorer(Protocol):
+    """Expected rewards of previews, with a gradient: a noise-aware reward (``genalign.search.noise_aware``)."""
+
+    def covers(self, noise_share: float) -> bool:
+        """Return whether it was validated at this noise level, sigma / (alpha + sigma)."""
+
+    def expected(self, previews: Previews) -> Tensor:
+        """Return expected rewards (N,) of the clean samples, differentiable in the previews' latents."""
+
+
+@dataclass(frozen=True)
+class NoiseAwareGradient:
+    """The gradient of a noise-aware reward of the preview, g = ``scale`` lam grad r_t.
+
+    A reward that was trained on previews stands for r_t in noisy reward guidance (arXiv 2501.13918), whose own reward
+    reads the noisy latents. Moves at levels where the scorer was not validated are not shifted.
+
+    Args:
+        scorer: A noise-aware reward, such as ``rewards.noise_aware.ScorerFile``.
+        scale: Factor of the gradient.
+        through_denoiser: Whether the gradient of the preview runs through the denoiser, by a backward pass of each
+            step; without, the noise that the network predicts is held fixed, and d preview / dx is 1 / alpha.
+    """
+
+    scorer: DifferentiableScorer
+    scale: float = 1.0
+    through_denoiser: bool = True
+
+    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
+        step, levels = run.grid[batch.steps_done], run.grid.noise_share[:-1].tolist()
+        if not any(map(self.scorer.covers, levels)):
+            raise ValueError(
+                "the noise-aware reward was validated at none of the noise levels of these steps,"
+                f" {', '.join(f'{level:.2f}' for level in levels)}: set sampling.num_steps or sigmas to its levels"
+            )
+        if not self.scorer.covers(levels[batch.steps_done]):
+            return Guidance(run.predict(batch), torch.zeros_like(batch.x))
+        with torch.set_grad_enabled(self.through_denoiser):
+            x = batch.x.detach().clone().requires_grad_(self.through_denoiser)
+            prediction = run.pipeline.predict(x, step, run.conditioning[batch.prompt], run.guidance)
+            preview = run.pipeline.path.x0(x.to(prediction.device), prediction, step)
+        leaf = preview.detach().requires_grad_()
+        with torch.enable_grad():
+            expected = self.scorer.expected(previews_at(run, batch, leaf, levels[batch.steps_done])).sum()
+        (gradient,) = torch.autograd.grad(expected, leaf)
+        if self.through_denoiser:
+            (gradient,) = torch.autograd.grad(preview, x, gradient)
+        else:
+            gradient = gradient / float(step.alpha)
+        return Guidance(prediction.detach().cpu(), self.scale * lam * gradient.nan_to_num(0.0).cpu())
+
+
 @dataclass(frozen=True)
 class DoobGuide:
     """Doob's h-transform estimated from samples of the next state, for any reward (DOIT, arXiv 2602.16198).
@@ -89,6 +144,11 @@ class DoobGuide:
 
     def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
         step = run.grid[batch.steps_done]
+        if float(kernel(step).s) == 0:
+            raise ValueError(
+                f"DoobGuide learns from the noise of a move, and {kernel} draws none: use it in FKSteering, or guide by"
+                " RewardGradient or NoiseAwareGradient"
+            )
         with torch.enable_grad():
             x = batch.x.detach().clone().requires_grad_(True)
             prediction = run.pipeline.predict(x, step, run.conditioning[batch.prompt], run.guidance)
@@ -129,3 +189,16 @@ def guided_log_ratio(noise: Tensor, shift: Tensor, std: float) -> Tensor:
     """
     moved = shift.double() / std
     return -(noise.double() * moved + 0.5 * moved.square()).flatten(1).sum(1)
+
+
+def ode_shift(step: NoiseStep) -> float:
+    """Return the factor of g in a move of the ODE: the move along x0 and eps of the density tilted by g.
+
+    By Tweedie's formula g moves eps by -sigma g and x0 by sigma^2 / alpha g, and so the mean alpha_next x0 + sigma_next
+    eps by (alpha_next sigma^2 / alpha - sigma_next sigma) g. On a flow it is noisy reward guidance (Flow-NRG, arXiv
+    2501.13918), v - sigma / (1 - sigma) g. Raises ValueError where alpha is 0: such a level has no tilted x0.
+    """
+    if float(step.alpha) == 0:
+        raise ValueError("a move from pure noise (alpha = 0) cannot be shifted along a reward's gradient")
+    alpha, sigma = float(step.alpha), float(step.sigma)
+    return sigma * (float(step.alpha_next) * sigma - float(step.sigma_next) * alpha) / alpha

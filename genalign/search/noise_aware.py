@@ -38,6 +38,7 @@ Decode = Callable[[Tensor], Tensor]
 """A pipeline's ``decode``, from latents (B, ...) to samples."""
 
 _DIGEST_VALUES = 256  # of a tensor, at equal distances, that identify it
+_SAME_LEVEL = 0.03  # noise levels that differ by less are one
 
 
 @runtime_checkable
@@ -388,6 +389,14 @@ class NoiseAware:
 
         Raises ValueError for a noise level or a reward that the scorer was not trained for.
         """
+        used = torch.tensor([reward.weight != 0 for reward in previews.rewards])
+        return torch.where(used, self.expected(previews).cpu()[:, None], torch.nan)
+
+    def expected(self, previews: Previews) -> Tensor:
+        """Return the expected rewards (N,) of the clean samples, differentiable in the previews' latents.
+
+        Raises ValueError for a noise level or a reward that the scorer was not trained for.
+        """
         weights = self.level(previews.noise_share).weights
 
         def predict(inputs: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -399,9 +408,8 @@ class NoiseAware:
         counted, scores = previews.metered("noise-aware", predict), []
         for part in previews.split():
             inputs = part.decode(part.latents) if self.input_kind == "samples" else part.latents.to(part.device)
-            scores.append(counted(inputs, part.prompts).float().cpu())
-        used = torch.tensor([reward.weight != 0 for reward in previews.rewards])
-        return torch.where(used, torch.cat(scores)[:, None], torch.nan)
+            scores.append(counted(inputs, part.prompts).float())
+        return torch.cat(scores)
 
     def student(self, rewards: Sequence[NamedReward]) -> nn.Module:
         """Return the student of the one reward that counts. Raises ValueError if the scorer was trained for another."""
@@ -422,11 +430,18 @@ class NoiseAware:
             self._students.append(self.make_student(reward.function).eval())
         return self._students[0]
 
+    def covers(self, noise_share: float) -> bool:
+        """Return whether the scorer was validated at this noise level."""
+        return abs(self._nearest(noise_share).quality.sigma - noise_share) <= _SAME_LEVEL
+
+    def _nearest(self, sigma: float) -> ScorerLevel:
+        return min(self.levels, key=lambda level: abs(level.quality.sigma - sigma))
+
     def level(self, sigma: float) -> ScorerLevel:
         """Return the level at ``sigma``. Raises ValueError for one that was not validated, or where it ranks badly."""
-        nearest = min(self.levels, key=lambda level: abs(level.quality.sigma - sigma))
+        nearest = self._nearest(sigma)
         quality = nearest.quality
-        if abs(quality.sigma - sigma) > 0.03:
+        if not self.covers(sigma):
             levels = ", ".join(f"{level.quality.sigma:.2f}" for level in self.levels)
             raise ValueError(
                 f"this scorer was validated at noise levels {levels}, not at {sigma:.2f}: prune at one of these levels"

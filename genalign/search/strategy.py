@@ -198,11 +198,16 @@ def standalone(scorer: PreviewScorer | None) -> StandaloneScorer | None:
 
 
 def previews_of(run: SearchRun, candidates: Particles) -> Previews:
-    """Return the previews of candidates of a run."""
+    """Return the previews of candidates of a run, after their last step."""
+    return previews_at(run, candidates, candidates.preview, float(run.grid.noise_share[candidates.steps_done - 1]))
+
+
+def previews_at(run: SearchRun, candidates: Particles, latents: Tensor, noise_share: float) -> Previews:
+    """Return the previews ``latents`` (N, ...) of candidates of a run at a noise level, sigma / (alpha + sigma)."""
     return Previews(
-        latents=candidates.preview,
+        latents=latents,
         prompts=run.prompts_of(candidates),
-        noise_share=float(run.grid.noise_share[candidates.steps_done - 1]),
+        noise_share=noise_share,
         rewards=run.unmetered_rewards,
         decode=run.pipeline.decode,
         metered=run.metered,

@@ -13,6 +13,7 @@ from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, rows_are_finite
+from genalign.diffusion.user_attention import with_user_dropout
 from genalign.runtime.distributed import ALL_RANKS, RankShare
 from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.score import NamedReward
@@ -62,14 +63,16 @@ class OfflineSampler:
         ]
         place = torch.arange(len(prompts)).repeat_interleave(size)
         seeds = tuple(derived_seed(name, "pool", number) for number in range(len(rows)))
-        inputs = RolloutInputs(self.pipeline.encode([prompt.text for prompt in prompts]), place, seeds, seeds)
+        own = [self.pool.samples[row].prompt for row in rows[::size]]  # of the groups: a text may be of several users
+        seen = with_user_dropout(own, self.settings.user_dropout, name)
+        inputs = RolloutInputs(self.pipeline.encode(seen), place, seeds, seeds)
         sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
         batches, drawn = inputs.split(sizes), torch.split(torch.tensor(rows), list(sizes))
         with progress.phase("reading", len(rows)) as advance:
             for number in share.indices(len(sizes)):
                 if not len(drawn[number]):
                     continue
-                yield self._batch(recipe, batches[number], drawn[number].tolist(), prompts)
+                yield self._batch(recipe, batches[number], drawn[number].tolist(), own)
                 advance(len(drawn[number]) * share.world_size)
 
     @torch.no_grad()

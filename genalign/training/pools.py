@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
 from genalign.runtime.files import apply_umask, write_json, write_text
-from genalign.types import Prompt, PromptSet
+from genalign.types import Prompt, PromptSet, users_of
 
 FORMAT = 1
 INFO = "pool.json"
@@ -175,10 +175,11 @@ class Pool:
         )
 
     def groups(self) -> dict[str, list[list[int]]]:
-        """The numbers of the samples in each group, by the text of their prompt."""
-        found: dict[str, dict[str | None, list[int]]] = {}
+        """The numbers of the samples in each group, by the text of their prompt; those of two users are never one."""
+        found: dict[str, dict[tuple[str | None, str], list[int]]] = {}
         for row, sample in enumerate(self.samples):
-            found.setdefault(sample.prompt.text, {}).setdefault(sample.group, []).append(row)
+            key = sample.group, repr(users_of(sample.prompt))
+            found.setdefault(sample.prompt.text, {}).setdefault(key, []).append(row)
         return {text: list(groups.values()) for text, groups in found.items()}
 
 

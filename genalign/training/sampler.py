@@ -23,6 +23,7 @@ from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
 from genalign.diffusion.transitions import ODE, Kernel
+from genalign.diffusion.user_attention import with_user_dropout
 from genalign.runtime.distributed import ALL_RANKS, RankShare, current_gpu, use_gpu
 from genalign.runtime.progress import SILENT, Phase, Progress
 from genalign.runtime.streams import Handover
@@ -114,7 +115,7 @@ class Sampler:
         members = self.members(len(prompts)) if members is None else members
         samples = [member or (0, 0) for member in members]
         return RolloutInputs(
-            self.pipeline.encode([prompt.text for prompt in prompts]),
+            self.pipeline.encode(with_user_dropout(prompts, self.settings.user_dropout, name)),
             torch.tensor([p for p, _ in samples]),
             tuple(derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in samples),
             tuple(derived_seed(name, p, "w", g) for p, g in samples),

@@ -69,6 +69,7 @@ class TrainerSettings:
             same; a round of large images does not fit into a GPU otherwise.
         data: Folder of a pool (genalign collect) to learn from in place of sampling, for recipes on final samples; null
             samples.
+        user_dropout: Fraction of the prompts of a round whose user (model.users) the network is not told.
     """
 
     rounds: int | None = None
@@ -95,6 +96,7 @@ class TrainerSettings:
     overlap_scoring: bool = True
     offload_rollouts: bool = False
     data: str | None = None
+    user_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "micro_batch", "updates_per_round")
@@ -112,8 +114,9 @@ class TrainerSettings:
             )
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"training.seed must fit into 64 bits, not be {self.seed}")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"training.max_failed_fraction must be in [0, 1], not {self.max_failed_fraction}")
+        for name in ("max_failed_fraction", "user_dropout"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ValueError(f"training.{name} must be in [0, 1], not {vars(self)[name]}")
         rounds = self.rounds or _ROUNDS
         if not 0 <= self.warmup_rounds < rounds:
             raise ValueError(

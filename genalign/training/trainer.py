@@ -248,7 +248,8 @@ class Trainer:
         tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
         task = torch.tensor([tasks.index(prompt.task) for prompt in prompts])[group]
         weights, names = zip(*((reward.weight, reward.name) for reward in self.rewards), strict=True)
-        return RoundScores(weights=weights, group=group, task=task, names=names, **gathered)
+        seed = f"{self.settings.seed}/{self.rounds_done}"
+        return RoundScores(weights=weights, group=group, task=task, names=names, seed=seed, **gathered)
 
     def _watch(self, scores: RoundScores, silent: bool) -> None:
         """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""

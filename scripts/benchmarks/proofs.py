@@ -47,6 +47,7 @@ from scripts.benchmarks.set_measures import (
     variety,
 )
 from scripts.benchmarks.trained_runs import RESULTS, alarm_and_fall, compared, gains, hacking_reports, head
+from scripts.benchmarks.users import users_part
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 
@@ -166,7 +167,7 @@ def hypernetworks(work: Path) -> None:
         for seed, run in by_seed.items():
             records += gains(name, "redness", "red", seed, run) + gains(f"{name}.strict", "strict", "strict", seed, run)
     for seed, run in runs["noise"].items():
-        alarms = float(sum(bool(panel.alarm) for _, panel in panels(run)))
+        alarms = float(sum(bool(report.alarm) for _, report in hacking_reports(run)))
         records.append(PromptRecord("noise_alarms", "alarms", seed, "all", "the whole run", 0.0, alarms, 1))
     claim = (
         "LoRAs with a hypernetwork, of the state and of the prompt, raise an exact reward above the base model's; so"
@@ -251,6 +252,7 @@ PARTS = {
     "gradient_growth": reward_gradients.gradient_growth,
     "offline": reward_gradients.offline,
     "soup": reward_gradients.soup,
+    "users": users_part,
     "audio_demo": audio_demo,
     "audio": audio,
     "audio_dragon": audio_dragon,

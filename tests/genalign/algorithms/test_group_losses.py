@@ -1,4 +1,4 @@
-"""CRD, GDRO and DGPO against their closed forms, by value and by gradient (fixtures F3 to F5)."""
+"""CRD, GDRO, DGPO and RPO against their closed forms, by value and by gradient (fixtures F3 to F6)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from genalign.algorithms.group_losses import (
     CentredRewardLoss,
     GroupPreferenceLoss,
     RankedPreferenceLoss,
+    ReferencePreferenceLoss,
     ranking_loss,
 )
 from genalign.algorithms.matching import DPOLoss, NoisedSamples
@@ -109,3 +110,16 @@ def test_direct_group_preferences() -> None:
     torch.testing.assert_close(stopping, whole)
     (slope,) = torch.autograd.grad(stopping.sum(), new)
     assert (slope == 0).tolist() == [True, True, False, False, False, True]
+
+
+def test_a_reference_and_a_generated_image() -> None:
+    """Fixture F6: the first reference is preferred, and the second generated image; references' errors are added."""
+    new = torch.tensor([0.20, 0.40, 0.30, 0.25], dtype=torch.float64).sqrt()
+    base = torch.tensor([0.22, 0.39, 0.29, 0.27], dtype=torch.float64).sqrt()
+    credit, group = torch.tensor([2.0, -1.0, -2.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    loss = ReferencePreferenceLoss()(_noised(new, new, base), credit, group)
+    assert float(loss.mean()) == pytest.approx(0.928259676341, abs=1e-8)
+    alone = ReferencePreferenceLoss(sft=0.0)(_noised(new, new, base), credit, group)
+    torch.testing.assert_close(loss - alone, torch.tensor([0.20, 0.30], dtype=torch.float64))
+    at_base = ReferencePreferenceLoss(sft=0.0)(_noised(base, base, base), credit, group)
+    torch.testing.assert_close(at_base, torch.full((2,), math.log(2), dtype=torch.float64))

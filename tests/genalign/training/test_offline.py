@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.preference_recipes import dpo, sft
+from genalign.algorithms.advantages import UnsuitableScoresError
+from genalign.algorithms.credit import DrawnPreference
+from genalign.algorithms.interfaces import RoundScores
+from genalign.algorithms.preference_recipes import dpo, rpo, sft
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipes import dense_grpo, dragon, dragon_set, flow_grpo, nft
 from genalign.diffusion.policy import Lora, Policy
@@ -127,6 +130,64 @@ def test_a_resumed_run_takes_the_same_samples(tmp_path: Path, tiny_folder: Path)
 
     def session(name: str) -> Session:
         return Session(tmp_path / name, _trainer(SD3.load(tiny_folder), folder, dpo(draws=1)), ScoreLog())
+
+    rows = session("whole").go(until=2)
+    session("broken").go(until=1)
+    resumed = session("broken")
+    resumed.resume()
+    assert resumed.go(until=2) == rows[1:]
+    require_same_checkpoints(*(tmp_path / name / "round-000002" for name in ("whole", "broken")))
+
+
+def _pairs(tiny: SD3, folder: Path) -> Path:
+    """Write comparisons of a reference (preference 1) with a generated sample, whose reward is larger by log 3."""
+    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("preference", "likeness"), {}).write(folder)
+    samples = [
+        PoolSample(Prompt(f"{n} dogs"), {"preference": 1.0 - g, "likeness": g * math.log(3)}, group=str(n))
+        for n in range(3)
+        for g in (0, 1)
+    ]
+    latents = torch.randn(6, *tiny.latent_shape, generator=torch.Generator().manual_seed(1))
+    write_part(folder, 0, latents, samples)
+    return folder
+
+
+RPO_REWARDS = [NamedReward("likeness", recorded), NamedReward("preference", recorded, 0.0)]
+
+
+def test_a_preference_is_drawn_anew_in_every_round_by_its_reward() -> None:
+    group, scores = (
+        torch.arange(400).repeat_interleave(2),
+        torch.tensor([[0.0, 1.0], [math.log(3), 0.0]]).repeat(400, 1),
+    )
+    rounds = [
+        DrawnPreference()(RoundScores(scores, (1.0, 0.0), group, names=("likeness", "preference"), seed=f"0/{number}"))
+        for number in (0, 0, 1)
+    ]
+    assert torch.equal(rounds[0], rounds[1]) and not torch.equal(rounds[0], rounds[2])
+    assert torch.equal(rounds[0][0::2], -2 * rounds[0][1::2]) and set(rounds[0].abs().tolist()) == {1.0, 2.0}
+    wins = torch.cat([credit[0::2] > 0 for credit in rounds[1:]]).double()
+    assert float(wins.mean()) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 800))  # sigmoid(-log 3)
+
+
+def test_groups_that_are_no_pair_of_a_reference_teach_nothing() -> None:
+    scores = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [math.nan, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    names = ("likeness", "preference")
+    made = RoundScores(scores, (1.0, 0.0), torch.arange(3).repeat_interleave(2), names=names, seed="0")
+    assert DrawnPreference()(made)[:4].tolist() == [0.0] * 4
+    with pytest.raises(UnsuitableScoresError, match="no group of this round is a reference and a generated sample"):
+        DrawnPreference()(replace(made, scores=torch.ones(6, 2)))
+    with pytest.raises(ValueError, match="names the reward 'other'"):
+        DrawnPreference("other")(made)
+
+
+def test_a_resumed_run_draws_the_same_preferences(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = _pairs(SD3.load(tiny_folder), tmp_path / "pool")
+
+    def session(name: str) -> Session:
+        tiny = SD3.load(tiny_folder)
+        settings = replace(_settings(folder), group_size=2, batch_size=4)
+        return Session(tmp_path / name, _trainer(tiny, folder, rpo(draws=1), RPO_REWARDS, settings), ScoreLog())
 
     rows = session("whole").go(until=2)
     session("broken").go(until=1)

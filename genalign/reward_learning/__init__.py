@@ -1,0 +1,1 @@
+"""Rewards learned from data: preferences of people who differ."""
