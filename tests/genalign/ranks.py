@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from genalign.algorithms import few_step_recipes, pathwise_recipes, recipe_changes, recipes
+from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.cli import main
 from genalign.cli import train as train_module
@@ -48,6 +49,8 @@ SETTINGS = TrainerSettings(
 ADAPTED = replace(SETTINGS, learning_rate="auto", trust_region=TrustRegion(initial_rate=1.0, probe=8))
 SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
 BATCHES = 8
+ANCHORED = Ascent(anchor=0.1)
+"""Without an anchor each rank measures the distance of one part of a round alone, for the log."""
 
 
 def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -100,8 +103,8 @@ CASES: Mapping[str, Case] = {
     ),
     "balanced": Case(recipe_changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
     "further prompts": Case(recipe_changes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
-    "student": Case(few_step_recipes.rg_lcd(proxy=Channels, steps=4)),
-    "distribution matching": Case(few_step_recipes.distribution_matching(reward=0.1, fake_steps=2)),
+    "student": Case(few_step_recipes.rg_lcd(proxy=Channels, steps=4, ascent=ANCHORED)),
+    "distribution matching": Case(few_step_recipes.distribution_matching(reward=0.1, fake_steps=2, ascent=ANCHORED)),
     "noise hypernetwork": Case(pathwise_recipes.noise_hypernetwork()),
     "hypernetwork": Case(recipes.flow_grpo(window=1, kl=0.01), lora=Lora(rank=2, hypernetwork=Hypernetwork(width=8))),
     "more samples": Case(recipe_changes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
