@@ -13,6 +13,7 @@ What holds, fixed beforehand (seeds 41 to 43, held-out prompts of ``comp``, 96 i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from genalign.cli.main import main as genalign
@@ -49,13 +50,12 @@ def base_evaluations(work: Path, size: Sequence[str] = ()) -> dict[tuple[str, in
 
 def base_records(folders: Mapping[tuple[str, int], Path]) -> list[PromptRecord]:
     """Each evaluation of the base beside that of the most steps of the ODE, from the same noises."""
-    best = load_evaluation(folders["ode", max(STEPS)])
-    return [
-        record
-        for (kernel, steps), folder in folders.items()
-        for score in SCORES
-        for record in prompt_records(f"{kernel}_{steps}.{score}", score, 0, best, load_evaluation(folder))
-    ]
+    best, records = load_evaluation(folders["ode", max(STEPS)]), list[PromptRecord]()
+    for (kernel, steps), folder in folders.items():
+        own = replace(load_evaluation(folder), protocol=best.protocol)  # they differ in the sampler, which is compared
+        for score in SCORES:
+            records += prompt_records(f"{kernel}_{steps}.{score}", score, 0, best, own)
+    return records
 
 
 def few_step_base(work: Path) -> None:

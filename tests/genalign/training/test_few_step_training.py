@@ -38,7 +38,7 @@ def hard_redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "consistency": lambda: consistency(steps=4, guidance=2.0),
-    "rg_lcd": lambda: rg_lcd(steps=4),
+    "rg_lcd": lambda: rg_lcd(scale=100.0, steps=4),  # the rewards vary by a hundredth
     "rg_lcd with a proxy": lambda: rg_lcd(proxy=Channels, steps=4),
     "reward_instruct": reward_instruct,
     "distribution_matching": lambda: distribution_matching(guidance=2.0, fake_steps=2),

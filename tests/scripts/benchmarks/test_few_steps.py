@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ ROUND = {
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(prompt.text for prompt in shapes.prompts("train").prompts[:2]))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(prompt.metadata) for prompt in shapes.prompts("train").prompts[:2]))
     return path
 
 
