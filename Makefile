@@ -15,8 +15,9 @@ demo-audio: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 --numprocesses=logical --maxprocesses=8 --dist=worksteal # a core each
 
+# Two files at once: their tests share fixtures, and some start processes of their own; in this order the soak is not last
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slow --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --durations=10 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-gpu: $(INSTALLED) # with GENALIGN_TEST_DEVICE=cpu on the CPU
 	$(BIN)/python -m pytest -q -m gpu -rs --durations=10 tests/gpu

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,8 +48,10 @@ def _global_state() -> dict[str, object]:
 @pytest.fixture(autouse=True)
 def _no_global_state_is_left_changed() -> Iterator[None]:
     """Fail a test that leaves a setting of torch changed, with which later tests would run."""
-    before = _global_state()
+    before, offline = _global_state(), os.environ.get("HF_HUB_OFFLINE")
     yield
+    if offline is None:
+        os.environ.pop("HF_HUB_OFFLINE", None)  # which genalign demo sets for good
     after = _global_state()
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     assert not changed, f"the test left settings of torch changed (before, after): {changed}"

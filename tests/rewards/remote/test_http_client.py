@@ -44,7 +44,7 @@ def test_every_request_ends(answers: list[httpx.Response | type[httpx.TransportE
             return httpx.Response(one.status_code, headers=one.headers, content=one.content)
         raise one("no luck")
 
-    patience = Patience(deadline=0.2, startup=startup, first_pause=0.01, longest_pause=0.02)
+    patience = Patience(deadline=0.1, startup=startup, first_pause=0.005, longest_pause=0.01)
     started = time.monotonic()
     with HttpClient("http://127.0.0.1:1", "NO_TOKEN", patience) as client:
         client._http = httpx.Client(transport=httpx.MockTransport(answer))
