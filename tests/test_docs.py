@@ -136,7 +136,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / "runs" / name / "config.json").write_text(json.dumps(yaml.safe_load(demo.read_text())))
     (pickscore,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("README.md")], re.DOTALL)
     (tmp_path / "pickscore.yaml").write_text(pickscore)
-    pages = "".join(PAGES[Path("docs") / page] for page in ("offline.md", "methods/personal.md", "methods/few_steps.md"))
+    pages = "".join(
+        PAGES[Path("docs") / page] for page in ("offline.md", "methods/personal.md", "methods/few_steps.md")
+    )
     for block in re.findall(r"```yaml\n(.*?)```", pages, re.DOTALL):
         if named := re.match(r"# (\w+\.yaml):", block):
             (tmp_path / named[1]).write_text(block)

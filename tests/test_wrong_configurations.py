@@ -122,7 +122,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("choice", (*TRAIN, "--model.autocast", "bf16"),
      "model.autocast: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?"),
     ("form", ("export", "--run", "r", "--output", "e", "--form", "peft"),
-     "form: 'peft' is none of lora, comfy, kohya, merged, pipeline"),
+     "form: 'peft' is none of lora, comfy, kohya, genalign, merged, pipeline"),
     # kinds and ranges
     ("no number", (*TRAIN, "--training.rounds", "many"), "training.rounds: expected int, not many"),
     ("no number or null", (*TRAIN, "--model.height", "tall"),

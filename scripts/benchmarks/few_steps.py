@@ -33,7 +33,8 @@ _CLIP = ["--rewards.clip.function", "rewards.clip.ClipReward", "--rewards.clip.f
 
 def evaluation_arguments(kernel: str, steps: int, output: Path, size: Sequence[str] = ()) -> list[str]:
     """The command that evaluates the base model in some steps by a kernel."""
-    sigmas = [1 - step / steps for step in range(steps)]
+    even = [1 - step / steps for step in range(steps)]
+    sigmas = [3 * sigma / (1 + 2 * sigma) for sigma in even]  # as the scheduler shifts them
     sampling = ["--sampling.num_steps", str(steps), "--sampling.sigmas", str(sigmas)]
     own = ["--sampling.kernel", KERNELS[kernel], *(["--sampling.kernel.eta", "1.0"] if kernel == "cps" else [])]
     return ["evaluate", "shapes", "--output", str(output), *sampling, *own, *size]

@@ -19,7 +19,8 @@ def test_the_grid_is_the_schedulers_or_the_explicit_sigmas(tiny: SD3) -> None:
     scheduler.set_timesteps(10)
     torch.testing.assert_close(grid.sigma.float(), scheduler.sigmas)
     torch.testing.assert_close(grid.timestep.float(), scheduler.timesteps)
-    assert float(grid.sigma[-2]) == pytest.approx(0.001, abs=1e-6)
+    last = 3 * 0.001 / (1 + 2 * 0.001)  # the scheduler shifts its last level, 0.001, by 3, and again the shifted one
+    assert float(grid.sigma[-2]) == pytest.approx(3 * last / (1 + 2 * last), abs=1e-6)
     explicit = tiny.grid(4, [1.0, 0.75, 0.5, 0.25])
     assert explicit.sigma.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert explicit.timestep.tolist() == [1000, 750, 500, 250]

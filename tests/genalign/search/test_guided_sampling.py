@@ -141,7 +141,8 @@ def test_a_noise_aware_reward_guides_without_decoding(tiny: SD3, through_denoise
     assert counts["reward/noise-aware"] == counts["reward/noise-aware backward"] == 2  # at the level 0.6 alone
     assert counts.get("nfe backward", 0) == (2 if through_denoiser else 0)
     assert counts["decode"] == 2
-    assert plan(tiny, strategy, Budget(nfe=40)).counts["reward/noise-aware"] == 1  # on a grid of six steps
+    on_its_grid = NRG(100.0, 1, NoiseAwareGradient(noise_aware([float(tiny.grid(6).noise_share[2])])))
+    assert plan(tiny, on_its_grid, Budget(nfe=40)).counts["reward/noise-aware"] == 1
 
 
 def test_the_gradient_of_a_noise_aware_reward(tiny: SD3) -> None:

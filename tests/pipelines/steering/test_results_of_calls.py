@@ -25,7 +25,7 @@ from torch import Tensor
 
 import genalign.search
 from genalign.scoring.score import RewardError
-from genalign.search import DNO, Beam, BestOfN, Evolution, FKSteering, Prune, ReNO, ZeroOrder
+from genalign.search import DNO, NRG, Beam, BestOfN, Evolution, FKSteering, Prune, ReNO, ZeroOrder
 from genalign.search.stepwise import StepwiseStrategy
 from pipelines import prune, steer
 from pipelines.steering.latent_scores import decode_latents
@@ -237,6 +237,7 @@ STRATEGIES = {
     "Evolution": Evolution(),
     "ReNO": ReNO(1),
     "DNO": DNO(1),
+    "NRG": NRG(1.0),
 }
 WORKING = ("FKSteering", "BestOfN")
 
