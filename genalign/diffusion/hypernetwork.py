@@ -178,6 +178,8 @@ def _set_gates(layers: Sequence[nn.Module], gates: Sequence[Tensor | None]) -> I
 def gated(network: nn.Module, x: Tensor, level: NoiseLevel, texts: Mapping[str, Tensor]) -> Iterator[None]:
     """Set the gates of a call of ``network`` within the context; nothing without a hypernetwork.
 
+    Enter it before autocast: gates are computed in float32.
+
     Args:
         network: The denoiser.
         x: Latents (B, C, ...), in the scale that the denoiser takes.
@@ -188,9 +190,7 @@ def gated(network: nn.Module, x: Tensor, level: NoiseLevel, texts: Mapping[str, 
     if hypernetwork is None:
         yield
         return
-    with torch.autocast(x.device.type, enabled=False):
-        gates = hypernetwork(x, level, texts)
-    with _set_gates(hypernetwork.layers, gates):
+    with _set_gates(hypernetwork.layers, hypernetwork(x, level, texts)):
         yield
 
 

@@ -114,3 +114,12 @@ def test_a_noise_hypernetwork_is_steered_and_is_not_trained_on_by_another_recipe
     assert main(["steer", *(f"--{name}={value}" for name, value in steered.items())]) == 0
     (row, *_) = (json.loads(line) for line in (tmp_path / "steered" / "scores.jsonl").read_text().splitlines())
     assert row["calls"]["nfe"] == 2 * (2 + 2)  # two candidates of two steps, and two calls for the shift of each
+
+
+def test_a_plan_counts_the_memory_of_a_hypernetwork(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments("a LoRA with a hypernetwork", tiny_folder, tmp_path / "run")[1:]
+    own = ["--recipe=genalign.flow_grpo", "--model.memory.checkpointing=true", "--training.rounds=1"]
+    assert main(["plan", *arguments, *own]) == 0
+    assert "peak of rank 0" in capsys.readouterr().out
