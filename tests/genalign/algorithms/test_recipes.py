@@ -229,6 +229,7 @@ def test_ngrpo_clips_unequally() -> None:
 def _gradients(opened: SD3, recipe: Recipe) -> tuple[list[Tensor], int]:
     """The gradients of two updates, where the samples of one prompt differ in reward, and the NFE of the round."""
     tiny = _small(opened)
+    tiny.denoiser.transformer_blocks = tiny.denoiser.transformer_blocks[1:]  # one of the two is enough
     settings = TrainerSettings(rounds=1, prompts_per_round=4, group_size=4, batch_size=8)
     prompts = PromptSet("four", tuple(Prompt(f"{count} circles") for count in range(4)))
 
