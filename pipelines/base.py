@@ -261,7 +261,7 @@ class DiffusersPipeline(Family):
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         """Draw standard normal latents (B, C, ...) on the pipeline's device, with one CPU generator per seed."""
         drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self.device)
+        return torch.stack(drawn).to(self.device, non_blocking=True)
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         """Predict from latents with the denoiser.

@@ -164,7 +164,8 @@ class DistributionMatching:
             raise ValueError("distribution matching needs a fake score: give the recipe the companion FakeScore")
         pipeline, policy = context.pipeline, context.policy
         level, noise = pipeline.level(_places(seeds, self.low, self.high)), seeded_noise(seeds, latents)
-        x, conditioning = pipeline.path.add_noise(latents, noise, level), pipeline.encode([p.text for p in prompts])
+        conditioning = pipeline.encode(prompts).to(latents.device)
+        x = pipeline.path.add_noise(latents, noise, level)
         with policy.using(context.companion.weights):
             fake = pipeline.path.x0(x, pipeline.predict(x, level, conditioning, 1.0), level)
         with policy.reference():

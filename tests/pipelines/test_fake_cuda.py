@@ -150,20 +150,26 @@ shared = functools.cache(Model.open)
 """A model that tests may train one after the other, opened once."""
 
 
-def check(trained: Round) -> None:
-    """The limits are two waits in a step and four in a micro-batch, and none is left today."""
+def check(trained: Round, conditionings: int = 1) -> None:
+    """The limits are two waits in a step and four in a micro-batch, and none is left today.
+
+    Args:
+        trained: The round.
+        conditionings: How often a micro-batch may copy its conditioning.
+    """
     assert by_place(trained.steps(trained.waits)) == {}
     assert by_place(trained.learning(trained.waits)) == {}
     numbers = [event for event in trained.steps(trained.copies) if "expand" in event.functions and event.size <= 4]
     assert by_place(numbers) == {}
     for events in (trained.steps(trained.copies), trained.learning(trained.copies)):
-        expected = {"seeded_noise", "unconditional_tensors"}  # noise of a step; the negative prompt, once a run
+        # noise of a step, or of a noise hypernetwork; the negative prompt, once a run
+        expected = {"seeded_noise", "initial_noise", "unconditional_tensors"}
         large = [event for event in events if event.size > LARGE and not expected & {*event.functions}]
         elsewhere = [event for event in large if "to" not in event.functions or "predict" in event.functions]
         assert by_place(elsewhere) == {}  # all others are by Conditioning.to and Rollout.to
     assert sum("unconditional_tensors" in event.functions for event in trained.copies) <= 2
-    conditionings = [event for event in trained.learning(trained.copies) if event.functions[-2:-1] == ("to",)]
-    assert 0 < len(conditionings) <= 3 * trained.micro_batches  # each of its tensors once
+    copied = [event for event in trained.learning(trained.copies) if event.functions[-2:-1] == ("to",)]
+    assert 0 < len(copied) <= 3 * conditionings * trained.micro_batches  # three tensors
 
 
 def channels(samples: Tensor) -> Tensor:
@@ -244,7 +250,10 @@ def test_every_recipe_is_among_them() -> None:
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *FEW_STEP])
 def test_no_recipe_waits_for_the_device_in_a_step(recipe: str) -> None:
-    check(shared("sd35_medium").train({**RECIPES, **FEW_STEP}[recipe]()))
+    marks_its_network = recipe == "noise_hypernetwork"  # whose adapter no other recipe goes on with
+    model = (Model.open if marks_its_network else shared)("sd35_medium")
+    twice = recipe == "distribution_matching"  # whose direction encodes the prompts of its endpoints
+    check(model.train({**RECIPES, **FEW_STEP}[recipe]()), conditionings=2 if twice else 1)
 
 
 @pytest.mark.parametrize("recipe", OBJECTIVES)
@@ -268,13 +277,17 @@ GUIDED = {
     "RewardGradient": lambda: search.FKSteering(2, 1.0, start=0.0, guide=search.RewardGradient()),
     "DoobGuide": lambda: search.FKSteering(2, 1.0, start=0.0, guide=search.DoobGuide(2)),
 }
+NEEDS_A_SCORER = {"NoiseAwareGradient"}  # of latents of the model: test_guided_sampling has it
 
 
 def test_every_strategy_is_among_them() -> None:
     classes = inspect.getmembers(search, inspect.isclass)
     calls = {name: [*inspect.signature(kind.__call__).parameters][1:] for name, kind in classes}
     assert {name for name, parameters in calls.items() if parameters == ["run", "budget"]} == {*STRATEGIES}
-    assert {name for name, parameters in calls.items() if parameters[:2] == ["run", "batch"]} == {*GUIDED}
+    assert {name for name, parameters in calls.items() if parameters[:2] == ["run", "batch"]} == {
+        *GUIDED,
+        *NEEDS_A_SCORER,
+    }
 
 
 def look_for(model: Model, strategy: Any, reward: Any = sharpness) -> None:
