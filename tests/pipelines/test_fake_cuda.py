@@ -256,7 +256,9 @@ def test_no_recipe_waits_for_the_device_in_a_step(recipe: str) -> None:
     check(model.train({**RECIPES, **FEW_STEP}[recipe]()), conditionings=2 if twice else 1)
 
 
-@pytest.mark.parametrize("recipe", OBJECTIVES)
+@pytest.mark.parametrize(
+    "recipe", [name if name == "flow_grpo" else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_no_model_waits_for_the_device_in_a_step(name: str, recipe: str) -> None:
     check(shared(name).train(OBJECTIVES[recipe]()))

@@ -32,6 +32,7 @@ save_peft(folder / "peft", policy.adapter_state(), policy.config)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_adapter_files(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

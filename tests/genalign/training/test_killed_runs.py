@@ -134,6 +134,7 @@ def _require_resumable(run: Path) -> int:
     return rounds
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_saving_ends_like_an_uninterrupted_one(runs: ChildRuns) -> None:
     assert runs.train("--config", str(runs.config("unbroken"))) == 0
     arguments = ["--config", str(runs.config("run")), "--resume"]  # starts the run, too

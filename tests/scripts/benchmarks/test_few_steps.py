@@ -42,10 +42,11 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("steps", STEPS)
-def test_the_base_is_evaluated_on_an_even_grid(kernel: str, steps: int, tmp_path: Path) -> None:
+def test_the_base_is_evaluated_on_a_shifted_grid(kernel: str, steps: int, tmp_path: Path) -> None:
     settings, _ = parse(EvaluateShapes, evaluation_arguments(kernel, steps, tmp_path)[2:], "evaluate shapes")
     assert settings.sampling.kernel == {"ode": ODE(), "cps": CPS(1.0)}[kernel]
-    assert list(settings.sampling.sigmas) == [1 - step / steps for step in range(steps)]
+    expected = [3 * sigma / (1 + 2 * sigma) for sigma in (1 - step / steps for step in range(steps))]
+    assert list(settings.sampling.sigmas) == expected
 
 
 @pytest.mark.slow
