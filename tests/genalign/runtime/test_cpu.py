@@ -20,7 +20,7 @@ from genalign.runtime.cpu import retain_freed_memory
 assert retain_freed_memory() is (sys.argv[1] == "kept")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
+    for _ in range(20):
         torch.ones(16 * 2**20)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
