@@ -6,7 +6,7 @@ N counts samples. With several processes each learns from its own samples, and g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -14,31 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign.algorithms.consistency import consistency_function
-from genalign.algorithms.interfaces import ObjectiveTraits, PartMetrics, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
 from genalign.algorithms.losses import mean_square
 from genalign.algorithms.matching import noised_samples
-from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.tails import Mover
-from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise, seeded_uniform
 from genalign.diffusion.policy import Policy
-from genalign.diffusion.rollout import rows_are_finite
 from genalign.runtime.distributed import seeded
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.score import combine, score
-from genalign.types import Pipeline, Prompt
+from genalign.types import Pipeline
 
-_LOW, _HIGH = 0.02, 0.98  # of the path's range, where a companion learns
-
-
-def _places(seeds: Sequence[int], low: float = _LOW, high: float = _HIGH) -> Tensor:
-    """Uniform places (N,) in a path's range of levels, from seeds."""
-    return low + (high - low) * torch.tensor([seed / 2**63 for seed in seeds], dtype=torch.float64)
+LOWEST, HIGHEST = 0.02, 0.98
+"""The range of levels at which few-step students and their companions learn, as fractions of the path's range."""
 
 
-def _finite_rows(direction: Tensor) -> Tensor:
-    """Replace rows of a direction (N, ...) that are not finite by 0."""
-    return torch.where(rows_are_finite(direction).view(-1, *[1] * (direction.ndim - 1)), direction, 0)
+def places(seeds: Sequence[int], low: float = LOWEST, high: float = HIGHEST) -> Tensor:
+    """Draw a place (N,) in the path's range of levels from each seed, uniformly."""
+    return low + (high - low) * seeded_uniform(seeds)
 
 
 @dataclass(frozen=True)
@@ -63,12 +57,12 @@ class FakeScore:
                 f" {self.steps} and {self.learning_rate}"
             )
 
-    def __call__(self, pipeline: Pipeline, policy: Policy, seed: int) -> LearntFakeScore:
+    def __call__(self, pipeline: Pipeline, policy: Policy, seed: int) -> LearnedFakeScore:
         """Begin with the policy's weights."""
-        return LearntFakeScore(self, policy)
+        return LearnedFakeScore(self, policy)
 
 
-class LearntFakeScore:
+class LearnedFakeScore:
     """The weights of a fake score, and their optimizer."""
 
     def __init__(self, settings: FakeScore, policy: Policy) -> None:
@@ -96,7 +90,7 @@ class LearntFakeScore:
             return
         own = batch.rollout.inputs.noise_seeds
         seeds = [derived_seed(seed, own[row]) for row in rows.tolist()]
-        noising = noised_samples(context.pipeline, batch, rows, _places(seeds), seeds)
+        noising = noised_samples(context.pipeline, batch, rows, places(seeds), seeds)
         errors = mean_square(noising.predict(context.pipeline), noising.target)
         context.metrics.add("error", errors)
         torch.autograd.backward(errors.sum() / total)
@@ -110,81 +104,6 @@ class LearntFakeScore:
         """Restore what ``state()`` returned."""
         self.weights.load_state_dict(without_prefix("weights.", state.tensors))
         load_optimizer_tensors(self.optimizer, without_prefix("optimizer.", state.tensors))
-
-
-@dataclass(frozen=True)
-class DistributionMatching:
-    """A direction from the student's distribution to the teacher's, at clean latents x (DMD2, arXiv 2405.14867).
-
-    The latents are noised to a uniform level; it is -(x0_fake - x0_real) / mean |x - x0_real|, for the clean estimates
-    of the fake score and of the guided reference policy, divided by the number of values of a sample. With the weight
-    (alpha / sigma)^2 in place of that quotient its mean would be the negative gradient of the Kullback-Leibler
-    divergence of the noised distributions.
-
-    Args:
-        guidance: The teacher's guidance scale.
-        low: The lowest noise level, as a fraction of the path's range.
-        high: The highest noise level.
-    """
-
-    guidance: float = 1.0
-    low: float = _LOW
-    high: float = _HIGH
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1 or not self.guidance >= 1:
-            raise ValueError(
-                "low and high must be ascending fractions in [0, 1], and guidance 1 for none or more, not"
-                f" {self.low}, {self.high} and {self.guidance}"
-            )
-
-    @property
-    def traits(self) -> ObjectiveTraits:
-        return ObjectiveTraits(student_guidance=self.guidance, needs_spread=False)
-
-    def __call__(
-        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
-    ) -> Tensor:
-        """Return the direction (N, ...); the metric ``loss`` is the mean |x0_fake - x0_real|."""
-        fake, real = self.estimates(context, latents, prompts, seeds)
-        scale = (latents - real).abs().flatten(1).mean(1).clamp(min=torch.finfo(real.dtype).tiny)
-        context.metrics.add("loss", (fake - real).abs().flatten(1).mean(1))
-        direction = (real - fake) / scale.view(-1, *[1] * (latents.ndim - 1)) / latents[0].numel()
-        return _finite_rows(direction).to(latents.dtype)
-
-    @torch.no_grad()
-    def estimates(
-        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the clean estimates (N, ...) of the fake score and of the guided reference, at one noised latent.
-
-        Raises ValueError if the recipe has no fake score.
-        """
-        if not isinstance(context.companion, LearntFakeScore):
-            raise ValueError("distribution matching needs a fake score: give the recipe the companion FakeScore")
-        pipeline, policy = context.pipeline, context.policy
-        level, noise = pipeline.level(_places(seeds, self.low, self.high)), seeded_noise(seeds, latents)
-        conditioning = pipeline.encode(prompts).to(latents.device)
-        x = pipeline.path.add_noise(latents, noise, level)
-        with policy.using(context.companion.weights):
-            fake = pipeline.path.x0(x, pipeline.predict(x, level, conditioning, 1.0), level)
-        with policy.reference():
-            real = pipeline.path.x0(x, pipeline.predict(x, level, conditioning, self.guidance), level)
-        return fake, real
-
-
-@dataclass(frozen=True)
-class WeightedAscent:
-    """The rewards' gradients times a weight, beside another direction; their metrics are ``reward/...``."""
-
-    ascent: Ascent
-    weight: float
-
-    def __call__(
-        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
-    ) -> Tensor:
-        metrics = PartMetrics(context.metrics, "reward", 0.0, counted=False)
-        return self.weight * self.ascent(replace(context, metrics=metrics), latents, prompts, seeds)
 
 
 @dataclass(frozen=True)
@@ -203,14 +122,14 @@ class LatentProxy:
     steps: int = 1
     learning_rate: float = 1e-4
 
-    def __call__(self, pipeline: Pipeline, policy: Policy, seed: int) -> LearntProxy:
+    def __call__(self, pipeline: Pipeline, policy: Policy, seed: int) -> LearnedProxy:
         """Make the network, with first weights from the seed."""
         with seeded(seed):
             network = self.network()
-        return LearntProxy(self, network.to(policy.device).eval(), policy)
+        return LearnedProxy(self, network.to(policy.device).eval(), policy)
 
 
-class LearntProxy:
+class LearnedProxy:
     """The network of a proxy, and its optimizer. Raises ValueError for a network without weights to train."""
 
     def __init__(self, settings: LatentProxy, network: nn.Module, policy: Policy) -> None:
@@ -253,7 +172,7 @@ class LearntProxy:
         """Return latents (N, ...) of the student, of its target, and of the samples, from one noised latent each."""
         context, x0 = mover.context, mover.batch.rollout.final[mover.on_device]
         pipeline, seeds = context.pipeline, mover.seeds(seed, "proxy")
-        level = pipeline.level(_places(seeds))
+        level = pipeline.level(places(seeds))
         x = pipeline.path.add_noise(x0, seeded_noise(seeds, x0), level)
 
         def estimate() -> Tensor:
@@ -292,21 +211,3 @@ def proxy_loss(expert: Tensor, scores: Tensor) -> Tensor:
         aim, guess = F.softmax(expert[:, pair].to(scores.dtype), dim=1), F.log_softmax(scores[:, pair], dim=1)
         total = total + F.kl_div(guess, aim, reduction="none").sum(1)
     return total
-
-
-@dataclass(frozen=True)
-class ProxyAscent:
-    """The gradient of the recipe's proxy at clean latents, in place of the rewards'."""
-
-    def __call__(
-        self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
-    ) -> Tensor:
-        """Return the gradient (N, ...); 0 where it is not finite. Raises ValueError if the recipe has no proxy."""
-        if not isinstance(context.companion, LearntProxy):
-            raise ValueError("the gradient of a proxy needs one: give the recipe the companion LatentProxy")
-        leaf = latents.detach().requires_grad_()
-        with torch.enable_grad():
-            scores: Tensor = context.companion.network(leaf, prompts)
-            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-        context.metrics.add("loss", -scores)
-        return _finite_rows(gradient)

@@ -18,7 +18,7 @@ from torch import Tensor
 from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import capped_expm1, mean_square, require_per_sample
 from genalign.algorithms.preference_pairs import PreferencePairs
-from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise, seeded_uniform
 from genalign.diffusion.paths import expand
 from genalign.diffusion.policy import WeightSnapshot
 from genalign.types import Conditioning, NoiseLevel, Path, Pipeline
@@ -110,8 +110,7 @@ def noised_samples(pipeline: Pipeline, batch: UpdateBatch, rows: Tensor, u: Tens
 def noised_distance(context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
     """Predict each sample at one random level; return what measures the mean squared change (B,) of predictions."""
     seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
-    u = torch.tensor([own / 2**63 for own in seeds], dtype=torch.float64)
-    noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), u, seeds)
+    noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), seeded_uniform(seeds), seeds)
 
     @torch.no_grad()
     def predictions() -> Tensor:
@@ -284,8 +283,8 @@ class MatchingObjective:
         """Noise the samples ``rows`` (N,) at the levels of their draws (N): both follow from draw and prompt."""
         seeds = [derived_seed(seed, draw, group) for draw, group in zip(draws, batch.group[rows].tolist(), strict=True)]
         # A draw's stratum is [draw, draw + 1) / draws; a group's seed gives its place there.
-        place = [draw + seed / 2**63 for draw, seed in zip(draws, seeds, strict=True)]
-        u = self.low + (self.high - self.low) * torch.tensor(place, dtype=torch.float64) / self.draws
+        place = torch.tensor(draws, dtype=torch.float64) + seeded_uniform(seeds)
+        u = self.low + (self.high - self.low) * place / self.draws
         return noised_samples(context.pipeline, batch, rows, u, seeds)
 
 

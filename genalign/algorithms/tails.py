@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
 from genalign.algorithms.pathwise import Endpoints, Prediction
-from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise, seeded_uniform
 from genalign.diffusion.noise_shift import add_shift
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import step_noise
@@ -256,7 +256,7 @@ class RenoisedEstimate:
 
     def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
         mover, path = Mover.of(context, batch, rows), context.pipeline.path
-        place = torch.tensor([drawn / 2**63 for drawn in mover.seeds(seed, "level")], dtype=torch.float64)
+        place = seeded_uniform(mover.seeds(seed, "level"))
         level = context.pipeline.level(self.low + (self.high - self.low) * place)
         final = batch.rollout.final[mover.on_device]
         x = path.add_noise(final, seeded_noise(mover.seeds(seed, "noise"), final), level)
@@ -295,8 +295,7 @@ class DirectAlign:
 
     def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
         pipeline, mover = context.pipeline, Mover.of(context, batch, rows)
-        place = torch.tensor([drawn / 2**63 for drawn in mover.seeds(seed, "level")], dtype=torch.float64)
-        up = torch.tensor([drawn / 2**63 < self.inversion for drawn in mover.seeds(seed, "up")])
+        place, up = seeded_uniform(mover.seeds(seed, "level")), seeded_uniform(mover.seeds(seed, "up")) < self.inversion
         start = self.low + (self.high - self.low) * place
         first, last = pipeline.level(start), pipeline.level(torch.where(up, start + self.gap, start - self.gap))
         index = torch.zeros_like(rows)

@@ -134,44 +134,54 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
     samples = list(_samples(run)) if evaluated else []
     is_audio = _is_audio(base, samples)
     task = "text-to-audio" if is_audio else "text-to-image"
-    library = "genalign" if form == "genalign" else "diffusers"
     data = ModelCardData(
         base_model=base.hub_id,
-        base_model_relation="finetune" if form in ("merged", "pipeline") else "adapter",
-        library_name=library,
         pipeline_tag=task,
-        tags=[
-            task,
-            *([] if form == "genalign" else ["diffusers"]),
-            *([] if form in ("merged", "pipeline") else ["lora"]),
-            "reinforcement-learning",
-            "genalign",
-        ],
         widget=[{"text": one.prompt, "output": {"url": _copied(output, one.after, "after")}} for one in samples]
         or None,
         model_name=output.name,
         eval_results=list(_results(run, task)) if evaluated else None,
+        **_kind_of_weights(form, task),
         **base.license,
     )
     after = f" Exported after round {rounds}." if rounds is not None else f" The weights after {best}." if best else ""
-    snippet = _genalign_snippet if form == "genalign" else _snippet
-    sampler = _only_here(output) if form == "genalign" else _sampler(base, _evaluated(settings))
     sections = {
-        "Use": f"```python\n{snippet(base, settings, output, form, samples, name or output.name)}\n```{sampler}",
+        "Use": _use(base, settings, output, form, samples, name or output.name),
         "Samples": _gallery(output, samples) if samples and not is_audio else "",
         "Rewards": _rewards(settings["rewards"]),
         "Evaluation": _figures(run) if evaluated else "These weights were not evaluated by the run.",
         "Training settings": _training(settings, _read(run / "environment.json")),
         "License": _license(base),
     }
-    if student := _student_guidance(output, base):
-        sections["Use"] += (
-            f"\n\nA few-step student: guidance {student:g} is in its weights. Sample at guidance 1, in"
-            f" {_evaluated(settings).get('num_steps')} steps or about as many."
-        )
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
     title = f"# {output.name}\n\nTrained from `{base.name}` on rewards by genalign: `{method_of(run)}`.{after}"
     write_text(output / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{text}\n")))
+
+
+def _kind_of_weights(form: str, task: str) -> dict[str, Any]:
+    """The entries of a card's header that say what kind of weights an exported form is, and what opens them."""
+    is_network, library = form in ("merged", "pipeline"), "genalign" if form == "genalign" else "diffusers"
+    tags = [task, *([] if form == "genalign" else ["diffusers"]), *([] if is_network else ["lora"])]
+    return {
+        "base_model_relation": "finetune" if is_network else "adapter",
+        "library_name": library,
+        "tags": [*tags, "reinforcement-learning", "genalign"],
+    }
+
+
+def _use(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str) -> str:
+    """Python that loads the exported weights by ``name``, and what its reader must know."""
+    if form == "genalign":
+        code, note = _genalign_snippet(base, settings, samples, name), _only_here(output)
+    else:
+        code, note = _snippet(base, settings, output, form, samples, name), _sampler(base, _evaluated(settings))
+    text = f"```python\n{code}\n```{note}"
+    if student := _student_guidance(output, base):
+        text += (
+            f"\n\nA few-step student: guidance {student:g} is in its weights. Sample at guidance 1, in"
+            f" {_evaluated(settings).get('num_steps')} steps or about as many."
+        )
+    return text
 
 
 def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str) -> str:
@@ -209,9 +219,7 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
     return "\n".join([*imports, "", *lines, f"prompt = {json.dumps(prompt, ensure_ascii=False)}", result])
 
 
-def _genalign_snippet(
-    base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str
-) -> str:
+def _genalign_snippet(base: Base, settings: Mapping[str, Any], samples: list[Sample], name: str) -> str:
     """Python that loads an adapter which is no plain LoRA by ``name``, and makes a sample with it."""
     prompt = samples[0].prompt if samples else "a bell" if _is_audio(base, samples) else "a photo of a cat"
     chosen = {key: value for key, value in _evaluated(settings).items() if value not in (None, {})}

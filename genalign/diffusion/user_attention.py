@@ -20,7 +20,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.noise import derived_seed, seeded_uniform
 from genalign.runtime.distributed import seeded
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
 from genalign.types import Prompt, users_of
@@ -200,10 +200,8 @@ def seeing(network: nn.Module, embeddings: Tensor | None) -> Iterator[None]:
 
 def with_user_dropout(prompts: Sequence[Prompt], fraction: float, name: str) -> list[Prompt]:
     """Take the user from a ``fraction`` of the prompts of a round, drawn by its seed ``name``."""
-    return [
-        _anonymous(prompt) if derived_seed(name, "user dropout", place) < fraction * 2**63 else prompt
-        for place, prompt in enumerate(prompts)
-    ]
+    drawn = seeded_uniform([derived_seed(name, "user dropout", place) for place in range(len(prompts))]).tolist()
+    return [_anonymous(prompt) if one < fraction else prompt for prompt, one in zip(prompts, drawn, strict=True)]
 
 
 def _anonymous(prompt: Prompt) -> Prompt:

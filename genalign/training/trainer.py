@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from genalign.algorithms.advantages import zero_std_share
 from genalign.algorithms.interfaces import (
-    Companion,
     Distance,
     MeasuresDistance,
     MetricSums,
@@ -105,11 +104,9 @@ class Trainer:
         self.ledger, self.processes = Ledger(), policy.processes
         settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
         self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
-        if traits_of(recipe.objective).through_sampler:
-            _require_current_samples(recipe, settings, policy)
-        _prepare_noise_shift(recipe, settings, policy)
-        if policy.sharded:
-            _require_equal_work(recipe, settings, self.batch_sizes, self.processes.world_size)
+        _require_fit(recipe, settings, policy, self.batch_sizes)
+        if recipe.shifts_noise:
+            policy.shift_noise()
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
@@ -133,7 +130,8 @@ class Trainer:
         self.reset = ResetWeights(recipe.reset, policy) if recipe.reset else None
         self.balance = BalancedGradients(recipe.balance, rewards, recipe.objective, policy) if recipe.balance else None
         self.memory = TrailingWeights(recipe.memory, policy) if recipe.memory else None
-        self.companion = self._make_companion()
+        companion_seed = derived_seed(settings.seed, "companion")
+        self.companion = recipe.companion(self.pipeline, policy, companion_seed) if recipe.companion else None
         parts: dict[str, Stateful | None] = {"noise": self.noise, "reset": self.reset, "balance": self.balance}
         parts |= {"memory": self.memory, "companion": self.companion}
         self.stateful: dict[str, Stateful] = {name: part for name, part in parts.items() if part is not None}
@@ -153,14 +151,6 @@ class Trainer:
         self.rounds_done = 0
         self.samples = 0
         self.seconds = 0.0
-
-    def _make_companion(self) -> Companion | None:
-        """Make what learns beside the policy. Raises ValueError for a sharded network."""
-        if self.recipe.companion is None:
-            return None
-        if self.policy.sharded:
-            raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
-        return self.recipe.companion(self.pipeline, self.policy, derived_seed(self.settings.seed, "companion"))
 
     def _compile(self, pipeline: Pipeline) -> None:
         """Compile the network, if it was opened so, for the batches of sampling and of learning."""
@@ -612,18 +602,21 @@ def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: P
         raise ValueError("gradients through the sampler are not trained with FSDP: train a LoRA without it")
 
 
-def _prepare_noise_shift(recipe: Recipe, settings: FittedSettings, policy: Policy) -> None:
-    """Make the adapter a noise hypernetwork if the recipe trains one. Raises ValueError for what cannot train one."""
-    if not recipe.shifts_noise:
-        if policy.shifts_noise:
-            raise ValueError(
-                "the adapter on this model is a noise hypernetwork, which is off while samples are made: train it with"
-                " noise_hypernetwork, or open the model without it"
-            )
-        return
-    if settings.data:
+def _require_fit(recipe: Recipe, settings: FittedSettings, policy: Policy, batch_sizes: Sequence[int]) -> None:
+    """Raise ValueError where the recipe, the settings and the policy do not fit together."""
+    if traits_of(recipe.objective).through_sampler:
+        _require_current_samples(recipe, settings, policy)
+    if policy.sharded:
+        _require_equal_work(recipe, settings, batch_sizes, policy.processes.world_size)
+    if recipe.companion is not None and policy.sharded:
+        raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
+    if policy.shifts_noise and not recipe.shifts_noise:
+        raise ValueError(
+            "the adapter on this model is a noise hypernetwork, which is off while samples are made: train it with"
+            " noise_hypernetwork, or open the model without it"
+        )
+    if recipe.shifts_noise and settings.data:
         raise ValueError("noise_hypernetwork learns from the noise of its own samples: leave training.data out")
-    policy.shift_noise()
 
 
 def _require_equal_work(recipe: Recipe, settings: FittedSettings, batch_sizes: Sequence[int], ranks: int) -> None:

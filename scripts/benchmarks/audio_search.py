@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from genalign.cli.main import main as genalign
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.records import PromptRecord
 from genalign.scoring.budget import measure_prices, reward_call
@@ -27,6 +26,7 @@ from rewards.regressor import RegressorReward
 from scripts.benchmarks import audio_pool
 from scripts.benchmarks.cached import cached
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of
+from scripts.benchmarks.trained_runs import run_genalign
 from scripts.pretrain import selection_reward
 
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
@@ -48,8 +48,8 @@ def prepare(work: Path) -> None:
         selection_reward.main(["tones", "--output", str(reward)])
     command = ["train-noise-aware", "--config", config, "--output", str(output)]
     command.append(f"--rewards.selection.function.init_args.weights={reward}")
-    if not (output / SCORER).exists() and (status := genalign(command)):
-        raise SystemExit(f"{config} ended with status {status}")
+    if not (output / SCORER).exists():
+        run_genalign(*command)
 
 
 def scorer(work: Path) -> NoiseAware:

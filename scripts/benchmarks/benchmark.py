@@ -37,7 +37,6 @@ from genalign.algorithms.recipes import awm, dense_grpo, dragon, flow_grpo, nft,
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout
-from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.runtime.cpu import retain_freed_memory
 from genalign.scoring.budget import Ledger, Metered
@@ -52,10 +51,11 @@ from pipelines import SD3
 from rewards.shapes import ShapesReward
 from scripts.benchmarks import round_benchmark, scale_benchmark, search_benchmark, speed_benchmark
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
+from scripts.benchmarks.shapes_sampling import shapes_sampling
 from scripts.benchmarks.trained_runs import head
 
 BATCH, STEPS = 96, 10
-SIGMAS = tuple(1 - i / STEPS for i in range(STEPS))
+SAMPLING = shapes_sampling(STEPS)
 AUTOCAST = torch.bfloat16
 
 
@@ -82,7 +82,7 @@ def benchmark_rollout(repeats: int) -> list[Measurement]:
     """Images/s of the ODE and the SDE rollout over the diffusers pipeline's, same batch, steps and dtype."""
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     pipeline.pipe.set_progress_bar_config(disable=True)
-    begin, grid = start(pipeline), pipeline.grid(STEPS, SIGMAS)
+    begin, grid = start(pipeline), SAMPLING.grid(pipeline)
     noise, context = pipeline.initial_noise(begin.noise_seeds), begin.conditioning.tensors
 
     def bare() -> object:
@@ -91,7 +91,7 @@ def benchmark_rollout(repeats: int) -> list[Measurement]:
                 prompt_embeds=context["context"],
                 pooled_prompt_embeds=context["pooled"],
                 latents=noise,
-                sigmas=list(SIGMAS),
+                sigmas=[1 - i / STEPS for i in range(STEPS)],  # which the scheduler shifts
                 num_inference_steps=STEPS,
                 guidance_scale=1.0,
                 output_type="latent",
@@ -118,7 +118,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
     )
     recipe = flow_grpo(FlowSDE(0.9), window=2)
     rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
-    sampling = Sampling(STEPS, SIGMAS)
+    sampling = SAMPLING
     trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)
     prompts = next(trainer.prompts.rounds())
     parts = trainer.sample(0, prompts)
@@ -179,7 +179,7 @@ def one_round(steps: int) -> None:
     policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
     settings = TrainerSettings(rounds=1, prompts_per_round=24, group_size=8, batch_size=96, updates_per_round=2)
     rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
-    sampling = Sampling(steps, tuple(1 - i / steps for i in range(steps)))
+    sampling = shapes_sampling(steps)
     recipe = flow_grpo(FlowSDE(0.9), window=2)
     list(Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling).rounds())
     print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
@@ -188,7 +188,7 @@ def one_round(steps: int) -> None:
 def benchmark_dense(repeats: int) -> list[Measurement]:
     """Seconds of the completions of all nine noisy steps over those of as many forwards in a plain rollout."""
     pipeline = Metered(SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST), Ledger())
-    begin, grid = start(pipeline.pipeline), pipeline.grid(STEPS, SIGMAS)
+    begin, grid = start(pipeline.pipeline), SAMPLING.grid(pipeline)
     noisy = tuple(range(STEPS - 1))
     sampled = rollout(pipeline, begin, grid, kernel_per_step(FlowSDE(0.7), noisy, STEPS), 1.0, store=noisy)
 
@@ -230,7 +230,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         )
         rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
         prompts = shapes.prompts("train")
-        trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
+        trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, SAMPLING)
         prompts = next(trainer.prompts.rounds())
         parts = trainer.sample(0, prompts)
         run = functools.partial(trainer.learn, 0, prompts, parts, trainer.gather_scores(parts, prompts))
@@ -271,7 +271,7 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
     for name, strategy in strategies.items():
         for turn in range(repeats + 1):
             rewards = [NamedReward("partial", reward)]
-            run = SearchRun(pipeline, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
+            run = SearchRun(pipeline, [validation[turn]], rewards, SAMPLING.grid(pipeline), 1.0, 32, str(turn))
             spent[0], began = 0.0, time.perf_counter()
             strategy(run, None)
             whole = time.perf_counter() - began

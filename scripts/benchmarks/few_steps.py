@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records
 from rewards.shapes import rendered
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.set_measures import nearness, set_records, variety
-from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head
+from scripts.benchmarks.shapes_sampling import shapes_sampling
+from scripts.benchmarks.trained_runs import RESULTS, arm_gains, compared, head, run_genalign
 
 STEPS = (1, 2, 4, 8)
 KERNELS = {"ode": "ODE", "cps": "CPS"}
@@ -33,9 +33,7 @@ _CLIP = ["--rewards.clip.function", "rewards.clip.ClipReward", "--rewards.clip.f
 
 def evaluation_arguments(kernel: str, steps: int, output: Path, size: Sequence[str] = ()) -> list[str]:
     """The command that evaluates the base model in some steps by a kernel."""
-    even = [1 - step / steps for step in range(steps)]
-    sigmas = [3 * sigma / (1 + 2 * sigma) for sigma in even]  # as the scheduler shifts them
-    sampling = ["--sampling.num_steps", str(steps), "--sampling.sigmas", str(sigmas)]
+    sampling = ["--sampling.num_steps", str(steps), "--sampling.sigmas", str(shapes_sampling(steps).sigmas)]
     own = ["--sampling.kernel", KERNELS[kernel], *(["--sampling.kernel.eta", "1.0"] if kernel == "cps" else [])]
     return ["evaluate", "shapes", "--output", str(output), *sampling, *own, *size]
 
@@ -44,8 +42,7 @@ def base_evaluations(work: Path, size: Sequence[str] = ()) -> dict[tuple[str, in
     """The folders of the evaluations of the base model, by kernel and steps; missing ones are made."""
     folders = {(kernel, steps): work / f"{kernel}-{steps}" for kernel in KERNELS for steps in STEPS}
     for (kernel, steps), folder in folders.items():
-        if status := genalign(evaluation_arguments(kernel, steps, folder, size)):
-            raise SystemExit(f"the evaluation {folder} ended with status {status}")
+        run_genalign(*evaluation_arguments(kernel, steps, folder, size))
     return folders
 
 
@@ -70,8 +67,7 @@ def collect_pool(folder: Path = POOL, arguments: Sequence[str] = ()) -> None:
     """Collect samples of the teacher in 20 steps, or go on where it stopped."""
     own = ["--model.path", "shapes-sd3", "--prompts", "shapes:train", "--samples_per_prompt", "2", *_CLIP]
     own += ["--sampling.num_steps", "20", "--batch_size", "96"]
-    if status := genalign(["collect", "--output", str(folder), *own, *arguments]):
-        raise SystemExit(f"collecting the pool ended with status {status}")
+    run_genalign("collect", "--output", str(folder), *own, *arguments)
 
 
 def few_steps(work: Path) -> None:
@@ -80,10 +76,9 @@ def few_steps(work: Path) -> None:
     runs = compared(work / "few_steps", "shapes_few_steps")
     records = [
         record
-        for name, seeds in runs.items()
-        for seed, run in seeds.items()
+        for name, by_seed in runs.items()
         for score in (*SCORES, "clip")
-        for record in gains(f"{name}.{score}", score, score, seed, run)
+        for record in arm_gains(f"{name}.{score}", score, score, by_seed)
     ]
     claim = (
         "Students of shapes-sd3 in two and four steps, by consistency distillation from its 20-step samples and by"
@@ -97,10 +92,10 @@ def few_step_rewards(work: Path) -> None:
     """Rewards alone, and distribution matching, on four steps: the reward, nearness to renders, and variety."""
     runs, records = compared(work / "few_step_rewards", "shapes_few_step_rewards"), list[PromptRecord]()
     near = nearness(rendered("train", seed=1).images)
-    for name, seeds in runs.items():
-        for seed, run in seeds.items():
-            for score in (*SCORES, "clip"):
-                records += gains(f"{name}.{score}", score, score, seed, run)
+    for name, by_seed in runs.items():
+        for score in (*SCORES, "clip"):
+            records += arm_gains(f"{name}.{score}", score, score, by_seed)
+        for seed, run in by_seed.items():
             records += set_records(f"{name}.distance", "less distance", seed, run, near)
             records += set_records(f"{name}.variety", "Vendi score", seed, run, variety)
     claim = (

@@ -35,20 +35,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import Evaluation, SampleRecord, load_evaluation
 from genalign.evaluation.records import PromptRecord, ResultRow, mean
-from genalign.runtime.files import without_infinities, write_json
+from genalign.runtime.files import without_infinities
 from genalign.types import RewardFunction
 from genalign.worlds.shapes.diversity import evaluation_images
 from scripts.benchmarks.learned_proxies import Overrating, write_proxies
 from scripts.benchmarks.planted_rewards import Taste
 from scripts.benchmarks.published_results import result_rows, write_results
-from scripts.benchmarks.trained_runs import RESULTS, compared, differences, gains, head, metrics
+from scripts.benchmarks.trained_runs import (
+    RESULTS,
+    arm_gains,
+    arm_options,
+    compared,
+    differences,
+    head,
+    metrics,
+    run_genalign,
+)
 
-COMPARISONS = Path("scripts/configs/compare")
 PROXIES, REFERENCES = Path("runs/proofs/proxies"), Path("runs/proofs/references.json")  # which the comparisons name
 UNGUARDED = "flow_grpo"  # on the honest bench
 BEST_OF = 3  # noises of a held-out prompt
@@ -153,18 +159,14 @@ def honest_runs(work: Path) -> Runs:
 
 def write_references(own: Path, *extra: str) -> None:
     """Score base samples for the calibrated arm, of settings ``own``; ``extra`` goes to the command."""
-    comparison = yaml.safe_load((COMPARISONS / "shapes_honest.yaml").read_text(encoding="utf-8"))
-    write_json(own, comparison["runs"]["calibrated"])
-    configs = ["--config", str(COMPARISONS / comparison["base"]), "--config", str(own)]
-    command = ["reward", "references", *configs, "--samples", "4", "--output", str(REFERENCES), *extra]
-    if status := genalign(command):
-        raise SystemExit(f"scoring base samples ended with status {status}")
+    options = arm_options("shapes_honest", "calibrated", own)
+    run_genalign("reward", "references", *options, "--samples", "4", "--output", str(REFERENCES), *extra)
 
 
 def honest_records(runs: Runs) -> list[PromptRecord]:
     """The gains in strict accuracy on the honest bench, without a guard and with each."""
     arms = dict.fromkeys([UNGUARDED, *(guard.honest for guard in GUARDS if guard.honest)])
-    return [record for arm in arms for record in _gains(f"honest.{arm}", runs[arm], "strict")]
+    return [record for arm in arms for record in arm_gains(f"honest.{arm}", "strict", "strict", runs[arm])]
 
 
 def guard_records(bench: str, runs: Runs) -> list[PromptRecord]:
@@ -172,7 +174,7 @@ def guard_records(bench: str, runs: Runs) -> list[PromptRecord]:
     guards = [guard for guard in GUARDS if guard.bench == bench]
     records: list[PromptRecord] = []
     for arm in dict.fromkeys(name for guard in guards for name in (guard.unguarded, guard.arm)):
-        records += _gains(f"{bench}.{arm}", runs[arm], "strict")
+        records += arm_gains(f"{bench}.{arm}", "strict", "strict", runs[arm])
         for seed, run in runs[arm].items() if bench in PLANTED else ():
             records += planted_records(f"{bench}.{arm}.planted", seed, run, PLANTED[bench])
     for guard in guards:
@@ -186,18 +188,13 @@ def credit_records(bench: str, runs: Runs) -> list[PromptRecord]:
     usual, *others = CREDITS[bench]
     records: list[PromptRecord] = []
     for arm in (usual, *others):
-        records += _gains(f"{bench}.{arm}", runs[arm], "strict")
+        records += arm_gains(f"{bench}.{arm}", "strict", "strict", runs[arm])
     for arm in others:
         records += differences(f"{bench}.{arm}.difference", f"{arm} - {usual}", "strict", runs[usual], runs[arm])
     for arm in SEARCHED if bench == "honest" else ():
         for seed, run in runs[arm].items():
             records += best_of_records(f"{bench}.{arm}.best_of_{BEST_OF}", seed, run)
     return records
-
-
-def _gains(name: str, runs: Mapping[int, Path], score: str) -> list[PromptRecord]:
-    """The records of one score of an arm, over its seeds."""
-    return [record for seed, run in runs.items() for record in gains(name, score, score, seed, run)]
 
 
 def planted_records(name: str, seed: int, run: Path, planted: RewardFunction) -> list[PromptRecord]:

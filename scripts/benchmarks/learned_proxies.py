@@ -17,17 +17,16 @@ from torch import Tensor
 from genalign import assets
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import generate
-from genalign.diffusion.sampling import Sampling
 from genalign.prompts import drawn_in_turn
 from genalign.types import Prompt, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.regressor import Regressor, RegressorReward
 from rewards.shapes import ShapesReward
+from scripts.benchmarks.shapes_sampling import shapes_sampling
 
 COUNT, IMAGES, STEPS = 4, 512, 400  # heads, base images of each, and steps of Adam
-EVEN = [1 - step / 8 for step in range(8)]
-GRID = Sampling(8, [3 * sigma / (1 + 2 * sigma) for sigma in EVEN])  # as in training
+SAMPLING = shapes_sampling(8)  # as in training
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def base_images(model: str, count: int, seed: int) -> tuple[Tensor, list[Prompt]
     pipeline = SD3.load(assets.resolve(model), autocast=torch.bfloat16)
     prompts = drawn_in_turn(shapes.prompts("train"), count, seed=seed)
     seeds = [derived_seed(seed, "proxies", prompt.text, place) for place, prompt in enumerate(prompts)]
-    parts = generate(pipeline, [prompt.text for prompt in prompts], seeds, GRID.grid(pipeline), 1.0, 64)
+    parts = generate(pipeline, [prompt.text for prompt in prompts], seeds, SAMPLING.grid(pipeline), 1.0, 64)
     return torch.cat(list(parts)), prompts
 
 

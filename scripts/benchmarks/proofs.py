@@ -4,7 +4,7 @@
     python scripts/benchmarks/proofs.py demo            one part
 
 ``guards`` and ``credits`` take up to 12 hours together; ``scripts/benchmarks/guards.py`` has their plan, and
-``scripts/benchmarks/reward_gradients.py`` that of reward gradients and of learning from pools. Finished seeds are saved
+``scripts/benchmarks/reward_gradients.py`` that of reward gradients. Finished seeds are saved
 in runs/proofs; an interrupted proof resumes where it stopped.
 """
 
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from genalign.cli.main import main as genalign
 from genalign.evaluation.records import PromptRecord
 from genalign.metrics.image import saturation
 from rewards.ratings import RatingReward
 from rewards.shapes import recolored, rendered
-from scripts.benchmarks import method_comparisons, reward_gradients
+from scripts.benchmarks import method_comparisons, offline_learning, reward_gradients
 from scripts.benchmarks.audio_measures import Measure as Measurable
 from scripts.benchmarks.audio_measures import TrainedRun, dragon_measures, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
@@ -46,7 +45,16 @@ from scripts.benchmarks.set_measures import (
     share,
     variety,
 )
-from scripts.benchmarks.trained_runs import RESULTS, alarm_and_fall, compared, gains, hacking_reports, head
+from scripts.benchmarks.trained_runs import (
+    RESULTS,
+    alarm_and_fall,
+    arm_gains,
+    compared,
+    gains,
+    hacking_reports,
+    head,
+    run_genalign,
+)
 from scripts.benchmarks.users import users_part
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
@@ -67,10 +75,8 @@ def _demo(work: Path, world: str, part: str) -> None:
     records: list[PromptRecord] = []
     for seed in SEEDS:
         run = work / part / f"seed-{seed}"
-        if not (run / "gain.json").exists() and genalign(
-            ["demo", world, "--output", str(run), "--training.seed", str(seed), "--resume"]
-        ):
-            raise SystemExit(f"{run} failed")
+        if not (run / "gain.json").exists():
+            run_genalign("demo", world, "--output", str(run), "--training.seed", str(seed), "--resume")
         strict = gains("demo", "strict", "strict", seed, run)
         records += strict + gains("demo.partial", "partial", "partial", seed, run)
         records += [replace(record, name=f"demo.{record.task}") for record in strict]
@@ -152,8 +158,7 @@ def hacking(work: Path) -> None:
         records += gains("honest.strict", "strict", "strict", seed, run)
     claim = (
         "The alarm, which reads no verifier, comes before a reward with a planted preference for red has cost a tenth"
-        " of"
-        " the held-out strict accuracy, and never while an honest reward raises it"
+        " of the held-out strict accuracy, and never while an honest reward raises it"
     )
     header = head(claim, "python scripts/benchmarks/proofs.py hacking")
     write_results(RESULTS, "hacking_shapes", header, records)
@@ -164,8 +169,7 @@ def hypernetworks(work: Path) -> None:
     runs = compared(work / "hypernetworks", "shapes_hypernetworks")
     records: list[PromptRecord] = []
     for name, by_seed in runs.items():
-        for seed, run in by_seed.items():
-            records += gains(name, "redness", "red", seed, run) + gains(f"{name}.strict", "strict", "strict", seed, run)
+        records += arm_gains(name, "redness", "red", by_seed) + arm_gains(f"{name}.strict", "strict", "strict", by_seed)
     for seed, run in runs["noise"].items():
         alarms = float(sum(bool(report.alarm) for _, report in hacking_reports(run)))
         records.append(PromptRecord("noise_alarms", "alarms", seed, "all", "the whole run", 0.0, alarms, 1))
@@ -250,7 +254,7 @@ PARTS = {
     "pathwise_hacking": reward_gradients.pathwise_hacking,
     "pathwise_guards": reward_gradients.pathwise_guards,
     "gradient_growth": reward_gradients.gradient_growth,
-    "offline": reward_gradients.offline,
+    "offline": offline_learning.offline,
     "soup": reward_gradients.soup,
     "users": users_part,
     "audio_demo": audio_demo,

@@ -1,4 +1,4 @@
-"""What is measured of the pathwise family, of pools on disk and of soups, on the embedded worlds.
+"""What is measured of the gradients of rewards in the embedded worlds: the pathwise family, and mixtures of its LoRAs.
 
 Each part trains the runs of a comparison file where they are missing, and writes docs/results. The parts are run by
 ``scripts/benchmarks/proofs.py``. The plan, in minutes of two cores (comparisons in scripts/configs/compare/):
@@ -9,11 +9,11 @@ Each part trains the runs of a comparison file where they are missing, and write
 | pathwise_hacking | 2 x 3 x 5 = 30 |
 | pathwise_guards | 8 x 3 x 3.5 = 84, and 1 to fit the rewards |
 | gradient_growth | 2 |
-| offline | 9 x 3 x 3 = 81, and 3 for the pool |
 | soup | 2 x 3 x 2 = 12, and 3 x 1 for the mixtures |
 | audio_pathwise | 2 x 3 x 5 = 30, and 3 for the pool |
 
-That is 6.2 hours. Where it takes longer, arms go before seeds, from the end of the comparisons' lists.
+That is 4.8 hours; ``scripts/benchmarks/offline_learning.py`` has learning from pools. Where it takes longer, arms go
+before seeds, from the end of the comparisons' lists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from genalign import assets
 from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
 from genalign.algorithms.pathwise import PathwiseObjective, Tail
 from genalign.algorithms.tails import Chain, RenoisedCopies
-from genalign.cli.main import main as genalign
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import RolloutInputs, rollout
@@ -38,22 +37,35 @@ from genalign.diffusion.transitions import ODE
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records
 from genalign.prompts import drawn_in_turn
-from genalign.runtime.files import write_json, write_text
+from genalign.runtime.files import write_json
 from genalign.scoring.score import NamedReward
-from genalign.worlds import shapes, tones
+from genalign.worlds import shapes
 from rewards.clip import ClipReward
 from scripts.benchmarks.learned_proxies import write_proxies
+from scripts.benchmarks.offline_learning import write_pool
 from scripts.benchmarks.published_results import Measurement, write_results
-from scripts.benchmarks.trained_runs import RESULTS, alarm_and_fall, compared, differences, gains, head, metrics
+from scripts.benchmarks.shapes_sampling import shapes_sampling
+from scripts.benchmarks.trained_runs import (
+    COMPARISONS,
+    RESULTS,
+    alarm_and_fall,
+    arm_gains,
+    arm_options,
+    compared,
+    differences,
+    head,
+    metrics,
+    run_genalign,
+)
 
-COMPARISONS, WORK = Path("scripts/configs/compare"), Path("runs/proofs")
-PROXIES, DIRECTION = WORK / "proxies", WORK / "direction.safetensors"  # which the comparisons name, as both pools
-POOL, TONES_POOL = WORK / "pool", WORK / "tones_pool"
-POOL_PROMPTS, POOL_SAMPLES = 256, 16
+WORK = Path("runs/proofs")
+PROXIES, DIRECTION, TONES_POOL = WORK / "proxies", WORK / "direction.safetensors", WORK / "tones_pool"
+"""The files and the pool that the comparisons name."""
+
 RISE = 0.05  # of the CLIP reward, at which guards are compared
 UNGUARDED, POLICY_GRADIENT = "none", "flow_grpo"
 GROWTH_SAMPLES, GROWTH_MOVES, COPIES = 64, (1, 2, 4, 8), (0, 1, 2)
-BOTH = ("clip", "partial", "strict")
+SCORES = ("clip", "partial", "strict")
 
 
 def pathwise(work: Path) -> None:
@@ -61,9 +73,9 @@ def pathwise(work: Path) -> None:
     runs = compared(work / "pathwise", "shapes_pathwise")
     records: list[PromptRecord] = []
     for name, by_seed in runs.items():
-        for score in BOTH:
+        for score in SCORES:
             own = f"{name}.{score}" if score != "clip" else name
-            records += [record for seed, run in by_seed.items() for record in gains(own, score, score, seed, run)]
+            records += arm_gains(own, score, score, by_seed)
     for name in runs.keys() - {POLICY_GRADIENT}:
         metric = f"clip, {name} - {POLICY_GRADIENT}"
         records += differences(f"{name}.difference", metric, "clip", runs[POLICY_GRADIENT], runs[name])
@@ -130,10 +142,8 @@ def at_rise(run: Path) -> tuple[float, float]:
 
 def write_direction(own: Path) -> None:
     """Learn D2-Align's direction for the arm ``directional``, whose settings are written to ``own``."""
-    comparison = yaml.safe_load((COMPARISONS / "shapes_pathwise_guards.yaml").read_text(encoding="utf-8"))
-    write_json(own, comparison["runs"]["directional"])
-    configs = ["--config", str(COMPARISONS / comparison["base"]), "--config", str(own)]
-    _run("reward", "direction", *configs, "--output", str(DIRECTION))
+    options = arm_options("shapes_pathwise_guards", "directional", own)
+    run_genalign("reward", "direction", *options, "--output", str(DIRECTION))
 
 
 def gradient_growth(work: Path) -> None:
@@ -158,7 +168,7 @@ def gradients(tail: Tail, moves: int) -> tuple[float, float]:
         torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(number))
     prompts = drawn_in_turn(shapes.prompts("val"), GROWTH_SAMPLES, seed=0)
     seeds = tuple(derived_seed(0, "growth", place) for place in range(GROWTH_SAMPLES))
-    grid = pipeline.grid(8)
+    grid = shapes_sampling(8).grid(pipeline)
     objective, rewards = PathwiseObjective(tail), [NamedReward("clip", ClipReward("shapes-clip"))]
     rows = []
     for place, prompt in enumerate(prompts):
@@ -173,43 +183,6 @@ def gradients(tail: Tail, moves: int) -> tuple[float, float]:
     every = torch.stack(rows).double()
     mean = every.mean(0)
     return float(mean.norm()), float((every - mean).square().sum(1).mean() / mean.square().sum())
-
-
-def offline(work: Path) -> None:
-    """What is learned from a pool of the base model's samples, by each recipe that can."""
-    write_pool("shapes", work / "pool.jsonl", POOL)
-    records: list[PromptRecord] = []
-    runs = compared(work / "offline", "shapes_offline")
-    for name, by_seed in runs.items():
-        for score in ("strict", "partial"):
-            own = name if score == "strict" else f"{name}.{score}"
-            records += [record for seed, run in by_seed.items() for record in gains(own, score, score, seed, run)]
-    metric = "strict, dp2o_sr - dpo"
-    records += differences("dp2o_sr.difference", metric, "strict", runs["dpo"], runs["dp2o_sr"])
-    records.sort(key=lambda record: record.name)
-    claim = (
-        f"Accuracy on held-out compositions (ODE) after 60 updates on {POOL_SAMPLES} samples of {POOL_PROMPTS} prompts"
-    )
-    write_results(RESULTS, "offline_shapes", head(claim, "python scripts/benchmarks/proofs.py offline"), records)
-
-
-def write_pool(world: str, prompts: Path, pool: Path) -> None:
-    """Collect a pool of the base model's samples of training prompts, as many of each task."""
-    train = {"shapes": shapes, "tones": tones}[world].prompts("train")
-    drawn = drawn_in_turn(train, POOL_PROMPTS, seed=0)
-    write_text(prompts, "".join(json.dumps(prompt.metadata) + "\n" for prompt in drawn))
-    base = yaml.safe_load((COMPARISONS / f"base_{world}.yaml").read_text(encoding="utf-8"))
-    own = {
-        "output": str(pool),
-        "model": base["model"],
-        "prompts": str(prompts),
-        "rewards": base["rewards"],
-        "sampling": base["sampling"],
-        "samples_per_prompt": POOL_SAMPLES,
-        "batch_size": 96,
-    }
-    write_json(prompts.with_suffix(".json"), own)
-    _run("collect", "--config", str(prompts.with_suffix(".json")))
 
 
 def soup(work: Path) -> None:
@@ -234,7 +207,7 @@ def soup(work: Path) -> None:
         front = work / "soups" / f"seed-{seed}"
         adapters = json.dumps([str(red), str(runs["bright"][seed])])
         evaluation = str(work / "tastes-evaluation.json")
-        _run("soup", "--adapters", adapters, "--evaluate", evaluation, "--output", str(front))
+        run_genalign("soup", "--adapters", adapters, "--evaluate", evaluation, "--output", str(front))
         first, *others = sorted(front.glob("share-*"))
         for point in others:
             for taste in tastes:
@@ -251,18 +224,10 @@ def audio_pathwise(work: Path) -> None:
     records: list[PromptRecord] = []
     for name, by_seed in compared(work / "audio_pathwise", "tones_pathwise").items():
         for score in ("clap", "strict"):
-            records += [
-                record for seed, run in by_seed.items() for record in gains(f"{name}.{score}", score, score, seed, run)
-            ]
+            records += arm_gains(f"{name}.{score}", score, score, by_seed)
     records.sort(key=lambda record: record.name)
     claim = (
         "CLAP score and strict accuracy (suite comp, ODE) after the gradient of a CLAP reward, and after SFT on a pool"
     )
     header = head(claim, "python scripts/benchmarks/proofs.py audio_pathwise")
     write_results(RESULTS, "pathwise_tones", header, records)
-
-
-def _run(*arguments: str) -> None:
-    """Run a command of genalign. Raises SystemExit where it fails."""
-    if status := genalign(list(arguments)):
-        raise SystemExit(f"genalign {' '.join(arguments)} ended with status {status}")

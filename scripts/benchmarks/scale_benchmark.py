@@ -16,7 +16,6 @@ import torch
 from genalign import assets
 from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
 from genalign.training.settings import TrainerSettings
@@ -26,6 +25,7 @@ from genalign.worlds import shapes
 from pipelines import SD3
 from scripts.benchmarks.published_results import Measurement
 
+from scripts.benchmarks.shapes_sampling import shapes_sampling
 PROMPTS = 12
 
 
@@ -73,7 +73,7 @@ def round_seconds(size: Size, repeats: int) -> list[float]:
         learning_rate=1e-12,
     )
     rewards = [NamedReward(f"reward_{number}", statistics_of_rows) for number in range(size.rewards)]
-    sampling = Sampling(size.steps, tuple(1 - i / size.steps for i in range(size.steps)))
+    sampling = shapes_sampling(size.steps)
     recipe = flow_grpo(FlowSDE(0.9), window=2)
     policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
     trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)

@@ -28,7 +28,6 @@ import scipy
 import torch
 from torch import Tensor
 
-from genalign.cli.main import main as genalign
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.records import PromptRecord
 from genalign.scoring.budget import Budget
@@ -43,7 +42,7 @@ from scripts.benchmarks.cached import cached
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.search_pool import LEVELS, SEEDS, STEPS, STUDENTS, TEST, TUNE, TUNED, RecordedPool
-from scripts.benchmarks.trained_runs import RESULTS, head
+from scripts.benchmarks.trained_runs import RESULTS, head, run_genalign
 from scripts.pretrain import selection_reward
 
 BUDGETS = (2, 4, 8, 16, 32)
@@ -79,8 +78,7 @@ def prepare(work: Path) -> None:
         config = f"scripts/configs/noise_aware/shapes_{kind}.yaml"
         options = ["--output", str(work / student), "--seed", seed, "--distillation.seed", seed]
         options.append(f"--rewards.selection.function.init_args.weights={reward}")
-        if status := genalign(["train-noise-aware", "--config", config, *options]):
-            raise SystemExit(f"{config} ended with status {status}")
+        run_genalign("train-noise-aware", "--config", config, *options)
 
 
 def tune(work: Path) -> None:

@@ -13,18 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records
+from genalign.runtime.files import write_json
 from genalign.training.reward_hacking import HackingReport
 
-RESULTS = Path("docs/results")
+RESULTS, COMPARISONS = Path("docs/results"), Path("scripts/configs/compare")
+
+
+def run_genalign(*arguments: str) -> None:
+    """Run a command of genalign. Raises SystemExit where it fails."""
+    if status := genalign(list(arguments)):
+        raise SystemExit(f"genalign {' '.join(arguments)} ended with status {status}")
 
 
 def compared(folder: Path, name: str) -> dict[str, dict[int, Path]]:
     """The finished runs of a comparison by recipe and seed; missing ones are trained."""
-    if status := genalign(["compare", f"scripts/configs/compare/{name}.yaml", "--output", str(folder)]):
-        raise SystemExit(f"the comparison {name} ended with status {status}")
+    run_genalign("compare", str(COMPARISONS / f"{name}.yaml"), "--output", str(folder))
     recipes = sorted(path for path in folder.iterdir() if path.is_dir())
     return {
         recipe.name: {int(run.name.removeprefix("seed-")): run for run in sorted(recipe.glob("seed-*"))}
@@ -41,6 +49,18 @@ def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[Prom
     """The records of one score of a finished run."""
     records = prompt_records(name, score, seed, load_evaluation(run / "before"), load_evaluation(run / "after"))
     return [replace(record, metric=metric) for record in records]
+
+
+def arm_gains(name: str, metric: str, score: str, runs: Mapping[int, Path]) -> list[PromptRecord]:
+    """The records of one score of an arm, over its seeds."""
+    return [record for seed, run in runs.items() for record in gains(name, metric, score, seed, run)]
+
+
+def arm_options(comparison: str, arm: str, own: Path) -> list[str]:
+    """The options with which another command takes the settings of an arm; those of its own are written to ``own``."""
+    settings = yaml.safe_load((COMPARISONS / f"{comparison}.yaml").read_text(encoding="utf-8"))
+    write_json(own, settings["runs"][arm])
+    return ["--config", str(COMPARISONS / settings["base"]), "--config", str(own)]
 
 
 def differences(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import pipelines
-from genalign import Lora, Sampling, TrainerSettings, train
+from genalign import Lora, TrainerSettings, train
 from genalign.algorithms.preference_recipes import dpo
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, generate, rollout
@@ -35,16 +35,23 @@ from genalign.training.pools import INFO, Pool, PoolInfo, PoolSample, write_part
 from genalign.types import Pipeline, Prompt
 from genalign.worlds.shapes.prompts import prompts as split
 from rewards.user_embeddings import MeanDifferenceLearner
-from scripts.benchmarks.planted_rewards import LIKED
+from scripts.benchmarks.planted_rewards import LIKED, Liked
 from scripts.benchmarks.published_results import write_results
+from scripts.benchmarks.shapes_sampling import shapes_sampling
 from scripts.benchmarks.trained_runs import RESULTS, head
 
-TASTES: Mapping[str, Sequence[str]] = {name: (name,) for name in ("red", "green", "blue", "brightness")}
-UNSEEN, PARENTS = "red and bright", ("red", "brightness")
+TASTES: Mapping[str, tuple[Liked, ...]] = {
+    "red": ("red",),
+    "green": ("green",),
+    "blue": ("blue",),
+    "bright": ("brightness",),
+}
+UNSEEN = "red and bright"
+PARENTS: tuple[Liked, ...] = ("red", "brightness")
 
 
 @dataclass(frozen=True)
-class Size:
+class ExperimentSize:
     """How much is sampled, trained and evaluated, for one seed.
 
     Attributes:
@@ -65,10 +72,15 @@ class Size:
 def taste(user: str, images: Tensor) -> Tensor:
     """Score images (B, 3, H, W) by a user's taste, (B,): the mean of the statistics that the user likes."""
     liked = TASTES.get(user, PARENTS)
-    return torch.stack([LIKED[name](images.float()) for name in liked]).mean(0)  # type: ignore[index]
+    return torch.stack([LIKED[name](images.float()) for name in liked]).mean(0)
 
 
-def users_part(work: Path, seeds: Sequence[int] = (91, 92, 93), size: Size = Size(), results: Path = RESULTS) -> None:
+def users_part(
+    work: Path,
+    seeds: Sequence[int] = (91, 92, 93),
+    size: ExperimentSize = ExperimentSize(),
+    results: Path = RESULTS,
+) -> None:
     """One model follows four users' tastes, and a fifth one's that it has not seen."""
     records = [record for seed in seeds for record in user_records(work / "users" / f"seed-{seed}", seed, size)]
     claim = (
@@ -78,7 +90,7 @@ def users_part(work: Path, seeds: Sequence[int] = (91, 92, 93), size: Size = Siz
     write_results(results, "users_shapes", head(claim, "python scripts/benchmarks/proofs.py users"), records)
 
 
-def user_records(folder: Path, seed: int, size: Size) -> list[PromptRecord]:
+def user_records(folder: Path, seed: int, size: ExperimentSize) -> list[PromptRecord]:
     """Collect, train and evaluate with one seed; a pool and an attention that are there are not made again."""
     embeddings, trained = folder / "embeddings.safetensors", folder / "run" / "lora"
     _collect(folder, embeddings, seed, size)
@@ -88,7 +100,7 @@ def user_records(folder: Path, seed: int, size: Size) -> list[PromptRecord]:
             rounds=size.rounds, prompts_per_round=min(48, size.prompts), group_size=2, seed=seed, data=str(pool.folder)
         )
         seeing = pipelines.load("shapes-sd3", users=str(embeddings))
-        sampling, lora = Sampling(size.steps, guidance=1.0), Lora(frozen=True)
+        sampling, lora = shapes_sampling(size.steps), Lora(frozen=True)
         rewards, output = {"preference": recorded}, folder / "run"
         train(seeing, rewards, pool.prompts, dpo(), settings, sampling, lora, output)
     pipeline = pipelines.load("shapes-sd3", users=str(embeddings))
@@ -109,7 +121,7 @@ def _sampled(pipeline: Pipeline, prompts: Sequence[Prompt], user: str | None, se
     """Sample each prompt for a user, None for nobody, from a noise that depends on the prompt alone."""
     asked = [Prompt(prompt.text, None if user is None else {"user": user}) for prompt in prompts]
     seeds = [derived_seed(seed, "evaluation", prompt.text) for prompt in prompts]
-    return torch.cat(list(generate(pipeline, asked, seeds, pipeline.grid(steps), 1.0, 48)))
+    return torch.cat(list(generate(pipeline, asked, seeds, shapes_sampling(steps).grid(pipeline), 1.0, 48)))
 
 
 def _records(
@@ -120,7 +132,7 @@ def _records(
 
 
 @torch.no_grad()
-def _collect(folder: Path, embeddings: Path, seed: int, size: Size) -> None:
+def _collect(folder: Path, embeddings: Path, seed: int, size: ExperimentSize) -> None:
     """Sample two images of each prompt, let every user compare them, and learn the embeddings of all five users."""
     if embeddings.is_file():
         return
@@ -132,7 +144,8 @@ def _collect(folder: Path, embeddings: Path, seed: int, size: Size) -> None:
         batch = prompts[first : first + 24]
         seeds = tuple(derived_seed(seed, "pool", prompt.text, side) for prompt in batch for side in (0, 1))
         rows = torch.arange(len(batch)).repeat_interleave(2)
-        inputs, grid = RolloutInputs(pipeline.encode(batch), rows, seeds, seeds), pipeline.grid(size.steps)
+        inputs = RolloutInputs(pipeline.encode(batch), rows, seeds, seeds)
+        grid = shapes_sampling(size.steps).grid(pipeline)
         latents = rollout(pipeline, inputs, grid, [ODE()] * len(grid), 1.0).final
         images, samples = pipeline.decode(latents), list[PoolSample]()
         for user in (*TASTES, UNSEEN):

@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.algorithms.companions import (
-    DistributionMatching,
-    FakeScore,
-    LatentProxy,
-    LearntFakeScore,
-    ProxyAscent,
-    WeightedAscent,
-    proxy_loss,
-)
+from genalign.algorithms.companions import FakeScore, LatentProxy, LearnedFakeScore, proxy_loss
 from genalign.algorithms.interfaces import MetricSums, UpdateContext, traits_of
+from genalign.algorithms.latent_directions import DistributionMatching, ProxyAscent, WeightedAscent
 from genalign.algorithms.pathwise import Ascent, PathwiseObjective
 from genalign.algorithms.tails import OneStepEstimate
 from genalign.diffusion.noise import seeded_noise
@@ -71,10 +64,10 @@ def gaussian(monkeypatch: pytest.MonkeyPatch) -> UpdateContext:
     policy = Policy(toy.denoiser, None)  # whose reference is the data's score
     with torch.no_grad():
         toy.moments.values.copy_(torch.tensor([GENERATOR_MEAN, GENERATOR_SPREAD], dtype=torch.float64))
-    companion = LearntFakeScore(FakeScore(), policy)
-    monkeypatch.setattr("genalign.algorithms.companions.seeded_noise", lambda seeds, like: PAIRS[:, 1:])
+    companion = LearnedFakeScore(FakeScore(), policy)
+    monkeypatch.setattr("genalign.algorithms.latent_directions.seeded_noise", lambda seeds, like: PAIRS[:, 1:])
     half = torch.full((4,), 0.5, dtype=torch.float64)
-    monkeypatch.setattr("genalign.algorithms.companions._places", lambda *_: half)
+    monkeypatch.setattr("genalign.algorithms.latent_directions.places", lambda *_: half)
     return UpdateContext(toy, policy, toy.grid(2), ODE(), 1.0, None, MetricSums(), [Prompt("a")], companion=companion)
 
 

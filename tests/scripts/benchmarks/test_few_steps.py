@@ -46,7 +46,7 @@ def test_the_base_is_evaluated_on_a_shifted_grid(kernel: str, steps: int, tmp_pa
     settings, _ = parse(EvaluateShapes, evaluation_arguments(kernel, steps, tmp_path)[2:], "evaluate shapes")
     assert settings.sampling.kernel == {"ode": ODE(), "cps": CPS(1.0)}[kernel]
     expected = [3 * sigma / (1 + 2 * sigma) for sigma in (1 - step / steps for step in range(steps))]
-    assert list(settings.sampling.sigmas) == expected
+    assert list(settings.sampling.sigmas) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.slow

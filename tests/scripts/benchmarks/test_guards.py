@@ -18,7 +18,7 @@ from genalign.worlds import shapes
 from rewards.pairwise import BothOrders, WinRateReward, both_orders
 from rewards.regressor import Regressor
 from rewards.shapes import rendered
-from scripts.benchmarks import guards
+from scripts.benchmarks import guards, trained_runs
 from scripts.benchmarks.biased_judge import BiasedJudge
 from scripts.benchmarks.guards import (
     CREDITS,
@@ -270,7 +270,7 @@ def bench_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) ->
         Regressor("shapes-clip").save(folder / PROXIES / f"head-{number}.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(guards, "COMPARISONS", COMPARISONS)
+        patch.setattr(trained_runs, "COMPARISONS", COMPARISONS)
         guards.write_references(folder / "calibrated.json", "--config", "tiny.json", "--samples", "2")
     assert (folder / REFERENCES).exists()
     return folder

@@ -101,7 +101,7 @@ def test_students_share_their_trajectories(tmp_path: Path, monkeypatch: pytest.M
 
     (tmp_path / "selection").mkdir()
     (tmp_path / "selection" / "reward.safetensors").touch()
-    monkeypatch.setattr(search_benchmark, "genalign", train)
+    monkeypatch.setattr("scripts.benchmarks.trained_runs.genalign", train)
     search_benchmark.prepare(tmp_path)
     search_benchmark.prepare(tmp_path)
     assert [command[-1] == "train-0.safetensors" for command in commands] == [False, True, True, True]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.benchmarks.users import TASTES, UNSEEN, Size, taste, users_part
+from scripts.benchmarks.users import TASTES, UNSEEN, ExperimentSize, taste, users_part
 
 
 def test_tastes_are_exact() -> None:
@@ -21,7 +21,7 @@ def test_tastes_are_exact() -> None:
 
 @pytest.mark.slow
 def test_the_bench_runs_and_resumes(tmp_path: Path) -> None:
-    size = Size(prompts=8, rounds=2, evaluated=4, steps=4)
+    size = ExperimentSize(prompts=8, rounds=2, evaluated=4, steps=4)
     for _ in range(2):  # the second time nothing is trained
         users_part(tmp_path / "work", (1,), size, tmp_path / "results")
     rows = json.loads((tmp_path / "results" / "users_shapes.json").read_text())["rows"]
