@@ -24,8 +24,8 @@ from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from scripts.benchmarks.published_results import Measurement
-
 from scripts.benchmarks.shapes_sampling import shapes_sampling
+
 PROMPTS = 12
 
 
