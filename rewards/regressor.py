@@ -41,7 +41,7 @@ class Regressor(nn.Module):
 
     @property
     def sample_tower(self) -> tuple[nn.Module, ...]:
-        """The parts that read samples."""
+        """The networks that samples pass through on the way to a score: the encoder's own, and the head."""
         return *self.encoder.sample_tower, self.head
 
     def features(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:

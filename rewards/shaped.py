@@ -40,7 +40,7 @@ class _AgainstReferences:
 
     @property
     def reference_file(self) -> str | None:
-        """The file of the references."""
+        """The file of the reference scores; None where they are given as numbers."""
         return _file(self.references)
 
     @cached_property

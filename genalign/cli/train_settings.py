@@ -98,7 +98,7 @@ class Hacking(EvaluationSize):
 
     @property
     def is_on(self) -> bool:
-        """Whether the monitor runs."""
+        """Whether reports of reward hacking are made: ``every`` is above 0."""
         return bool(self.every)
 
 

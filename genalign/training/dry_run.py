@@ -84,7 +84,7 @@ class ToyPipeline:
 
 
 class _MeanOfLatents(nn.Module):
-    """A proxy of any latents."""
+    """The scaled mean of latents, which stands in for the network of a proxy while the calls of a round are counted."""
 
     def __init__(self) -> None:
         super().__init__()

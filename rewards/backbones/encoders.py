@@ -108,7 +108,7 @@ class CosineScorer(nn.Module):
 
     @property
     def sample_tower(self) -> tuple[nn.Module, ...]:
-        """The parts that read samples."""
+        """The networks that samples pass through on the way to a score: the encoder's own."""
         return self.encoder.sample_tower
 
     def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
