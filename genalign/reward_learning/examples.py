@@ -1,0 +1,165 @@
+"""Judgments as a reward model learns from them: pairs and grades of distinct items, a sample with its prompt."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.diffusion.noise import derived_seed
+from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
+from genalign.types import Prompt
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample with the prompt that it was judged for, and the digest of the sample's file."""
+
+    prompt: Prompt
+    sample: JudgedSample
+    digest: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N pairs of items, judged in K dimensions.
+
+    Attributes:
+        rows: The numbers (N, 2) long of the items, in the order in which they were shown.
+        preferred: The share (N, K) of the preference for the first item: 1, 0, 0.5 for a tie; NaN where a dimension
+            was not judged.
+        difference: The first item's score less the second's (N, K), as they were judged; NaN likewise.
+        annotators: Who judged (N); "" where the data do not say.
+    """
+
+    rows: Tensor
+    preferred: Tensor
+    difference: Tensor
+    annotators: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, index: Sequence[int]) -> Pairs:
+        """Select the pairs ``index``."""
+        at = torch.tensor(list(index), dtype=torch.long)
+        names = tuple(self.annotators[place] for place in index)
+        return Pairs(self.rows[at], self.preferred[at], self.difference[at], names)
+
+
+@dataclass(frozen=True)
+class Grades:
+    """N grades or labels of single items, in K dimensions.
+
+    Attributes:
+        rows: The numbers (N,) long of the items.
+        values: The grades (N, K); NaN where a dimension was not judged.
+        annotators: Who judged (N); "" where the data do not say.
+    """
+
+    rows: Tensor
+    values: Tensor
+    annotators: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, index: Sequence[int]) -> Grades:
+        """Select the grades ``index``."""
+        at = torch.tensor(list(index), dtype=torch.long)
+        return Grades(self.rows[at], self.values[at], tuple(self.annotators[place] for place in index))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What judgments say: pairs, and grades, of distinct items, in named dimensions.
+
+    Attributes:
+        items: The distinct items.
+        dimensions: The names (K) of the dimensions.
+        pairs: Pairs, of judgments of the kinds "pair" and "ranking".
+        grades: Grades, of judgments of the kinds "rating" and "label".
+    """
+
+    items: tuple[Item, ...]
+    dimensions: tuple[str, ...]
+    pairs: Pairs
+    grades: Grades
+
+
+def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> Examples:
+    """Turn judgments into pairs and grades of distinct items; a ranking becomes all pairs of its samples.
+
+    Args:
+        judgments: Judgments with scores.
+        dimensions: The dimensions to learn; by default all, in order of first appearance.
+
+    Raises:
+        ValueError: A judgment has no scores, its samples have equal files, no judgment has one of the dimensions, or
+            ratings and labels are mixed.
+    """
+    names = tuple(dimensions) or tuple(dict.fromkeys(name for judgment in judgments for name in judgment.scores))
+    for name in names or ("",):
+        if not any(name in judgment.scores for judgment in judgments):
+            raise ValueError(f"no judgment has the dimension {name!r}" if name else "no judgment has a score")
+    if {"rating", "label"} <= {judgment.kind for judgment in judgments}:
+        raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
+    items: dict[tuple[str, str], Item] = {}
+    places: dict[tuple[str, str], int] = {}
+    pairs, grades = list[tuple[int, int, list[float], Kind, str]](), list[tuple[int, list[float], str]]()
+    for judgment in judgments:
+        if not judgment.scores:
+            raise ValueError(f"a judgment of {judgment.prompt.text!r} has no scores: judge it first")
+        digests = [sample.digest() for sample in judgment.samples]
+        if len(set(digests)) < len(digests):
+            raise ValueError(f"the samples of a judgment of {judgment.prompt.text!r} have equal files: leave it out")
+        rows = []
+        for sample, digest in zip(judgment.samples, digests, strict=True):
+            key = (judgment.prompt.text, digest)
+            items.setdefault(key, Item(judgment.prompt, sample, digest))
+            rows.append(places.setdefault(key, len(places)))
+        scores = [judgment.scores.get(name, (math.nan,) * len(rows)) for name in names]
+        by_sample, annotator = list(zip(*scores, strict=True)), judgment.annotator or ""
+        if judgment.kind in ("rating", "label"):
+            grades += [(row, list(own), annotator) for row, own in zip(rows, by_sample, strict=True)]
+        else:
+            for (row, first), (other, second) in itertools.combinations(zip(rows, by_sample, strict=True), 2):
+                gaps = [a - b for a, b in zip(first, second, strict=True)]
+                pairs.append((row, other, gaps, judgment.kind, annotator))
+    difference = _matrix((gaps for _, _, gaps, _, _ in pairs), len(names))
+    ranked = torch.tensor([kind == "ranking" for *_, kind, _ in pairs], dtype=torch.bool)
+    return Examples(
+        tuple(items.values()),
+        names,
+        Pairs(
+            torch.tensor([pair[:2] for pair in pairs], dtype=torch.long).reshape(-1, 2),
+            (1 + torch.where(ranked[:, None], difference.sign(), difference)) / 2,
+            difference,
+            tuple(annotator for *_, annotator in pairs),
+        ),
+        Grades(
+            torch.tensor([row for row, *_ in grades], dtype=torch.long),
+            _matrix((values for _, values, _ in grades), len(names)),
+            tuple(annotator for *_, annotator in grades),
+        ),
+    )
+
+
+def _matrix(rows: Iterable[Sequence[float]], width: int) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.float32).reshape(-1, width)
+
+
+def split_by_prompt(judgments: Sequence[Judgment], fraction: float, seed: int) -> tuple[list[Judgment], list[Judgment]]:
+    """Hold out the judgments of a ``fraction`` of the prompts, drawn by ``seed``: (the rest, these).
+
+    All judgments of a prompt are on one side, so that no sample is on both.
+    """
+    texts = list(dict.fromkeys(judgment.prompt.text for judgment in judgments))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(derived_seed(seed, "held-out prompts")))
+    held_out = {texts[place] for place in order[: round(fraction * len(texts))].tolist()}
+    rest = [judgment for judgment in judgments if judgment.prompt.text not in held_out]
+    return rest, [judgment for judgment in judgments if judgment.prompt.text in held_out]

@@ -1,0 +1,208 @@
+"""Preference data: judgments of samples of one prompt, by a person, a judge or a verifier.
+
+A dataset is a folder with a ``preferences.jsonl`` and the samples' files. A line is a judgment:
+
+    {"prompt": "a red cube", "kind": "pair", "samples": [{"file": "images/00000.png"}, {"file": "images/00001.png"}],
+     "scores": {"overall": [1, 0]}, "annotator": "ada"}
+
+The scores are one number per sample, by dimension, and higher is better:
+
+- "pair": the share of the preference, [1, 0] or [0, 1], and [0.5, 0.5] for a tie;
+- "ranking": of two or more samples, the same number for a tie;
+- "rating": a grade of each sample on a scale that all judgments share;
+- "label": 1 for a good sample and 0 for a bad one.
+
+A sample may also say its ``generator`` and ``seed``, a judgment its ``reason``, and the prompt's ``metadata``. A list
+of files stands for samples that say nothing else, and a list of scores for the dimension "overall".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
+from genalign.runtime.text_files import numbered_lines, parse_json
+from genalign.types import Prompt
+
+Kind = Literal["pair", "ranking", "rating", "label"]
+"""What was asked about the samples of a judgment."""
+
+PREFERENCES, COMPARISONS = "preferences.jsonl", "comparisons.jsonl"
+"""The files of a dataset: its judgments, and the comparisons that are to be judged."""
+
+OVERALL = "overall"
+"""The dimension of a judgment that names none."""
+
+
+@dataclass(frozen=True)
+class JudgedSample:
+    """A sample of a judgment.
+
+    Attributes:
+        content: The path of its file, or the bytes of an image's file.
+        generator: The name of what generated it; None where the data do not say.
+        seed: The seed that it was generated from; None where the data do not say.
+    """
+
+    content: Path | bytes
+    generator: str | None = None
+    seed: int | None = None
+
+    def read(self) -> Tensor:
+        """Read the image (3, H, W) in [0, 1] or the waveform (C, L). Raises ValueError for a damaged file."""
+        if isinstance(self.content, Path):
+            audio = self.content.suffix.lower() in AUDIO_SUFFIXES
+            return read_waveform(self.content).waveform if audio else read_image(self.content)
+        try:
+            with Image.open(io.BytesIO(self.content), formats=("JPEG", "PNG", "WEBP")) as file:
+                pixels = np.array(file.convert("RGB"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the bytes of a sample are no image: {error}") from None
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file's content. Raises FileNotFoundError where the file is missing."""
+        if isinstance(self.content, bytes):
+            return hashlib.sha256(self.content).hexdigest()
+        with self.content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """A judgment of samples of one prompt; without scores it is a comparison that is still to be judged.
+
+    Attributes:
+        prompt: What the samples were generated from.
+        samples: The samples, in the order in which they were shown.
+        kind: What was asked.
+        scores: One number per sample, by dimension; see the module.
+        annotator: The name of who judged; None where the data do not say.
+        reason: What a judge wrote about it.
+    """
+
+    prompt: Prompt
+    samples: tuple[JudgedSample, ...]
+    kind: Kind = "pair"
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    annotator: str | None = None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("it has no prompt")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"its kind is {self.kind!r}: give one of {', '.join(get_args(Kind))}")
+        least, most = {"pair": (2, 2), "ranking": (2, math.inf)}.get(self.kind, (1, math.inf))
+        if not least <= len(self.samples) <= most:
+            wanted = "two samples" if most == least else "two or more samples" if least == 2 else "one or more samples"
+            raise ValueError(f"it has {len(self.samples)} samples: a {self.kind} is of {wanted}")
+        for dimension, scores in self.scores.items():
+            if len(scores) != len(self.samples):
+                raise ValueError(f"it has {len(self.samples)} samples and {len(scores)} scores of {dimension!r}")
+            if not all(map(math.isfinite, scores)):
+                raise ValueError(f"its scores of {dimension!r} are {list(scores)}: leave out what was not judged")
+            if self.kind == "pair" and (min(scores) < 0 or abs(sum(scores) - 1) > 1e-6):
+                raise ValueError(
+                    f"its scores of {dimension!r} are {list(scores)}, so that the winner is unknown: give [1, 0],"
+                    " [0, 1], or [0.5, 0.5] for a tie"
+                )
+            if self.kind == "label" and not all(0 <= score <= 1 for score in scores):
+                raise ValueError(f"its labels of {dimension!r} are {list(scores)}: give 1 for good, 0 for bad")
+
+    def as_dict(self, folder: Path) -> dict[str, Any]:
+        """Return the judgment as JSON types, with files relative to ``folder``. Raises ValueError for bytes."""
+        line: dict[str, Any] = {"prompt": self.prompt.text, "kind": self.kind}
+        line["samples"] = [_sample_line(sample, folder) for sample in self.samples]
+        metadata = self.prompt.metadata and dict(self.prompt.metadata)
+        rest: dict[str, Any] = {"metadata": metadata, "scores": dict(self.scores)}
+        rest |= {"annotator": self.annotator, "reason": self.reason}
+        return line | {name: value for name, value in rest.items() if value}
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any], folder: Path) -> Self:
+        """Restore the result of ``as_dict``. Raises ValueError for anything else."""
+        text, samples, scores = line.get("prompt"), line.get("samples"), line.get("scores", {})
+        if not isinstance(text, str):
+            raise ValueError("it has no prompt")
+        if not isinstance(samples, list):
+            raise ValueError("it has no list of samples")
+        if isinstance(scores, list):
+            scores = {OVERALL: scores}
+        return cls(
+            Prompt(text, line.get("metadata")),
+            tuple(_sample(sample, folder) for sample in samples),
+            line.get("kind", "pair"),
+            {name: tuple(map(float, values)) for name, values in scores.items()},
+            line.get("annotator"),
+            line.get("reason"),
+        )
+
+
+def _sample_line(sample: JudgedSample, folder: Path) -> dict[str, Any]:
+    if isinstance(sample.content, bytes):
+        raise ValueError("a sample without a file cannot be listed: save it into the folder first")
+    line = {"file": sample.content.relative_to(folder).as_posix(), "generator": sample.generator, "seed": sample.seed}
+    return {name: value for name, value in line.items() if value is not None}
+
+
+def _sample(value: Any, folder: Path) -> JudgedSample:
+    if isinstance(value, str):
+        return JudgedSample(inside(folder, value))
+    if not isinstance(value, Mapping) or not isinstance(value.get("file"), str):
+        raise ValueError(f'its sample {value!r} names no file: give {{"file": ...}}')
+    return JudgedSample(inside(folder, value["file"]), value.get("generator"), value.get("seed"))
+
+
+def read_judgments(path: Path) -> list[Judgment]:
+    """Read a dataset's folder, or its .jsonl file of judgments or comparisons.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a sample that it lists is missing.
+        ValueError: a line cannot be used, which is named, or there is none.
+    """
+    file = path / PREFERENCES if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}: give a folder with a {PREFERENCES}, or a file of judgments")
+    judgments = list[Judgment]()
+    for number, line in numbered_lines(file):
+        where = f"{file}, line {number}"
+        value = parse_json(line, where)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is no object: give one judgment a line")
+        try:
+            judgments.append(Judgment.from_dict(value, file.parent))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} is no judgment: {error}") from None
+    if not judgments:
+        raise ValueError(f"{file} has no judgment")
+    require_files(judgments, file)
+    return judgments
+
+
+def require_files(judgments: Iterable[Judgment], source: Path) -> None:
+    """Raise FileNotFoundError where files of samples, which ``source`` lists, are missing."""
+    files = [s.content for judgment in judgments for s in judgment.samples if isinstance(s.content, Path)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"there is no {missing[0]}, which {source} names ({len(missing)} of its {len(files)} files are missing)"
+        )
+
+
+def append_judgments(folder: Path, judgments: Sequence[Judgment], name: str = PREFERENCES) -> None:
+    """Append judgments of samples in ``folder`` to one of its files."""
+    lines = [json.dumps(judgment.as_dict(folder), ensure_ascii=False) + "\n" for judgment in judgments]
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.writelines(lines)
