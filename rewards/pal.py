@@ -24,7 +24,7 @@ from genalign.reward_learning.ideal_points import (
     new_model,
     with_new_users,
 )
-from genalign.reward_learning.users import UserAccuracy, UserComparison
+from genalign.reward_learning.users import AnnotatedPair, UserAccuracy
 from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt, users_of
 from rewards.backbones.encoders import DualEncoder
@@ -98,7 +98,7 @@ class PALLearner:
     sample_rate: int | None = None
     fit: PreferenceFit = field(default_factory=PreferenceFit)
 
-    def learn(self, comparisons: Iterable[UserComparison], path: Path, known: Path | None = None) -> UserAccuracy:
+    def learn(self, comparisons: Iterable[AnnotatedPair], path: Path, known: Path | None = None) -> UserAccuracy:
         """Learn the users' tastes from comparisons and write them to a file.
 
         A fifth of each user's comparisons is held out, and the result is the accuracy on it.
@@ -121,7 +121,7 @@ class PALLearner:
                 self.hidden,
                 self.score,
             )
-            model = new_model(shape, list(dict.fromkeys(train.users)), self.fit.seed)
+            model = new_model(shape, list(dict.fromkeys(train.annotators)), self.fit.seed)
             for _ in fit(model, train, self.fit):
                 pass
         else:

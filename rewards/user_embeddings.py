@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genalign.diffusion.user_attention import Users
 from genalign.reward_learning.ideal_points import Comparisons
-from genalign.reward_learning.users import UserAccuracy, UserComparison
+from genalign.reward_learning.users import AnnotatedPair, UserAccuracy
 from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import DualEncoder
@@ -39,7 +39,7 @@ class MeanDifferenceLearner:
     model: str
     sample_rate: int | None = None
 
-    def learn(self, comparisons: Iterable[UserComparison], path: Path, known: Path | None = None) -> UserAccuracy:
+    def learn(self, comparisons: Iterable[AnnotatedPair], path: Path, known: Path | None = None) -> UserAccuracy:
         """Write the users' embeddings; the accuracy is that of the cosine with the embedding as a reward.
 
         Args:
@@ -53,8 +53,8 @@ class MeanDifferenceLearner:
         train, held_out = embedded_comparisons(comparisons, self.model, self.sample_rate).split(HELD_OUT, seed=0)
         difference = train.preferred - train.rejected
         embeddings = dict[str, Tensor]()
-        for user in dict.fromkeys(train.users):
-            own = difference[[row for row, name in enumerate(train.users) if name == user]].mean(0)
+        for user in dict.fromkeys(train.annotators):
+            own = difference[[row for row, name in enumerate(train.annotators) if name == user]].mean(0)
             if not float(own.norm()) > 0:
                 raise ValueError(f"the samples that user {user!r} compared have equal features: compare others")
             embeddings[user] = F.normalize(own, dim=0)[None] * own.numel() ** 0.5
@@ -70,7 +70,7 @@ class MeanDifferenceLearner:
 def _accuracies(embeddings: dict[str, Tensor], comparisons: Comparisons) -> dict[str, float]:
     """Return the share of comparisons whose preferred sample is nearer to the embedding, by user."""
     found: dict[str, list[float]] = {}
-    for row, user in enumerate(comparisons.users):
+    for row, user in enumerate(comparisons.annotators):
         margin = float(embeddings[user][0] @ (comparisons.preferred[row] - comparisons.rejected[row]))
         found.setdefault(user, []).append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
     return {user: sum(values) / len(values) for user, values in found.items()}
@@ -87,17 +87,17 @@ def rate_arguments(sample_rate: int | None) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def embedded_comparisons(comparisons: Iterable[UserComparison], model: str, sample_rate: int | None) -> Comparisons:
+def embedded_comparisons(comparisons: Iterable[AnnotatedPair], model: str, sample_rate: int | None) -> Comparisons:
     """Read and embed the samples and texts of comparisons, one after the other. Raises ValueError if there are none."""
-    encoder, columns, users = dual_encoder(model, sample_rate), list[tuple[Tensor, Tensor, Tensor]](), list[str]()
+    encoder, columns, names = dual_encoder(model, sample_rate), list[tuple[Tensor, Tensor, Tensor]](), list[str]()
     for comparison in comparisons:
         sides = [read()[None] for read in (comparison.preferred, comparison.rejected)]
         preferred, rejected = (
             F.normalize(encoder(side, *rate_arguments(sample_rate)).float(), dim=-1)[0] for side in sides
         )
         columns.append((preferred, rejected, encoder.text([comparison.prompt])[0]))
-        users.append(comparison.user)
+        names.append(comparison.annotator)
     if not columns:
         raise ValueError("there is no comparison to learn from")
     preferred, rejected, prompts = map(torch.stack, zip(*columns, strict=True))
-    return Comparisons(preferred, rejected, prompts, tuple(users))
+    return Comparisons(preferred, rejected, prompts, tuple(names))

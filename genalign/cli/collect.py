@@ -18,10 +18,10 @@ from genalign.cli.context import Checkpoint, CommandContext, load_with_lora, nam
 from genalign.cli.external_samples import external_samples
 from genalign.cli.generation_settings import RewardChoice, require_positive
 from genalign.cli.model_settings import Model
-from genalign.cli.preference_files import read_preferences
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, distinct_inputs, rollout
 from genalign.diffusion.sampling import Sampling
+from genalign.reward_learning.preference_formats import read_preferences
 from genalign.runtime.progress import Progress
 from genalign.scoring.score import NamedReward
 from genalign.training.pools import INFO, PoolInfo, PoolSample, part_files, write_part
@@ -51,8 +51,9 @@ class Collect:
         lora: An adapter of the model.
         prompts: Prompts of the model's samples: a file, a dataset, or a split of a world.
         samples: A folder of another program's samples with a prompts.jsonl, in place of the model's.
-        preferences: A .jsonl or .parquet file of comparisons (Pick-a-Pic, HPD), in place of the model's samples; their
-            score is named preference.
+        preferences: Pairs and rankings, in place of the model's samples: our own folder or .jsonl file, or a .json,
+            .jsonl or .parquet file in the layout of Pick-a-Pic, HPD, ImageRewardDB or RewardBench; their score is named
+            preference.
         rewards: Rewards by name, whose scores are kept.
         sampling: Sampling settings of the model's samples.
         samples_per_prompt: Number of samples of each prompt.
@@ -141,19 +142,30 @@ def _parts(
             for spec, path in zip(files.specs, files.files, strict=True)
         ]
     else:
-        listed = [
-            (
-                Prompt(image.prompt, {"user": image.user} if image.user else None),
-                image.comparison,
-                {PREFERENCE: image.score},
-                image.read,
-            )
-            for image in read_preferences(Path(str(settings.preferences)))
-        ]
+        listed = _compared(Path(str(settings.preferences)))
     read = (
         (len(batch), partial(_encoded, pipeline, rewards, batch)) for batch in _batched(listed, settings.batch_size)
     )
     return read, len(listed)
+
+
+def _compared(path: Path) -> list[Listed]:
+    """The samples of the pairs and rankings of ``path``, in a group for each; other judgments are left out.
+
+    Raises ValueError where there are none.
+    """
+    judgments, listed = read_preferences(path), list[Listed]()
+    compared = [judgment for judgment in judgments if judgment.kind in ("pair", "ranking")]
+    if not compared:
+        raise ValueError(f"{path} has ratings and labels alone: give pairs or rankings, or train a reward of them")
+    if rest := len(judgments) - len(compared):
+        print(f"{rest} of the {len(judgments)} judgments of {path} are ratings or labels, which are left out")
+    for number, judgment in enumerate(compared, start=1):
+        users = {"user": judgment.annotator} if judgment.annotator else {}
+        prompt = Prompt(judgment.prompt.text, {**(judgment.prompt.metadata or {}), **users} or None)
+        for sample, score in zip(judgment.samples, judgment.overall(), strict=True):
+            listed.append((prompt, str(number), {PREFERENCE: score}, sample.read))
+    return listed
 
 
 def _batched(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table
-from genalign.cli.preference_files import read_preferences
-from genalign.reward_learning.users import UserComparison, UserLearner
+from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.users import AnnotatedPair, UserLearner
 from genalign.runtime.progress import Progress
 
 
@@ -20,7 +20,8 @@ class LearnUsers:
 
     Args:
         output: File to write, as in users.safetensors.
-        preferences: A .jsonl or .parquet file of comparisons with a column user or user_id.
+        preferences: Pairs that say who judged: our own folder or .jsonl file, or a .json, .jsonl or .parquet file in a
+            published layout, with a column user or user_id.
         learner: What is learned: a reward (rewards.pal.PALLearner), or embeddings for model.users
             (rewards.user_embeddings.MeanDifferenceLearner).
         known: A file of other users, to which these are added with all else frozen; null learns everything anew.
@@ -37,12 +38,10 @@ def learn_users_command(context: CommandContext, arguments: Sequence[str]) -> in
     settings, _ = parsing.parse(LearnUsers, arguments, "learn-users")
     path, progress = Path(settings.preferences), Progress()
     with progress.phase("learning"):
-        comparisons = user_comparisons(path)
+        comparisons = annotated_pairs(path)
         known = None if settings.known is None else Path(settings.known)
         accuracy = settings.learner.learn(comparisons, Path(settings.output), known)
-    counts = {comparison.user: 0 for comparison in comparisons}
-    for comparison in comparisons:
-        counts[comparison.user] += 1
+    counts = Counter(comparison.annotator for comparison in comparisons)
     rows = [
         (user, str(count), f"{accuracy.seen[user]:.2f}", _share(accuracy.held_out.get(user)))
         for user, count in counts.items()
@@ -56,24 +55,22 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def user_comparisons(path: Path) -> list[UserComparison]:
-    """Read the comparisons of a file of preferences that are no ties, each of two images.
+def annotated_pairs(path: Path) -> list[AnnotatedPair]:
+    """Read the pairs that are no ties, with who judged them.
 
-    Raises ValueError where one does not say who compared, or all are ties.
+    Raises ValueError where a judgment is no pair, one does not say who judged, or all are ties.
     """
-    found = list(_decided(path))
-    if not found:
+    pairs = list[AnnotatedPair]()
+    for number, judgment in enumerate(read_preferences(path), start=1):
+        where = f"{path}, judgment {number}"
+        if judgment.kind != "pair":
+            raise ValueError(f"{where} is a {judgment.kind} of {len(judgment.samples)} samples: give pairs")
+        if judgment.annotator is None:
+            raise ValueError(f"{where} does not say who compared: add annotator, user or user_id to every one")
+        first, second = judgment.overall()
+        if first != second:
+            better, worse = judgment.samples if first > second else reversed(judgment.samples)
+            pairs.append(AnnotatedPair(judgment.prompt.text, judgment.annotator, better.read, worse.read))
+    if not pairs:
         raise ValueError(f"{path} has ties alone, of which nothing is learned")
-    return found
-
-
-def _decided(path: Path) -> Iterator[UserComparison]:
-    for number, images in groupby(read_preferences(path), key=lambda image: image.comparison):
-        first, second, *others = images
-        if others:
-            raise ValueError(f"{path}, row {number} compares {2 + len(others)} images: give pairs")
-        if first.user is None:
-            raise ValueError(f"{path}, row {number} does not say who compared: add user or user_id to every row")
-        if first.score != second.score:
-            better, worse = (first, second) if first.score > second.score else (second, first)
-            yield UserComparison(first.prompt, first.user, better.read, worse.read)
+    return pairs

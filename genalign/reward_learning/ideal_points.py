@@ -23,39 +23,39 @@ Score = Literal["angle", "distance"]
 
 @dataclass(frozen=True)
 class Comparisons:
-    """N comparisons of two samples of one prompt by one user.
+    """N comparisons of two samples of one prompt by one annotator.
 
     Attributes:
         preferred: Features (N, D) of the samples that were preferred.
         rejected: Features (N, D) of the others.
         prompts: Features (N, E) of the prompts.
-        users: The names (N) of the users.
+        annotators: The names (N) of who judged; each is a user of the model that is fitted.
     """
 
     preferred: Tensor
     rejected: Tensor
     prompts: Tensor
-    users: tuple[str, ...]
+    annotators: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not len(self.preferred) == len(self.rejected) == len(self.prompts) == len(self.users):
-            raise ValueError("comparisons have one preferred sample, rejected sample, prompt and user each")
+        if not len(self.preferred) == len(self.rejected) == len(self.prompts) == len(self.annotators):
+            raise ValueError("comparisons have one preferred sample, rejected sample, prompt and annotator each")
 
     def __len__(self) -> int:
-        return len(self.users)
+        return len(self.annotators)
 
     def rows(self, index: Sequence[int]) -> Comparisons:
         """Select the comparisons ``index``."""
         rows = torch.tensor(list(index), dtype=torch.long)
-        users = tuple(self.users[row] for row in index)
-        return Comparisons(self.preferred[rows], self.rejected[rows], self.prompts[rows], users)
+        names = tuple(self.annotators[row] for row in index)
+        return Comparisons(self.preferred[rows], self.rejected[rows], self.prompts[rows], names)
 
     def split(self, fraction: float, seed: int) -> tuple[Comparisons, Comparisons]:
-        """Split off a ``fraction`` of each user's comparisons, rounded down, drawn by ``seed``: (the rest, these)."""
+        """Split off a ``fraction`` of each annotator's comparisons, rounded down, drawn by ``seed``: (the rest, these)."""
         rest, held_out = list[int](), list[int]()
-        for user in dict.fromkeys(self.users):
-            own = [row for row, name in enumerate(self.users) if name == user]
-            generator = torch.Generator().manual_seed(derived_seed(seed, "held out", user))
+        for annotator in dict.fromkeys(self.annotators):
+            own = [row for row, name in enumerate(self.annotators) if name == annotator]
+            generator = torch.Generator().manual_seed(derived_seed(seed, "held out", annotator))
             order = [own[place] for place in torch.randperm(len(own), generator=generator).tolist()]
             count = int(fraction * len(own))
             held_out += order[:count]
@@ -142,7 +142,7 @@ class IdealPointModel(nn.Module):
 
     def margins(self, comparisons: Comparisons) -> Tensor:
         """Return the logits (N,) of the preferences: the preferred sample's reward less the rejected one's."""
-        weights = self.weights_of([{user: 1.0} for user in comparisons.users])
+        weights = self.weights_of([{annotator: 1.0} for annotator in comparisons.annotators])
         preferred = self(comparisons.preferred, comparisons.prompts, weights)
         margins: Tensor = preferred - self(comparisons.rejected, comparisons.prompts, weights)
         return margins
@@ -203,14 +203,15 @@ def fit(model: IdealPointModel, comparisons: Comparisons, settings: PreferenceFi
 
 
 def with_new_users(model: IdealPointModel, comparisons: Comparisons, settings: PreferenceFit) -> IdealPointModel:
-    """Return the model with the users of ``comparisons`` added, or fitted anew; all else is frozen.
+    """Return the model with the annotators of ``comparisons`` added as users, or fitted anew; all else is frozen.
 
     A user starts as the mean of the known users. Raises ValueError without a comparison.
     """
-    added = [user for user in dict.fromkeys(comparisons.users) if user not in model.users]
+    added = [name for name in dict.fromkeys(comparisons.annotators) if name not in model.users]
     larger = IdealPointModel(model.settings, (*model.users, *added))
     state, mean = model.state_dict(), model.mixture.softmax(1).mean(0).log()
-    rows = {user: row for user, row in zip(model.users, state["mixture"], strict=True) if user not in comparisons.users}
+    given = zip(model.users, state["mixture"], strict=True)
+    rows = {user: row for user, row in given if user not in comparisons.annotators}
     state["mixture"] = torch.stack([rows.get(user, mean) for user in larger.users])
     larger.load_state_dict(state)
     larger.requires_grad_(False)
@@ -248,10 +249,12 @@ def _descend(
 
 @torch.no_grad()
 def accuracies(model: IdealPointModel, comparisons: Comparisons) -> dict[str, float]:
-    """Return the share of comparisons that the model predicts, by user; a margin of 0 counts half."""
+    """Return the share of comparisons that the model predicts, by annotator; a margin of 0 counts half."""
     if not len(comparisons):
         return {}
     margins = model.margins(comparisons)
     right = (margins > 0).double() + 0.5 * (margins == 0).double()
-    rows = {user: [row for row, name in enumerate(comparisons.users) if name == user] for user in comparisons.users}
-    return {user: float(right[own].mean()) for user, own in rows.items()}
+    rows: dict[str, list[int]] = {}
+    for row, annotator in enumerate(comparisons.annotators):
+        rows.setdefault(annotator, []).append(row)
+    return {annotator: float(right[own].mean()) for annotator, own in rows.items()}

@@ -122,6 +122,15 @@ class Judgment:
             if self.kind == "label" and not all(0 <= score <= 1 for score in scores):
                 raise ValueError(f"its labels of {dimension!r} are {list(scores)}: give 1 for good, 0 for bad")
 
+    def overall(self) -> tuple[float, ...]:
+        """Return the scores of the dimension "overall", or of the only one. Raises ValueError if there are others."""
+        if OVERALL in self.scores:
+            return self.scores[OVERALL]
+        if len(self.scores) != 1:
+            names = ", ".join(self.scores) or "none"
+            raise ValueError(f"a judgment of {self.prompt.text!r} has no dimension {OVERALL!r}, but {names}: add it")
+        return next(iter(self.scores.values()))
+
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """Return the judgment as JSON types, with files relative to ``folder``. Raises ValueError for bytes."""
         line: dict[str, Any] = {"prompt": self.prompt.text, "kind": self.kind}

@@ -1,4 +1,4 @@
-"""Comparisons by users, and what learns each user's taste from them."""
+"""Decided pairs, and what learns from them the taste of each annotator, a user of the reward or model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class UserComparison:
-    """A comparison of two samples of a prompt by a user.
+class AnnotatedPair:
+    """A pair of samples of a prompt, of which an annotator preferred one.
 
     Attributes:
         prompt: The text.
-        user: The name of the user.
+        annotator: The name of who judged.
         preferred: Reads the sample (3, H, W) or (C, L) that was preferred.
         rejected: Reads the other one, of the same shape.
     """
 
     prompt: str
-    user: str
+    annotator: str
     preferred: Callable[[], Tensor]
     rejected: Callable[[], Tensor]
 
@@ -41,5 +41,5 @@ class UserAccuracy:
 class UserLearner(Protocol):
     """Learns users' tastes: a reward (``rewards.pal``), or embeddings (``rewards.user_embeddings``)."""
 
-    def learn(self, comparisons: Iterable[UserComparison], path: Path, known: Path | None = None) -> UserAccuracy:
-        """Learn from comparisons and write a file; with ``known``, add these users to those of that file."""
+    def learn(self, comparisons: Iterable[AnnotatedPair], path: Path, known: Path | None = None) -> UserAccuracy:
+        """Learn from pairs and write a file; with ``known``, add their annotators to the users of that file."""

@@ -294,6 +294,17 @@ def read_waveform(path: Path) -> Waveform:
     return Waveform(waveform.clamp(-1, 1), int(rate))
 
 
+def waveform_rate(path: Path) -> int:
+    """Read the sample rate of a WAV or FLAC file in Hz. Raises as ``read_waveform``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    soundfile = _soundfile()
+    try:
+        return int(soundfile.info(path).samplerate)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"expected audio (WAV or FLAC), but {path} cannot be read as such: {error}") from None
+
+
 def _soundfile() -> Any:
     try:
         import soundfile

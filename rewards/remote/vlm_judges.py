@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.media import data_uri
+from genalign.scoring.judge_orders import OneOrder
 from genalign.scoring.protocol import SampleError, encode_image
 from genalign.types import Prompt
 from rewards.pairwise import BothOrders
@@ -407,12 +408,15 @@ class PairwiseJudge:
 
     def __call__(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Compare two batches (B, 3, H, W) in [0, 1] as preferences (B,); NaN where either order has no answer."""
-        return BothOrders(self._in_one_order, self.endpoint.model)(left, right, prompts)
+        judge = lambda *pairs: self.in_one_order(*pairs).preferred  # noqa: E731
+        return BothOrders(judge, self.endpoint.model)(left, right, prompts)
 
-    def _in_one_order(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def in_one_order(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> OneOrder:
+        """Compare two batches (B, 3, H, W) in [0, 1], the left images shown first; one word is no reason."""
         words = {_word(self.first): 1.0, _word(self.second): 0.0}
         texts = _fill_in(self.question, prompts)
-        return _ask(self.endpoint, texts, [left, right], lambda answer: answer.expected(words))
+        preferred = _ask(self.endpoint, texts, [left, right], lambda answer: answer.expected(words))
+        return OneOrder(preferred, (None,) * len(texts))
 
 
 @dataclass(frozen=True)
@@ -446,18 +450,25 @@ class WrittenPairwiseJudge:
 
     def __call__(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Compare two batches (B, 3, H, W) in [0, 1] as preferences (B,); NaN where either order has no verdict."""
-        return BothOrders(self._in_one_order, self.endpoint.model)(left, right, prompts)
+        judge = lambda *pairs: self.in_one_order(*pairs).preferred  # noqa: E731
+        return BothOrders(judge, self.endpoint.model)(left, right, prompts)
 
-    def _in_one_order(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def in_one_order(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> OneOrder:
+        """Compare two batches (B, 3, H, W) in [0, 1], the left images shown first; keeps what was written."""
         texts = _fill_in(self.question, prompts)
-        return _ask(self.endpoint, texts, [left, right], self._read, max_tokens=self.max_tokens)
+        fields = {"max_tokens": self.max_tokens}
+        outcomes = _outcomes(self.endpoint, texts, [left, right], [self._read] * len(texts), **fields)
+        values = [outcome if isinstance(outcome, SampleError) else outcome[0] for outcome in outcomes]
+        written = tuple(None if isinstance(outcome, SampleError) else outcome[1] for outcome in outcomes)
+        return OneOrder(scores_or_nan(values, f"{self.endpoint.model} judged"), written)
 
-    def _read(self, answer: JudgeAnswer) -> float | None:
+    def _read(self, answer: JudgeAnswer) -> tuple[float, str] | None:
+        """Read the verdict, beside the whole answer."""
         places = re.findall(self.pattern, answer.text, re.IGNORECASE | re.DOTALL)
         verdict = places[-1].lower() if places else ""
         values = {self.first: 1.0, self.second: 0.0, self.tie: 0.5}
         stated = [value for phrase, value in values.items() if phrase.lower() in verdict]
-        return stated[0] if len(stated) == 1 else None
+        return (stated[0], answer.text) if len(stated) == 1 else None
 
 
 def _fill_in(question: str, prompts: Sequence[Prompt]) -> list[str]:

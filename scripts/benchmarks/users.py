@@ -29,7 +29,7 @@ from genalign.diffusion.rollout import RolloutInputs, generate, rollout
 from genalign.diffusion.transitions import ODE
 from genalign.evaluation.records import PromptRecord
 from genalign.prompts import drawn_in_turn
-from genalign.reward_learning.users import UserComparison
+from genalign.reward_learning.users import AnnotatedPair
 from genalign.training.offline import recorded
 from genalign.training.pools import INFO, Pool, PoolInfo, PoolSample, write_part
 from genalign.types import Pipeline, Prompt
@@ -139,7 +139,7 @@ def _collect(folder: Path, embeddings: Path, seed: int, size: ExperimentSize) ->
     pipeline = pipelines.load("shapes-sd3")
     prompts = drawn_in_turn(split("train"), size.prompts, seed)
     info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), ("preference",), {"by": "planted tastes"})
-    few = list[UserComparison]()
+    few = list[AnnotatedPair]()
     for number, first in enumerate(range(0, len(prompts), 24)):
         batch = prompts[first : first + 24]
         seeds = tuple(derived_seed(seed, "pool", prompt.text, side) for prompt in batch for side in (0, 1))
@@ -153,7 +153,7 @@ def _collect(folder: Path, embeddings: Path, seed: int, size: ExperimentSize) ->
             for place, (prompt, second) in enumerate(zip(batch, better.tolist(), strict=True)):
                 if first + place < size.comparisons:
                     liked, other = (images[2 * place + side] for side in (int(second), 1 - int(second)))
-                    few.append(UserComparison(prompt.text, user, partial(_same, liked), partial(_same, other)))
+                    few.append(AnnotatedPair(prompt.text, user, partial(_same, liked), partial(_same, other)))
                 if user != UNSEEN:
                     asked, group = Prompt(prompt.text, {"user": user}), f"{user}-{first + place}"
                     scores = (float(not second), float(second))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import group_advantages
+from genalign.scoring.judge_orders import both_orders
 from genalign.types import PairwiseReward, Prompt, Reward
 from rewards.backbones.reference_images import ImageTensor, ReferencePool, ReferencesByPrompt
 from rewards.pairwise import (
@@ -19,7 +20,6 @@ from rewards.pairwise import (
     BradleyTerry,
     ReferencePreference,
     WinRateReward,
-    both_orders,
     compared_pairs,
     hard_wins,
 )

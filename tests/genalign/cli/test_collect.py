@@ -13,7 +13,6 @@ from PIL import Image
 
 from genalign.cli.collect import fitted
 from genalign.cli.main import main
-from genalign.cli.preference_files import read_preferences
 from genalign.training.pools import Pool
 from pipelines import SD3
 
@@ -110,22 +109,6 @@ def test_preferences_become_groups_of_two(tiny_folder: Path, tmp_path: Path, kin
     pool = Pool.load(tmp_path / "pool")
     assert [sample.scores["preference"] for sample in pool.samples] == scores
     assert [len(group) for group in pool.groups()["a circle"]] == [2] * (len(scores) // 2)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"image_path": []}, "row 1 has no text under caption, prompt, text"),
-        ({"prompt": "a"}, "row 1 is no comparison: it needs jpg_0, jpg_1 and label_0"),
-        ({"prompt": "a", "image_path": ["a.png"], "human_preference": [1]}, "row 1 has 1 images and 1 labels"),
-        ({"prompt": "a", "image_0": "a.png", "image_1": "b.png", "label_0": 1}, "there is no .*a.png, which"),
-        ({"prompt": "a", "image_0": "../a.png", "image_1": "b.png", "label_0": 1}, "a.png"),
-    ],
-)
-def test_wrong_preferences_are_named(tmp_path: Path, line: dict[str, object], message: str) -> None:
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_preferences(tmp_path / "pairs.jsonl")
 
 
 def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_a_restored_model_scores_alike_and_each_user_has_held_out_comparisons() 
     comparisons = _comparisons({"left": TASTES["left"], "up": TASTES["up"]}, 10, 6)
     torch.testing.assert_close(restored.margins(comparisons), model.margins(comparisons))
     rest, held_out = comparisons.split(0.2, seed=0)
-    assert (len(rest), len(held_out)) == (16, 4) and sorted(held_out.users) == ["left", "left", "up", "up"]
+    assert (len(rest), len(held_out)) == (16, 4) and sorted(held_out.annotators) == ["left", "left", "up", "up"]
     together: Tensor = torch.cat([rest.preferred, held_out.preferred])
     assert sorted(together[:, 0].tolist()) == sorted(comparisons.preferred[:, 0].tolist())
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
     empty = Comparisons(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 3), ())
     with pytest.raises(ValueError, match="there is no comparison to learn from"):
         list(fit(model, empty, FIT))
-    with pytest.raises(ValueError, match="one preferred sample, rejected sample, prompt and user each"):
+    with pytest.raises(ValueError, match="one preferred sample, rejected sample, prompt and annotator each"):
         Comparisons(torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(1, 3), ("a",))
     with pytest.raises(ValueError, match="score must be one of angle, distance"):
         IdealPointSettings(2, 3, score="dot")  # type: ignore[arg-type]

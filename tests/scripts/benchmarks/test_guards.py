@@ -13,9 +13,10 @@ import yaml
 from genalign.cli.main import main
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 from genalign.evaluation.records import PromptRecord, ResultRow
+from genalign.scoring.judge_orders import both_orders
 from genalign.types import Prompt
 from genalign.worlds import shapes
-from rewards.pairwise import BothOrders, WinRateReward, both_orders
+from rewards.pairwise import BothOrders, WinRateReward
 from rewards.regressor import Regressor
 from rewards.shapes import rendered
 from scripts.benchmarks import guards, trained_runs
