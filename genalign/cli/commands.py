@@ -160,6 +160,19 @@ COMMANDS = {
             "reward",
         ),
         Command(
+            "reward collect",
+            "sample pairs of each prompt, from one model or several, that are to be judged",
+            f"{_CLI}.reward_collect:reward_collect_command",
+            f"{_CLI}.reward_collect:RewardCollect",
+        ),
+        Command(
+            "reward label",
+            "judge collected pairs by rewards or judges: genalign reward label FOLDER --by ...",
+            f"{_CLI}.reward_label:reward_label_command",
+            f"{_CLI}.reward_label:RewardLabel",
+            "folder",
+        ),
+        Command(
             "reward references",
             "score samples of the model before training, for rewards that compare with them",
             f"{_CLI}.reward_references:reward_references_command",

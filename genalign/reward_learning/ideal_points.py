@@ -51,7 +51,7 @@ class Comparisons:
         return Comparisons(self.preferred[rows], self.rejected[rows], self.prompts[rows], names)
 
     def split(self, fraction: float, seed: int) -> tuple[Comparisons, Comparisons]:
-        """Split off a ``fraction`` of each annotator's comparisons, rounded down, drawn by ``seed``: (the rest, these)."""
+        """Split a ``fraction`` of each annotator's comparisons off, rounded down, drawn by ``seed``: (rest, these)."""
         rest, held_out = list[int](), list[int]()
         for annotator in dict.fromkeys(self.annotators):
             own = [row for row, name in enumerate(self.annotators) if name == annotator]

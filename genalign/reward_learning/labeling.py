@@ -276,8 +276,8 @@ def unlabeled(
     Args:
         comparisons: Comparisons of two samples or more.
         annotators: The names of the annotators.
-        kind: What is asked: "pair" asks about all pairs of a comparison's samples, "ranking" about all of them, "rating"
-            and "label" about each; None asks what the comparison says.
+        kind: What is asked: "pair" asks about all pairs of a comparison's samples, "ranking" about all of them,
+            "rating" and "label" about each; None asks what the comparison says.
         per_comparison: The number of annotators of a comparison, drawn by ``seed``; None for all.
         seed: Seed of the draw.
 

@@ -3,8 +3,8 @@
 A file is .json (a list, or an object with a list under "pairs"), .jsonl or .parquet. The columns of a row say what it
 is; those in brackets may be missing:
 
-    Pick-a-Pic      caption, jpg_0, jpg_1 (the files' content) or image_0, image_1 (files), label_0, [label_1, has_label,
-                    model_0, model_1, user_id]: a pair; a label of 0.5 is a tie
+    Pick-a-Pic      caption, jpg_0, jpg_1 (the files' content) or image_0, image_1 (files), label_0, [label_1,
+                    has_label, model_0, model_1, user_id]: a pair; a label of 0.5 is a tie
     HPD v2, train   prompt, file_path or image_path (a list), human_preference (1 for the preferred image), [user_hash]:
                     a pair. One preferred image of n is n - 1 pairs, since the others were not compared with each other
     HPD v2, test    prompt, image_path (a list), rank (a list, averaged over annotators): a ranking

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from torch import Tensor
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.runtime.text_files import numbered_lines, parse_json
 from genalign.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["pair", "ranking", "rating", "label"]
 """What was asked about the samples of a judgment."""
@@ -208,6 +211,20 @@ def require_files(judgments: Iterable[Judgment], source: Path) -> None:
         raise FileNotFoundError(
             f"there is no {missing[0]}, which {source} names ({len(missing)} of its {len(files)} files are missing)"
         )
+
+
+def mend(file: Path) -> None:
+    """Remove the last line of a file of judgments if a killed process left it incomplete, before it is appended to."""
+    content = file.read_bytes() if file.is_file() else b""
+    whole, end, last = content.rpartition(b"\n")
+    if last:
+        try:
+            json.loads(last)
+        except ValueError:
+            logger.warning("the last line of %s is incomplete, and is removed", file)
+            file.write_bytes(whole + end)
+        else:
+            file.write_bytes(content + b"\n")
 
 
 def append_judgments(folder: Path, judgments: Sequence[Judgment], name: str = PREFERENCES) -> None:

@@ -225,10 +225,10 @@ def test_rows_that_cannot_be_used_are_named(folder: Path, row: Any, message: str
 
 
 def test_files_that_cannot_be_used_are_named(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no .*none.jsonl: give a folder of judgments, or a .json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*none\.jsonl: give a folder of judgments, or a .json"):
         read_preferences(folder / "none.jsonl")
     (folder / "rows.csv").write_text("prompt\n")
-    with pytest.raises(ValueError, match="rows.csv is no file of preferences"):
+    with pytest.raises(ValueError, match=r"rows\.csv is no file of preferences"):
         read_preferences(folder / "rows.csv")
-    with pytest.raises(ValueError, match="rows.jsonl has no judgment"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl has no judgment"):
         _read(folder, [])
