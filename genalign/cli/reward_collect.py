@@ -105,7 +105,7 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
     output, share = Path(settings.output), rank_share()
     _begin(output, {name: value for name, value in plain.items() if name != "output"})
     if settings.samples is not None:
-        comparisons, prompts = list(_of_folder(settings, output)), "the folder's samples"
+        comparisons, source = list(_of_folder(settings, output)), settings.samples
     else:
         planned = _planned(settings)
         for name in settings.models:
@@ -114,20 +114,17 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
         if missing := len(planned) - len(files):
             print(f"{missing} of {len(planned)} samples are made by other processes, the last of which lists them")
             return 0
-        comparisons, prompts = list(_grouped(settings, planned, files)), f"{settings.prompts}"
+        comparisons, source = list(_grouped(settings, planned, files)), str(settings.prompts)
     distinct = [one for one in comparisons if len({sample.digest() for sample in one.samples}) == len(one.samples)]
     if equal := len(comparisons) - len(distinct):
         print(f"{equal} of {len(comparisons)} comparisons have equal samples, and are left out")
     if not distinct:
-        raise ValueError(
-            f"{prompts} gave no comparison: each needs {settings.group_size} different samples of a prompt"
-        )
+        raise ValueError(f"{source} gave no comparison: each needs {settings.group_size} different samples of a prompt")
     sample_rate(distinct)  # raises where they differ
     lines = [json.dumps(one.as_dict(output), ensure_ascii=False) + "\n" for one in distinct]
     write_text(output / COMPARISONS, "".join(lines))
-    print(
-        f"comparisons: {output / COMPARISONS}, {len(distinct)} of {len({one.prompt.text for one in distinct})} prompts"
-    )
+    prompts = {one.prompt.text for one in distinct}
+    print(f"comparisons: {output / COMPARISONS}, {len(distinct)} comparisons of {len(prompts)} prompts")
     return 0
 
 

@@ -105,7 +105,7 @@ class RewardLabeler:
     Args:
         rewards: A reward by the name of each dimension, as in {"overall": ...}.
         noise: Errors of the annotators.
-        annotators: The annotators by name, each with a taste or errors of its own.
+        annotators: The annotators by name, each with a taste or errors of its own; without any, one is named "reward".
         grades: Number of grades of ratings, from 1.
         low: The score at which the lowest grade begins; lower scores have it, too.
         high: The score at which the highest grade ends; higher scores have it, too.
@@ -114,15 +114,15 @@ class RewardLabeler:
 
     rewards: dict[str, AnyCallable]
     noise: LabelNoise = LabelNoise()
-    annotators: dict[str, SimulatedAnnotator] = field(default_factory=lambda: {"reward": SimulatedAnnotator()})
+    annotators: dict[str, SimulatedAnnotator] = field(default_factory=dict)
     grades: int = 5
     low: float = 0.0
     high: float = 1.0
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.rewards or not self.annotators:
-            raise ValueError("labels need one reward and one annotator or more: name them")
+        if not self.rewards:
+            raise ValueError("labels need one reward or more: name it, as in rewards.overall")
         if self.grades < 2 or not self.low < self.high:
             raise ValueError(
                 f"ratings need two grades or more, and low below high, not {self.grades} grades from {self.low} to"
@@ -132,7 +132,7 @@ class RewardLabeler:
     @property
     def annotator_names(self) -> tuple[str, ...]:
         """The names of the annotators."""
-        return tuple(self.annotators)
+        return tuple(self.annotators) or ("reward",)
 
     def label(self, comparisons: Sequence[Judgment], device: str = "cpu") -> list[Judgment | None]:
         """Judge comparisons by the scores of their samples; None where no dimension has a score of every sample.
@@ -154,7 +154,7 @@ class RewardLabeler:
         columns: Mapping[str, Mapping[ItemKey, float]],
         tastes: Mapping[str, Mapping[ItemKey, float]],
     ) -> Judgment | None:
-        annotator = self.annotators[comparison.annotator or ""]
+        annotator = self.annotators.get(comparison.annotator or "", SimulatedAnnotator())
         noise, taste = annotator.noise or self.noise, tastes.get(comparison.annotator or "", {})
         if comparison.kind == "ranking" and replace(noise, seed=0) != LabelNoise():
             raise ValueError("label noise is of pairs, ratings and labels: rank without it, or judge pairs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def _pairs(grays: list[JudgedSample], prompts: int, annotator: str = "reward") -
     return [
         Judgment(Prompt(f"prompt {number}"), (darker, brighter), annotator=annotator)
         for number in range(prompts)
-        for darker, brighter in zip(grays, grays[1:], strict=False)
+        for darker, brighter in itertools.pairwise(grays)
     ]
 
 
@@ -75,14 +76,14 @@ def test_the_better_sample_is_preferred_in_each_dimension(grays: list[JudgedSamp
 
 
 def test_noise_has_its_rates_and_is_the_same_in_any_order(grays: list[JudgedSample]) -> None:
-    pairs = _pairs(grays, 60)  # 900
+    pairs = _pairs(grays, 40)  # 600
     flipped = _first(RewardLabeler({"overall": level}, LabelNoise(flips=0.2)).label(pairs))
-    assert sum(flipped) / len(pairs) == pytest.approx(0.2, abs=0.04)
+    assert sum(flipped) / len(pairs) == pytest.approx(0.2, abs=0.06)
     tied = _first(RewardLabeler({"overall": level}, LabelNoise(ties=0.3)).label(pairs))
-    assert set(tied) == {0.0, 0.5} and tied.count(0.5) / len(pairs) == pytest.approx(0.3, abs=0.05)
+    assert set(tied) == {0.0, 0.5} and tied.count(0.5) / len(pairs) == pytest.approx(0.3, abs=0.06)
     biased = RewardLabeler({"overall": level, "dark": darkness}, LabelNoise(position_bias=0.4)).label(pairs)
     chosen_first = [one.scores["dark"][0] == 1 and one.scores["overall"][0] == 1 for one in biased if one is not None]
-    assert sum(chosen_first) / len(pairs) == pytest.approx(0.4, abs=0.05)
+    assert sum(chosen_first) / len(pairs) == pytest.approx(0.4, abs=0.06)
     assert _first(RewardLabeler({"overall": level}, LabelNoise(tie_margin=0.1)).label(pairs[:2])) == [0.5, 0.5]
 
     labeler = RewardLabeler({"overall": level}, LabelNoise(flips=0.2))
@@ -186,7 +187,7 @@ def test_wrong_settings_are_named() -> None:
         LabelNoise(flips=2)
     with pytest.raises(ValueError, match="tie_margin must be a finite difference"):
         LabelNoise(tie_margin=-1)
-    with pytest.raises(ValueError, match="labels need one reward and one annotator"):
+    with pytest.raises(ValueError, match="labels need one reward or more"):
         RewardLabeler({})
     with pytest.raises(ValueError, match="low below high"):
         RewardLabeler({"overall": level}, low=1, high=0)

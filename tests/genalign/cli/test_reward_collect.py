@@ -1,0 +1,172 @@
+"""genalign reward collect and label: comparisons of models and folders, and their judgments, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from genalign.cli.main import main
+from genalign.reward_learning.examples import examples
+from genalign.reward_learning.preferences import COMPARISONS, PREFERENCES, Judgment, read_judgments
+from genalign.runtime.media import AudioMedium, save_images
+from genalign.types import Prompt
+
+SHAPES = {"class_path": "rewards.shapes.ShapesReward"}
+
+
+def _config(folder: Path, tiny_folder: Path, name: str = "collect.yaml", **settings: Any) -> str:
+    """A configuration that compares the tiny model at two numbers of steps."""
+    model = {"model": {"path": str(tiny_folder)}}
+    own: dict[str, Any] = {
+        "output": str(folder / "pairs"),
+        "models": {
+            "one step": {**model, "sampling": {"num_steps": 1, "guidance": 1.0}},
+            "two steps": {**model, "sampling": {"num_steps": 2, "guidance": 1.0}},
+        },
+        "prompts": str(folder / "prompts.jsonl"),
+        "comparisons_per_prompt": 2,
+        "batch_size": 3,
+    }
+    prompts = [{"prompt": f"a {shape}", "tag": "single_object", "include": [{"class": shape, "count": 1}]} for shape in
+               ("circle", "ring", "cross")]  # fmt: skip
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (folder / name).write_text(yaml.safe_dump(own | settings))
+    return str(folder / name)
+
+
+def test_models_are_compared_resumed_and_labeled(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, tiny_folder)
+    assert main(["reward", "collect", "--config", config]) == 0
+    assert "6 comparisons of 3 prompts" in capsys.readouterr().out
+    folder = tmp_path / "pairs"
+    comparisons = read_judgments(folder / COMPARISONS)
+    sides = [tuple(sample.generator for sample in one.samples) for one in comparisons]
+    assert {frozenset(side) for side in sides} == {frozenset({"one step", "two steps"})} and len(set(sides)) == 2
+    assert len({sample.seed for one in comparisons for sample in one.samples}) == 12
+    assert comparisons[0].prompt.metadata is not None and comparisons[0].prompt.metadata["tag"] == "single_object"
+
+    files = {path: path.read_bytes() for path in (folder / "images").iterdir()}
+    (folder / COMPARISONS).unlink()  # as if it had been killed
+    (folder / "images" / "00004.png").unlink()
+    assert main(["reward", "collect", "--config", config]) == 0
+    assert {path: path.read_bytes() for path in (folder / "images").iterdir()} == files
+    assert read_judgments(folder / COMPARISONS) == comparisons
+    other = _config(tmp_path, tiny_folder, seed=1)
+    assert main(["reward", "collect", "--config", other]) == 2
+    assert "was collected with other settings: choose another output" in capsys.readouterr().err
+
+    noise = {"flips": 0.3, "ties": 0.2}
+    annotators = {"ada": {}, "bob": {"taste": "rewards.jpeg.incompressibility", "weight": 0.5}}
+    rewards = {"overall": SHAPES, "size": "rewards.jpeg.incompressibility"}
+    by = {"class_path": "genalign.reward_learning.labeling.RewardLabeler"}
+    by["init_args"] = {"rewards": rewards, "noise": noise, "annotators": annotators}  # type: ignore[assignment]
+    (tmp_path / "label.yaml").write_text(yaml.safe_dump({"by": by, "batch_size": 5}))
+    label = ["reward", "label", str(folder), "--config", str(tmp_path / "label.yaml")]
+    assert main(label) == 0
+    printed = capsys.readouterr().out
+    assert "12 new and 0 earlier; 0 have no score" in printed and "agreement on size (pair, 6 judged" in printed
+    whole, judgments = (folder / PREFERENCES).read_bytes(), read_judgments(folder)
+    lines = whole.splitlines(keepends=True)
+    (folder / PREFERENCES).write_bytes(b"".join(lines[:7]) + lines[7][:30])
+    assert main(label) == 0 and "5 new and 7 earlier" in capsys.readouterr().out
+    assert (folder / PREFERENCES).read_bytes() == whole
+    assert main(label) == 0 and "0 new and 12 earlier" in capsys.readouterr().out
+    data = examples(judgments)
+    assert data.dimensions == ("overall", "size") and len(data.pairs) == 12 and len(data.items) == 12
+
+
+def test_one_model_is_compared_with_itself_in_groups(tiny_folder: Path, tmp_path: Path) -> None:
+    models = {"tiny": {"model": {"path": str(tiny_folder)}, "sampling": {"num_steps": 1, "guidance": 1.0}}}
+    config = _config(tmp_path, tiny_folder, models=models, group_size=3, comparisons_per_prompt=1)
+    assert main(["reward", "collect", "--config", config]) == 0
+    comparisons = read_judgments(tmp_path / "pairs" / COMPARISONS)
+    assert [(one.kind, len(one.samples)) for one in comparisons] == [("ranking", 3)] * 3
+
+
+def _folder(root: Path, prompts: dict[str, list[str]]) -> Path:
+    """A folder of another program's images, different ones, with a prompts.jsonl."""
+    root.mkdir()
+    lines, names = [], [(prompt, name) for prompt, names in prompts.items() for name in names]
+    save_images(torch.rand(len(names), 3, 4, 4), [root / name for _, name in names])
+    lines = [{"file_name": name, "prompt": prompt, "generator": name[0], "seed": 3} for prompt, name in names]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def _collected(root: Path, output: Path, *more: str) -> list[Judgment]:
+    assert main(["reward", "collect", "--samples", str(root), "--output", str(output), *more]) == 0
+    return read_judgments(output / COMPARISONS)
+
+
+def test_samples_of_other_programs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _folder(tmp_path / "theirs", {"a": ["a0.png", "b0.png", "a1.png", "b1.png"], "b": ["a2.png"]})
+    comparisons = _collected(root, tmp_path / "pairs", "--comparisons_per_prompt", "2")
+    assert "1 of 2 prompts have fewer than 2 samples" in capsys.readouterr().out
+    assert len(comparisons) == 2 and all(one.prompt == "a" and one.kind == "pair" for one in comparisons)
+    theirs = {(root / name).read_bytes() for name in ("a0.png", "b0.png", "a1.png", "b1.png")}
+    samples = [sample for one in comparisons for sample in one.samples]
+    assert {Path(str(sample.content)).read_bytes() for sample in samples} == theirs
+    assert {sample.generator for sample in samples} == {"a", "b"} and {sample.seed for sample in samples} == {3}
+    again = _collected(root, tmp_path / "again", "--comparisons_per_prompt", "2")
+    assert [s.digest() for one in again for s in one.samples] == [s.digest() for s in samples]
+    (root / "b0.png").write_bytes((root / "a0.png").read_bytes())
+    (root / "b1.png").write_bytes((root / "a0.png").read_bytes())
+    (root / "a1.png").write_bytes((root / "a0.png").read_bytes())
+    assert main(["reward", "collect", "--samples", str(root), "--output", str(tmp_path / "equal")]) == 2
+    captured = capsys.readouterr()
+    assert "1 of 1 comparisons have equal samples" in captured.out and "gave no comparison" in captured.err
+
+
+def test_sounds_are_compared_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("soundfile")
+    root, rate = tmp_path / "theirs", 8000
+    root.mkdir()
+    times = torch.arange(12000) / rate
+    for number, amplitude in enumerate((0.1, 0.5)):
+        clip = amplitude * torch.sin(2 * torch.pi * 440 * times)
+        (root / f"{number}.wav").write_bytes(AudioMedium(rate).encode(clip[None]))
+    lines = [json.dumps({"file_name": f"{number}.wav", "prompt": "a hum"}) + "\n" for number in range(2)]
+    (root / "prompts.jsonl").write_text("".join(lines))
+    (comparison,) = _collected(root, tmp_path / "pairs")
+    assert all(Path(str(sample.content)).parent.name == "audio" for sample in comparison.samples)
+    for reward, status, message in (("loudness", 0, "1 new and 0 earlier"), ("broken", 2, "none of 1 judgments")):
+        by = {"class_path": "genalign.reward_learning.labeling.RewardLabeler"}
+        by["init_args"] = {"rewards": {"overall": f"{__name__}.{reward}"}}  # type: ignore[assignment]
+        (tmp_path / "by.yaml").write_text(yaml.safe_dump({"by": by}))
+        (tmp_path / "pairs" / PREFERENCES).unlink(missing_ok=True)
+        assert main(["reward", "label", str(tmp_path / "pairs"), "--config", str(tmp_path / "by.yaml")]) == status
+        captured = capsys.readouterr()
+        assert message in captured.out + captured.err
+        if status == 0:
+            louder = [float(sample.read().std()) for sample in comparison.samples]
+            (judgment,) = read_judgments(tmp_path / "pairs")
+            assert judgment.overall() == ((1, 0) if louder[0] > louder[1] else (0, 1))
+
+
+def loudness(samples: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+    return samples.flatten(1).std(1)
+
+
+def broken(samples: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+    raise ValueError("it takes no sound")
+
+
+def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for changes, message in [
+        ({"models": {}}, "give models with prompts, or a folder of samples: what is compared?"),
+        ({"prompts": None}, "prompts are those of the models: give both"),
+        ({"samples": "x"}, "give models with prompts, or a folder of samples"),
+        ({"group_size": 1}, "group_size must be at least 2, not 1: one sample is compared with none"),
+    ]:
+        assert main(["reward", "collect", "--config", _config(tmp_path, tiny_folder, **changes)]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert main(["reward", "label", str(tmp_path)]) == 2
+    assert "by is not set" in capsys.readouterr().err
