@@ -289,8 +289,8 @@ def unlabeled(
         names = list(annotators)
         if per_comparison is not None and per_comparison < len(names):
             digests = [sample.digest() for sample in comparison.samples]
-            parts = ("annotators", comparison.prompt.text, *digests)
-            names = sorted(names, key=lambda name, parts=parts: derived_seed(seed, *parts, name))[:per_comparison]
+            drawn = {name: derived_seed(seed, "annotators", comparison.prompt.text, *digests, name) for name in names}
+            names = sorted(names, key=drawn.__getitem__)[:per_comparison]
         asked = kind or comparison.kind
         sizes = {"pair": 2, "ranking": len(comparison.samples)}
         for samples in itertools.combinations(comparison.samples, sizes.get(asked, 1)):

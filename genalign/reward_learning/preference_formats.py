@@ -186,7 +186,7 @@ def _choice(source: _Source, row: Row) -> list[Judgment]:
     _require_as_many(samples, preferred)
     best = [place for place, value in enumerate(preferred) if value == 1]
     if len(samples) == 2:
-        return [_pair(row, samples, *preferred)]
+        return [_pair(row, samples, preferred[0], preferred[1])]
     if len(best) != 1 or any(value != 0 for place, value in enumerate(preferred) if place not in best):
         raise ValueError(f"its human_preference is {preferred}, so that the winner is unknown: give one 1, and 0")
     others = [sample for place, sample in enumerate(samples) if place not in best]

@@ -87,8 +87,10 @@ def test_images_of_others_are_fitted_encoded_and_scored(tiny_folder: Path, tmp_p
         fitted(torch.rand(1, 10), (1, 20))
 
 
-@pytest.mark.parametrize("kind", ["pick", "hpd", "files"])
-def test_preferences_become_groups_of_two(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["pick", "hpd", "files", "own"])
+def test_preferences_become_groups_of_two(
+    tiny_folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = [_picture(tmp_path / f"{name}.png", color) for name, color in (("a", (255, 0, 0)), ("b", (0, 255, 0)))]
     if kind == "pick":
         pyarrow = pytest.importorskip("pyarrow")
@@ -103,10 +105,17 @@ def test_preferences_become_groups_of_two(tiny_folder: Path, tmp_path: Path, kin
         if kind == "files":
             row = {"prompt": "a circle", "image_0": "a.png", "image_1": "b.png", "label_0": 0}
         file, scores = tmp_path / "pairs.jsonl", [0.0, 1.0]
-        file.write_text(json.dumps(row) + "\n")
+        if kind == "own":
+            row = {"prompt": "a circle", "kind": "ranking", "samples": ["a.png", "b.png"], "scores": [0, 1]}
+            rating = {"prompt": "a circle", "kind": "rating", "samples": ["a.png"], "scores": [3]}
+            file.write_text(json.dumps(rating) + "\n" + json.dumps(row | {"annotator": "ada"}) + "\n")
+        else:
+            file.write_text(json.dumps(row) + "\n")
     config = _config(tmp_path / "pool.yaml", tiny_folder, preferences=str(file), rewards={})
     assert main(["collect", "--config", config]) == 0
+    assert ("1 of the 2 judgments" in capsys.readouterr().out) == (kind == "own")
     pool = Pool.load(tmp_path / "pool")
+    assert {sample.prompt.task for sample in pool.samples} == {"ada" if kind == "own" else "all"}
     assert [sample.scores["preference"] for sample in pool.samples] == scores
     assert [len(group) for group in pool.groups()["a circle"]] == [2] * (len(scores) // 2)
 

@@ -16,6 +16,8 @@ from genalign.reward_learning.examples import examples
 from genalign.reward_learning.preferences import COMPARISONS, PREFERENCES, Judgment, read_judgments
 from genalign.runtime.media import AudioMedium, save_images
 from genalign.types import Prompt
+from tests.http_servers import Answer
+from tests.rewards.remote.judge_server import completion, judging
 
 SHAPES = {"class_path": "rewards.shapes.ShapesReward"}
 
@@ -151,6 +153,29 @@ def test_sounds_are_compared_and_judged(tmp_path: Path, capsys: pytest.CaptureFi
             assert judgment.overall() == ((1, 0) if louder[0] > louder[1] else (0, 1))
 
 
+def test_a_judges_reasons_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _folder(tmp_path / "theirs", {"a": ["a0.png", "a1.png"]})
+    (comparison,) = _collected(root, tmp_path / "pairs")
+
+    def say(levels: list[float], text: str) -> Answer:
+        return completion(f"<answer>Image {1 if levels[0] > levels[1] else 2} is better</answer>")
+
+    with judging(say) as endpoint:
+        judge = {"class_path": "rewards.remote.vlm_judges.WrittenPairwiseJudge"}
+        judge["init_args"] = {"endpoint": {"url": endpoint.url, "model": "judge"}}  # type: ignore[assignment]
+        by = {"class_path": "genalign.reward_learning.labeling.JudgeLabeler"}
+        by["init_args"] = {"judges": {"overall": judge}}  # type: ignore[assignment]
+        (tmp_path / "by.yaml").write_text(yaml.safe_dump({"by": by}))
+        label = ["reward", "label", str(tmp_path / "pairs"), "--config", str(tmp_path / "by.yaml")]
+        assert main(label) == 0 and main([*label, "--kind", "rating"]) == 2
+    assert "a judge of pairs gives no rating: judge pairs" in capsys.readouterr().err
+    (judgment,) = read_judgments(tmp_path / "pairs")
+    first, second = (float(sample.read().mean()) for sample in comparison.samples)
+    winner = 1 if first > second else 2
+    assert judgment.overall() == ((1, 0) if winner == 1 else (0, 1)) and judgment.annotator == "judge"
+    assert judgment.reason is not None and f"in this order: <answer>Image {winner} is better" in judgment.reason
+
+
 def loudness(samples: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
     return samples.flatten(1).std(1)
 
@@ -160,12 +185,13 @@ def broken(samples: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
 
 
 def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for changes, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"models": {}}, "give models with prompts, or a folder of samples: what is compared?"),
         ({"prompts": None}, "prompts are those of the models: give both"),
         ({"samples": "x"}, "give models with prompts, or a folder of samples"),
         ({"group_size": 1}, "group_size must be at least 2, not 1: one sample is compared with none"),
-    ]:
+    ]
+    for changes, message in wrong:
         assert main(["reward", "collect", "--config", _config(tmp_path, tiny_folder, **changes)]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert main(["reward", "label", str(tmp_path)]) == 2

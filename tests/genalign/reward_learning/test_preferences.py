@@ -64,7 +64,7 @@ def test_equal_files_and_mixed_kinds_are_refused(folder: Path) -> None:
         examples([same])
     with pytest.raises(ValueError, match="a judgment of 'a dot' has no scores: judge it first"):
         examples([Judgment(Prompt("a dot"), (zero, one)), Judgment(Prompt("b"), (zero, one), scores={"x": (1, 0)})])
-    rating, label = (Judgment(Prompt("a"), (zero,), kind, {"overall": (1,)}) for kind in ("rating", "label"))  # type: ignore[arg-type]
+    rating, label = (Judgment(Prompt("a"), (zero,), kind, {"overall": (1,)}) for kind in ("rating", "label"))
     with pytest.raises(ValueError, match="the judgments mix ratings, on a scale, with labels"):
         examples([rating, label])
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation.benchmarks.tifa import QuestionJudge, TifaReward
+from genalign.scoring.judge_orders import OneOrderJudge
 from genalign.scoring.score import NamedReward, score
 from genalign.types import PairwiseReward, Prompt
 from rewards.dimensions import DimensionReward
@@ -244,6 +245,14 @@ def test_written_verdicts(orders: tuple[str, str], preferred: float, caplog: pyt
         assert plain(judge(grays(0.9), grays(0.1), named(1))) == [preferred]
     assert len(requests) == 2 and requests[0].json["max_tokens"] == 1024 and "logprobs" not in requests[0].json
     assert ("unreadable" in caplog.text) == (preferred == -1)
+
+
+def test_what_was_written_in_one_order_is_kept() -> None:
+    with judging(lambda levels, text: completion(VERDICTS["one" if levels[0] > 0.5 else "neither"])) as endpoint:
+        judge = WrittenPairwiseJudge(endpoint)
+        answers = judge.in_one_order(grays(0.9, 0.1), grays(0.1, 0.9), named(2))
+        assert isinstance(judge, OneOrderJudge) and isinstance(PairwiseJudge(endpoint), OneOrderJudge)
+    assert plain(answers.preferred) == [1, -1] and answers.written == (VERDICTS["one"], None)
 
 
 def test_impossible_verdicts_are_refused() -> None:
