@@ -111,8 +111,8 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
         for name in settings.models:
             _generate(context, settings, name, planned, output, share)
         files = _files(output)
-        if missing := len(planned) - len(files):
-            print(f"{missing} of {len(planned)} samples are made by other processes, the last of which lists them")
+        if missing := set(range(len(planned))) - files.keys():
+            print(f"{len(missing)} of {len(planned)} samples are made by other processes, the last of which lists them")
             return 0
         comparisons, source = list(_grouped(settings, planned, files)), str(settings.prompts)
     distinct = [one for one in comparisons if len({sample.digest() for sample in one.samples}) == len(one.samples)]
@@ -123,6 +123,7 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
     sample_rate(distinct)  # raises where they differ
     lines = [json.dumps(one.as_dict(output), ensure_ascii=False) + "\n" for one in distinct]
     write_text(output / COMPARISONS, "".join(lines))
+    shutil.rmtree(output / ".part", ignore_errors=True)
     prompts = {one.prompt.text for one in distinct}
     print(f"comparisons: {output / COMPARISONS}, {len(distinct)} comparisons of {len(prompts)} prompts")
     return 0

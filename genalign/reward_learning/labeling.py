@@ -196,7 +196,8 @@ class JudgeLabeler:
 
     Args:
         judges: A judge of pairs by the name of each dimension, as in {"overall": ...}.
-        both_orders: Ask in both orders, which costs twice as much; false asks in the order in which they are listed.
+        both_orders: Ask in both orders, which costs twice as much; false asks in the order in which they are listed,
+            and is for judges of your own that ask in both orders themselves.
         annotator: Name of the annotator.
     """
 
