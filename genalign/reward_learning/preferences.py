@@ -12,9 +12,9 @@ The scores are one number per sample, by dimension, and higher is better:
 - "rating": a grade of each sample on a scale that all judgments share;
 - "label": 1 for a good sample and 0 for a bad one.
 
-A sample may also say its ``generator`` and ``seed``, a judgment its ``reason``, the prompt's ``metadata``, and the order
-in which the samples were ``shown``, as [1, 0] where the second was on the left. A list of files stands for samples that
-say nothing else, and a list of scores for the dimension "overall".
+A sample may also say its ``generator`` and ``seed``, and a judgment its ``reason``, the prompt's ``metadata``, and the
+order in which the samples were ``shown``, such as [1, 0] where the second was on the left. A list of files stands for
+samples that say nothing else, and a list of scores for the dimension "overall".
 """
 
 from __future__ import annotations
