@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 CHROMIUM = shutil.which("chromium")
-_FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking
---disable-component-update --disable-sync --no-first-run --mute-audio --remote-debugging-pipe --hide-scrollbars""".split()
-_ON_3_AND_4 = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+_QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--mute-audio", "--hide-scrollbars", *_QUIET)
+_ON_3_AND_4 = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 _KEYS = {"ArrowLeft": 37, "ArrowRight": 39, " ": 32, "Enter": 13, "Tab": 9}
 
 
@@ -28,7 +30,7 @@ class Tab:
     """A page of the browser; ``messages`` are what its console and its log say."""
 
     def __init__(self, commands: int, answers: int) -> None:
-        self._commands, self._answers = commands, open(answers, "rb", buffering=0)
+        self._commands, self._answers = commands, answers
         self._rest, self._number, self._session = b"", 0, None
         self.messages: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -54,13 +56,9 @@ class Tab:
             if answer.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
                 self.messages.append(json.dumps(event))
 
-    def close(self) -> None:
-        """Close the pipe from the browser."""
-        self._answers.close()
-
     def _read(self) -> Any:
         while b"\0" not in self._rest:
-            part = self._answers.read(2**16)
+            part = os.read(self._answers, 2**16)
             assert part, "the browser has ended"
             self._rest += part
         message, _, self._rest = self._rest.partition(b"\0")
@@ -69,6 +67,7 @@ class Tab:
     def open(self, url: str) -> None:
         """Load a page."""
         self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression, or what its promise resolves to."""
@@ -97,7 +96,9 @@ class Tab:
     def _center(self, selector: str, index: int) -> dict[str, float]:
         element = f"document.querySelectorAll({json.dumps(selector)})[{index}]"
         self.value(f"{element}.scrollIntoView({{block: 'nearest'}})")
-        x, y = self.value(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({element}.getBoundingClientRect())")
+        x, y = self.value(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({element}.getBoundingClientRect())"
+        )
         return {"x": x, "y": y}
 
     def click(self, selector: str, index: int = 0) -> None:
@@ -131,15 +132,13 @@ def browser(profile: Path) -> Iterator[Tab]:
     pipes = [os.pipe(), os.pipe()]
     (read_commands, commands), (answers, write_answers) = pipes
     ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_commands, write_answers)]  # above 3 and 4
-    program = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"]
+    program = [CHROMIUM, *_FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
     command = [sys.executable, "-c", _ON_3_AND_4, *map(str, ends), *program]
     process = subprocess.Popen(command, pass_fds=ends, stderr=subprocess.DEVNULL)
     for end in (*ends, read_commands, write_answers):
         os.close(end)
-    tab = None
     try:
-        tab = Tab(commands, answers)
-        yield tab
+        yield Tab(commands, answers)
     finally:
         os.close(commands)  # which ends the browser
         try:
@@ -147,5 +146,4 @@ def browser(profile: Path) -> Iterator[Tab]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if tab is not None:
-            tab.close()
+        os.close(answers)
