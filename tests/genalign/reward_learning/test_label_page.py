@@ -545,6 +545,11 @@ def answer(tab: Tab, key: str) -> None:
     tab.wait("state !== before && !busy && (ready || !state.question)")
 
 
+def always_left(line: dict[str, Any]) -> dict[str, Any]:
+    """A judgment of a pair, as one makes it who prefers the left sample."""
+    return line | {"scores": {"overall": [1 - line["shown"][0], line["shown"][0]]}}
+
+
 def shown_level(tab: Tab, place: int) -> int:
     """Which sample of its comparison an image is: its level of green, as painted."""
     script = """(() => { const canvas = new OffscreenCanvas(1, 1).getContext("2d"), image = document.images[PLACE];
@@ -590,9 +595,13 @@ def test_pairs_are_judged_in_a_browser_by_keys_clicks_and_touch(tmp_path: Path) 
         assert [last["6"]["scores"]["overall"][index] for index in last["6"]["shown"]] == [0, 1]
         assert last["7"]["scores"]["overall"] == [0.5, 0.5] and len(lines(folder)) == 8
         assert {line["annotator"] for line in lines(folder)} == {"Ada"}
+        (folder / "preferences.jsonl").write_text(
+            "".join(json.dumps(always_left(line)) + "\n" for line in lines(folder)) * 2
+        )
         tab.open(f"{url}/agreement")
         tab.wait("document.querySelector('table')")
-        assert "Ada" in tab.value("document.body.innerText")
+        warned = "Ada found the left sample better in 16 of 16 pairs"
+        assert warned in tab.value("document.querySelector('p.warning').textContent")
         assert tab.messages == [] and tab.value("document.title") != "run"
 
 
