@@ -111,7 +111,7 @@ def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> E
     items: dict[tuple[str, str], Item] = {}
     places: dict[tuple[str, str], int] = {}
     pairs, grades = list[tuple[int, int, list[float], Kind, str]](), list[tuple[int, list[float], str]]()
-    for judgment in judgments:
+    for judgment in map(Judgment.in_shown_order, judgments):
         if not judgment.scores:
             raise ValueError(f"a judgment of {judgment.prompt.text!r} has no scores: judge it first")
         digests = [sample.digest() for sample in judgment.samples]

@@ -12,8 +12,9 @@ The scores are one number per sample, by dimension, and higher is better:
 - "rating": a grade of each sample on a scale that all judgments share;
 - "label": 1 for a good sample and 0 for a bad one.
 
-A sample may also say its ``generator`` and ``seed``, a judgment its ``reason``, and the prompt's ``metadata``. A list
-of files stands for samples that say nothing else, and a list of scores for the dimension "overall".
+A sample may also say its ``generator`` and ``seed``, and a judgment its ``reason``, the prompt's ``metadata``, and the
+order in which the samples were ``shown``, such as [1, 0] where the second was on the left. A list of files stands for
+samples that say nothing else, and a list of scores for the dimension "overall".
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -89,11 +90,12 @@ class Judgment:
 
     Attributes:
         prompt: What the samples were generated from.
-        samples: The samples, in the order in which they were shown.
+        samples: The samples, in the order in which they were shown, unless ``shown`` says another.
         kind: What was asked.
         scores: One number per sample, by dimension; see the module.
         annotator: The name of who judged; None where the data do not say.
         reason: What a judge wrote about it.
+        shown: The indices of the samples in the order in which they were shown, from left to right; () for their own.
     """
 
     prompt: Prompt
@@ -102,6 +104,7 @@ class Judgment:
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     annotator: str | None = None
     reason: str | None = None
+    shown: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -112,6 +115,8 @@ class Judgment:
         if not least <= len(self.samples) <= most:
             wanted = "two samples" if most == least else "two or more samples" if least == 2 else "one or more samples"
             raise ValueError(f"it has {len(self.samples)} samples: a {self.kind} is of {wanted}")
+        if self.shown and sorted(self.shown) != list(range(len(self.samples))):
+            raise ValueError(f"it was shown as {list(self.shown)}, which is no order of {len(self.samples)} samples")
         for dimension, scores in self.scores.items():
             if len(scores) != len(self.samples):
                 raise ValueError(f"it has {len(self.samples)} samples and {len(scores)} scores of {dimension!r}")
@@ -134,13 +139,20 @@ class Judgment:
             raise ValueError(f"a judgment of {self.prompt.text!r} has no dimension {OVERALL!r}, but {names}: add it")
         return next(iter(self.scores.values()))
 
+    def in_shown_order(self) -> Self:
+        """Return the judgment with its samples and scores in the order in which they were shown."""
+        if not self.shown:
+            return self
+        scores = {name: tuple(values[index] for index in self.shown) for name, values in self.scores.items()}
+        return replace(self, samples=tuple(self.samples[index] for index in self.shown), scores=scores, shown=())
+
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """Return the judgment as JSON types, with files relative to ``folder``. Raises ValueError for bytes."""
         line: dict[str, Any] = {"prompt": self.prompt.text, "kind": self.kind}
         line["samples"] = [_sample_line(sample, folder) for sample in self.samples]
         metadata = self.prompt.metadata and dict(self.prompt.metadata)
         rest: dict[str, Any] = {"metadata": metadata, "scores": dict(self.scores)}
-        rest |= {"annotator": self.annotator, "reason": self.reason}
+        rest |= {"annotator": self.annotator, "reason": self.reason, "shown": list(self.shown)}
         return line | {name: value for name, value in rest.items() if value}
 
     @classmethod
@@ -160,6 +172,7 @@ class Judgment:
             {name: tuple(map(float, values)) for name, values in scores.items()},
             line.get("annotator"),
             line.get("reason"),
+            tuple(map(int, line.get("shown", ()))),
         )
 
 

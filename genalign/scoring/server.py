@@ -72,7 +72,7 @@ class Service:
         self._authorize(request)
         self._require_ready()
         with self._admitted():
-            body = await self._body(request)
+            body = await read_body(request, self._info.max_bytes, "send fewer samples at a time")
             if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
                 raise WireError("media_type", "send application/json")
             score_request = protocol.unpack_request(body)
@@ -110,25 +110,6 @@ class Service:
             yield
         finally:
             self._active -= 1
-
-    async def _body(self, request: Request) -> bytes:
-        limit = self._info.max_bytes
-        too_large = Refusal(413, "too_large", f"the body is over {limit} bytes: send fewer samples at a time")
-        if int(request.headers.get("content-length", 0)) > limit:
-            raise too_large
-        chunks, total = [], 0
-        try:
-            async with asyncio.timeout(_UPLOAD_SECONDS):
-                async for chunk in request.stream():
-                    total += len(chunk)
-                    if total > limit:
-                        raise too_large
-                    chunks.append(chunk)
-        except TimeoutError:
-            raise Refusal(408, "slow", f"the body did not arrive in {_UPLOAD_SECONDS:.0f} s") from None
-        except ClientDisconnect:
-            raise Refusal(408, "gone", "the client left before its body arrived") from None
-        return b"".join(chunks)
 
     async def _job(self, score_request: protocol.ScoreRequest, deadline: float) -> ScoringJob:
         """Return the queued, running or finished job of this request_id, or queue a new one."""
@@ -169,7 +150,30 @@ def _decode(content: bytes, info: ServerInfo) -> Tensor | SampleError:
         return SampleError(error.code, str(error))
 
 
-def _answer_refusal(request: Request, error: Exception) -> Response:
+async def read_body(request: Request, limit: int, advice: str) -> bytes:
+    """Read a request's body of at most ``limit`` bytes.
+
+    Raises Refusal for a larger one, with ``advice`` on what to do, and for one that does not arrive.
+    """
+    too_large = Refusal(413, "too_large", f"the body is over {limit} bytes: {advice}")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    chunks, total = [], 0
+    try:
+        async with asyncio.timeout(_UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                total += len(chunk)
+                if total > limit:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise Refusal(408, "slow", f"the body did not arrive in {_UPLOAD_SECONDS:.0f} s") from None
+    except ClientDisconnect:
+        raise Refusal(408, "gone", "the client left before its body arrived") from None
+    return b"".join(chunks)
+
+
+def answer_refusal(request: Request, error: Exception) -> Response:
     """Answer a request that was refused, or that breaks the protocol, with the reason as JSON."""
     assert isinstance(error, WireError)
     if not isinstance(error, Refusal):
@@ -215,7 +219,7 @@ def build_app(
             Route("/v1/info", service.info),
             Route("/v1/score", service.score, methods=["POST"]),
         ],
-        exception_handlers={WireError: _answer_refusal},
+        exception_handlers={WireError: answer_refusal},
         lifespan=lifespan,
     )
 

@@ -1,0 +1,109 @@
+"""How far annotators agree, and whether one of them prefers a side."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import binomtest
+
+from genalign.reward_learning.preferences import JudgedSample, Judgment
+
+_IMPROBABLE = 1e-3
+"""The two-sided probability below which a share of left sides is not put down to chance."""
+
+
+@dataclass(frozen=True)
+class AnnotatorSides:
+    """What one annotator answered.
+
+    Attributes:
+        annotator: The annotator's name.
+        judgments: The number of judgments.
+        compared: The number of pairs of samples that were compared, in all dimensions.
+        ties: The number of these that were ties.
+        left: The number of judgments of pairs in which the left sample was preferred, in all dimensions.
+        decided: The number of judgments of pairs that were no ties, in all dimensions.
+        improbable: Whether ``left`` of ``decided`` is improbable for one who does not look at the side: p < 0.001 in a
+            two-sided binomial test.
+    """
+
+    annotator: str
+    judgments: int
+    compared: int
+    ties: int
+    left: int
+    decided: int
+    improbable: bool
+
+
+@dataclass(frozen=True)
+class AnnotatorPair:
+    """How far two annotators agree on what both judged.
+
+    Attributes:
+        annotators: Their names.
+        common: The number of answers to the same question, in all dimensions; of a ranking, one for each pair.
+        agreed: The number of these that are equal.
+        decided: The number of common answers without those that either called a tie.
+        agreed_decided: The number of these that are equal.
+    """
+
+    annotators: tuple[str, str]
+    common: int
+    agreed: int
+    decided: int
+    agreed_decided: int
+
+
+@dataclass(frozen=True)
+class LabelAgreement:
+    """The statistics of each annotator, and of each two who have judged the same."""
+
+    annotators: tuple[AnnotatorSides, ...]
+    pairs: tuple[AnnotatorPair, ...]
+
+
+def label_agreement(judgments: Sequence[Judgment]) -> LabelAgreement:
+    """Compare the annotators of judgments; where one judged the same twice, the last judgment counts for agreement."""
+    by_annotator: dict[str, list[Judgment]] = defaultdict(list)
+    for judgment in judgments:
+        if judgment.annotator:
+            by_annotator[judgment.annotator].append(judgment)
+    answers = {name: dict(itertools.chain(*map(_answers, own))) for name, own in by_annotator.items()}
+    annotators = []
+    for name, own in by_annotator.items():
+        pairs = [judgment.in_shown_order() for judgment in own if judgment.kind == "pair"]
+        firsts = [scores[0] for judgment in pairs for scores in judgment.scores.values() if scores[0] != scores[1]]
+        left, decided = sum(score > 0.5 for score in firsts), len(firsts)
+        improbable = decided > 0 and bool(binomtest(left, decided).pvalue < _IMPROBABLE)
+        compared = [value for (kind, *_), value in answers[name].items() if kind == "compared"]
+        sides = AnnotatorSides(name, len(own), len(compared), compared.count(0), left, decided, improbable)
+        annotators.append(sides)
+    agreements = []
+    for first, second in itertools.combinations(by_annotator, 2):
+        common = [key for key in answers[first] if key in answers[second]]
+        equal = [answers[first][key] == answers[second][key] for key in common]
+        decided_keys = [key[0] == "graded" or 0 not in (answers[first][key], answers[second][key]) for key in common]
+        agreed_decided = sum(itertools.compress(equal, decided_keys))
+        if common:
+            pair = AnnotatorPair((first, second), len(common), sum(equal), sum(decided_keys), agreed_decided)
+            agreements.append(pair)
+    return LabelAgreement(tuple(annotators), tuple(agreements))
+
+
+def _answers(judgment: Judgment) -> Iterator[tuple[tuple[Hashable, ...], float]]:
+    """The answers of a judgment: the sign of each comparison of two samples, or the grade of each sample."""
+    text = judgment.prompt.text
+    for dimension, scores in judgment.scores.items():
+        own: list[tuple[JudgedSample, float]] = sorted(
+            zip(judgment.samples, scores, strict=True), key=lambda one: str(one[0].content)
+        )
+        if judgment.kind in ("rating", "label"):
+            yield from ((("graded", judgment.kind, dimension, text, sample.content), score) for sample, score in own)
+        else:
+            for (sample, score), (other, second) in itertools.combinations(own, 2):
+                key = ("compared", dimension, text, sample.content, other.content)
+                yield key, (score > second) - (score < second)
