@@ -95,15 +95,16 @@ class Trainer:
         parts, keep_samples = PartSizes(settings.on_out_of_memory == "halve"), bool(self.trainable)
         own = settings, keep_samples, parts, sampling.kernel_on(self.grid)
         self.sampler: Sampler | OfflineSampler = Sampler(self.pipeline, self.rewards, self.grid, self.guidance, *own)
+        steps = recipe.steps(pipeline.path, self.grid, 0, settings.seed)
         if pool:
-            require_offline(recipe, recipe.steps(pipeline.path, self.grid, 0, settings.seed))
+            require_offline(recipe, steps)
             self.sampler = OfflineSampler(self.pipeline, self.rewards, pool, settings, keep_samples)
         kernel, counted = recipe.kernel_on(pipeline.path), [reward.name for reward in rewards if reward.weight]
         kernel.check(self.guidance, counted)
         moving = recipe.recalibration
         self.noise = MovingNoise(moving, kernel, self.grid, self.guidance, counted) if moving else None
         # Refuse an impossible recipe before any compute
-        try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(self._steps(0)))
+        try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(steps))
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         self.monitor = RewardMonitor(settings.max_failed_fraction)
         self.learner = Learner(recipe, settings, self.pipeline, policy, sampling, self.rewards, parts, suspects)
