@@ -95,7 +95,7 @@ class Run:
     def spoil(self, fault: Callable[[UpdateBatch], None]) -> None:
         """Call ``fault`` after each backward pass of the objective."""
         recipe = self.trainer.recipe
-        self.trainer.recipe = replace(recipe, objective=Wrapped(recipe.objective, fault))
+        self.trainer.learner.recipe = replace(recipe, objective=Wrapped(recipe.objective, fault))
 
     def weights(self) -> Tensor:
         """Return the trained weights (n,)."""
