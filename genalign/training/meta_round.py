@@ -146,8 +146,8 @@ class MemoryCounter:
         trainer = Trainer(self.calls, self.policy, self.rewards, texts, self.recipe, settings, self.sampling)
         trainer.sampler = replace(trainer.sampler, keep_samples=self.keeps_samples)
         if self.settings.optimizer == "adamw8bit":
-            trainer.optimizer = _EightBit(self.policy.parameters, {})
-        for options in trainer.optimizer.param_groups:
+            trainer.learner.optimizer = _EightBit(self.policy.parameters, {})
+        for options in trainer.learner.optimizer.param_groups:
             options["foreach"] = True  # the default on CUDA
         return trainer
 
@@ -174,11 +174,11 @@ class MemoryCounter:
             rollout = batch.rollout if chained else _first_transition(batch.rollout)
             part = replace(batch, rollout=next(rollout.split(micro_batch)))
             scores = _first_scores(trainer.gather_scores(batches, prompts), micro_batch)
-            trainer.batch_sizes, trainer.micro_batch = (micro_batch,), micro_batch
+            trainer.learner.batch_sizes, trainer.learner.micro_batch = (micro_batch,), micro_batch
             before = memory.live
             _make_gradients(self.policy)  # as the earlier micro-batches have
             gradients = memory.reset_peak() - before
-            trainer.learn(0, prompts, [part], scores)
+            trainer.learner.learn(0, prompts, [part], scores, trainer.kernel)
             learning = memory.peak - before - gradients
         if self.settings.offload_rollouts:  # a micro-batch is on the device with all of its steps
             whole, first = (sum(tensor.nbytes for tensor in r.tensors().values()) for r in (batch.rollout, rollout))
@@ -275,10 +275,13 @@ class _Calls:
 def _first_step(trainer: Trainer) -> int:
     """Make an optimizer step; return the bytes of the optimizer's moments."""
     _make_gradients(trainer.policy)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    trainer.learner.optimizer.step()
+    trainer.learner.optimizer.zero_grad()
     return sum(
-        tensor.nbytes for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.is_meta
+        tensor.nbytes
+        for state in trainer.learner.optimizer.state.values()
+        for tensor in state.values()
+        if tensor.is_meta
     )
 
 

@@ -288,7 +288,7 @@ class HackingGuard:
                 save_best()
             return
         if self.actions.raise_kl is not None:
-            trainer.raise_kl(self.actions.raise_kl)
+            trainer.learner.raise_kl(self.actions.raise_kl)
         if self.actions.stop:
             logger.warning("Training stops after round %d: reward_hacking.on_red.stop", trainer.rounds_done)
             self.stopped = True

@@ -138,7 +138,9 @@ def benchmark_train(repeats: int) -> list[Measurement]:
         with torch.no_grad(), policy.reference():
             replay(pipeline, sampled, trainer.grid, trainer.kernel, ReplayBatch.of_step(0, BATCH), 1.0)
 
-    whole, base, apart = interleaved([lambda: trainer.learn(0, prompts, parts, outcome), bare, reference], repeats)
+    whole, base, apart = interleaved(
+        [lambda: trainer.learner.learn(0, prompts, parts, outcome, trainer.kernel), bare, reference], repeats
+    )
     passes = [a - b for a, b in zip(whole, apart, strict=True)]
     return [
         *ratios("training_pass", "time relative to bare forward + backward", passes, base),
@@ -233,7 +235,9 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, SAMPLING)
         prompts = next(trainer.prompts.rounds())
         parts = trainer.sample(0, prompts)
-        run = functools.partial(trainer.learn, 0, prompts, parts, trainer.gather_scores(parts, prompts))
+        run = functools.partial(
+            trainer.learner.learn, 0, prompts, parts, trainer.gather_scores(parts, prompts), trainer.kernel
+        )
         before = trainer.ledger.copy()
         run()
         spent = trainer.ledger.since(before).counts

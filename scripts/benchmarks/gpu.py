@@ -116,10 +116,10 @@ class OurRounds:
         prompts = PromptSet.of([str(number) for number in range(settings.training.prompts_per_round or 1)])
         self.trainer = Trainer(pipeline, policy, places, prompts, settings.recipe, settings.training, settings.sampling)
         self.updates = self.trainer.settings.updates_per_round
-        self.samples = sum(self.trainer.batch_sizes)
+        self.samples = sum(self.trainer.learner.batch_sizes)
         self._rounds = self.trainer.rounds()
         self.learning = 0.0  # seconds of the last round
-        learn = self.trainer.learn
+        learn = self.trainer.learner.learn
 
         def timed(*arguments: Any) -> Any:
             synchronize(pipeline.device)
@@ -129,7 +129,7 @@ class OurRounds:
             self.learning = time.perf_counter() - began
             return result
 
-        self.trainer.learn = timed  # type: ignore[method-assign]  # a clock around one method of this instance
+        self.trainer.learner.learn = timed  # type: ignore[method-assign]  # a clock around one method of this instance
 
     def __call__(self) -> None:
         next(self._rounds)
@@ -143,7 +143,7 @@ class PlainRounds:
         self.pipeline, self.trainer = pipeline, trainer
         self.trained = len(trainer.recipe.steps(pipeline.path, trainer.grid, 0, 0))
         self.optimizer = torch.optim.AdamW(trainer.policy.parameters, lr=1e-9)
-        self.sizes, self.updates = trainer.batch_sizes, ours.updates
+        self.sizes, self.updates = trainer.learner.batch_sizes, ours.updates
 
     def __call__(self) -> None:
         transformer, device, dtype = self.pipeline.denoiser, self.pipeline.device, self.pipeline.denoiser.dtype
@@ -160,8 +160,8 @@ class PlainRounds:
         per_update = len(batches) // self.updates
         for update in range(self.updates):
             for x, texts in batches[update * per_update : (update + 1) * per_update]:
-                for begin in range(0, len(x), self.trainer.micro_batch):
-                    rows = slice(begin, begin + self.trainer.micro_batch)
+                for begin in range(0, len(x), self.trainer.learner.micro_batch):
+                    rows = slice(begin, begin + self.trainer.learner.micro_batch)
                     part = {name: tensor[rows] for name, tensor in texts.items()}
                     for step in list(self.trainer.grid)[: self.trained]:
                         output = self._velocity(transformer, x[rows], step.timestep, part, dtype)

@@ -181,7 +181,7 @@ def recorded(
         return batches
 
     trainer.sampler = sampler
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: recording.add_gradients(optimizer))
+    trainer.learner.optimizer.register_step_pre_hook(lambda optimizer, *_: recording.add_gradients(optimizer))
     for result in trainer.rounds():
         row = result.as_dict()
         row.pop("machine")

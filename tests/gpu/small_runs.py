@@ -91,7 +91,7 @@ class Recorder(torch.optim.SGD):
 
 def first_gradient(trainer: Trainer) -> tuple[Tensor, float]:
     """The gradient of a run's first update, and the largest log-ratio of samples that have just been drawn."""
-    trainer.optimizer = recorder = Recorder(trainer.policy.parameters, lr=1e-9)
+    trainer.learner.optimizer = recorder = Recorder(trainer.policy.parameters, lr=1e-9)
     result = next(trainer.rounds())
     assert result.skipped_updates == 0
     return recorder.gradient, result.log_ratio_max

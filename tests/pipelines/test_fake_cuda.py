@@ -142,7 +142,7 @@ class Model:
             (result,) = trainer.rounds()
             assert result.skipped_updates == 0 and result.failed_rewards == 0
             passes = 1 + len(rewards) if recipe.balance else 1  # one for each reward, and the update's own
-            micro_batches = passes * len(PROMPTS) * settings.group_size // trainer.micro_batch
+            micro_batches = passes * len(PROMPTS) * settings.group_size // trainer.learner.micro_batch
             return Round(cuda.waits, cuda.copies, peaks[0], cuda.peak, micro_batches)
 
 

@@ -339,7 +339,7 @@ def test_one_step_of_training_lowers_the_loss(
     before = _metrics(trainer, batch)
     assert before.log_ratio_max == 0.0
     monkeypatch.undo()
-    trainer.learn(0, prompts.prompts, parts, outcome)
+    trainer.learner.learn(0, prompts.prompts, parts, outcome, trainer.kernel)
     monkeypatch.setattr(matching, "normalized_error", by_first_size)
     assert _metrics(trainer, batch).mean("loss") < before.mean("loss")
 
@@ -347,7 +347,9 @@ def test_one_step_of_training_lowers_the_loss(
 def _metrics(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
     """The metrics of the first batch of ``learn``, without an update."""
     metrics = MetricSums()
-    context = UpdateContext(trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, 1.0, trainer.old, metrics)
+    context = UpdateContext(
+        trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, 1.0, trainer.learner.old, metrics
+    )
     trainer.recipe.objective.backward(
         context, batch, TermScales(1.0, 1.0), derived_seed(trainer.settings.seed, 0, "l", 0)
     )

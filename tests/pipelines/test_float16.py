@@ -46,7 +46,7 @@ def _gradient(folder: Path, dtype: torch.dtype, settings: TrainerSettings, facto
     credit = recipe.credit
     recipe = replace(recipe, credit=lambda scores: factor * credit(scores))
     trainer = Trainer(pipeline, policy, _ranking, PromptSet.of(["a cat", "a dog"]), recipe, settings, Sampling(4))
-    trainer.optimizer = recorder = _Recorder(policy.parameters, lr=1e-9)
+    trainer.learner.optimizer = recorder = _Recorder(policy.parameters, lr=1e-9)
     for _ in trainer.rounds():
         pass
     return recorder.gradient

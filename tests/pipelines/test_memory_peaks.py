@@ -116,7 +116,7 @@ def measured(
             phase = following
             cuda.reset_peak()
 
-        decode, predict, learn = pipeline.decode, pipeline.predict, trainer.learn
+        decode, predict, learn = pipeline.decode, pipeline.predict, trainer.learner.learn
 
         def predicting(*arguments: Any) -> Tensor:
             if phase in ("encoding texts", "decoding"):
@@ -132,7 +132,7 @@ def measured(
             begin("learning")
             return learn(*arguments)
 
-        pipeline.predict, pipeline.decode, trainer.learn = predicting, decoding, learning
+        pipeline.predict, pipeline.decode, trainer.learner.learn = predicting, decoding, learning
         cuda.reset_peak()
         pipeline.encode([*PROMPTS, "3", "4", "5"])  # and the empty text: as many as are evaluated
         (_,) = trainer.rounds()

@@ -238,13 +238,13 @@ def _gradients(opened: SD3, recipe: Recipe) -> tuple[list[Tensor], int]:
 
     policy, gradients = Policy(tiny.denoiser, Lora(rank=4), seed=0), list[Tensor]()
     trainer = Trainer(tiny, policy, [NamedReward("red", of_one_prompt)], prompts, recipe, settings, SAMPLING)
-    trainer.optimizer = torch.optim.SGD(policy.parameters)  # Adam amplifies rounding errors
+    trainer.learner.optimizer = torch.optim.SGD(policy.parameters)  # Adam amplifies rounding errors
 
     def record(*_: Any) -> None:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters]
         gradients.append(torch.cat([part.flatten() for part in parts]))
 
-    trainer.optimizer.register_step_pre_hook(record)
+    trainer.learner.optimizer.register_step_pre_hook(record)
     (result,) = trainer.rounds()
     return gradients, result.nfe
 

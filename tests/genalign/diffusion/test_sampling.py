@@ -72,7 +72,7 @@ def test_steps_that_are_not_trained_follow_the_sampling_kernel(small: SD3) -> No
         (batch,) = trainer.sample(0, [Prompt("a circle")])
         first, second = batch.rollout.states[:, 0]
         assert torch.equal(first, second) == same
-        assert trainer.elsewhere == sampling.kernel_on(trainer.grid)
+        assert trainer.learner.elsewhere == sampling.kernel_on(trainer.grid)
 
 
 def test_an_evaluation_names_its_kernel(small: SD3) -> None:

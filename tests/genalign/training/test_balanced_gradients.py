@@ -61,7 +61,7 @@ def test_the_step_is_the_balanced_sum_of_the_rewards_own_gradients(tiny: SD3) ->
     trainer = _trainer(tiny, recipe, replace(ONE_UPDATE, max_grad_norm=1e9))
     own: list[list[Tensor]] = []
     steps: list[Tensor] = []
-    balance = trainer.balance
+    balance = trainer.learner.balance
     assert balance is not None
     solve = balance.solve
 
@@ -74,7 +74,7 @@ def test_the_step_is_the_balanced_sum_of_the_rewards_own_gradients(tiny: SD3) ->
 
     balance.solve = recorded  # type: ignore[method-assign]
     parameters = trainer.policy.parameters
-    trainer.optimizer.register_step_pre_hook(
+    trainer.learner.optimizer.register_step_pre_hook(
         lambda *_: steps.append(flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]))
     )
     next(trainer.rounds())

@@ -170,7 +170,7 @@ def _require_exact_resume(
         if broken.trainer.rounds_done == 1:
             raise KeyboardInterrupt
 
-    broken.trainer.optimizer.register_step_pre_hook(interrupt)
+    broken.trainer.learner.optimizer.register_step_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         broken.go(3, raise_kl)
     resumed = _session(folder / "broken", opened, recipe, lora, seed=99, settings=settings)

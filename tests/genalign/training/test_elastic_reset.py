@@ -70,8 +70,8 @@ def test_a_trust_region_measures_from_the_weights_of_the_reset(tiny: SD3) -> Non
     rates = []
     for result in trainer.rounds():
         assert 0 < result.metrics["policy_distance"] <= 2e-4 and result.log_ratio_max == 0.0
-        assert trainer.rates is not None
-        rates.append(trainer.rates.rate)
+        assert trainer.learner.rates is not None
+        rates.append(trainer.learner.rates.rate)
     assert all(rate > 0 for rate in rates)
 
 

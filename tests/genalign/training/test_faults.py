@@ -95,7 +95,7 @@ class Run:
     def spoil(self, fault: Callable[[UpdateBatch], None]) -> None:
         """Call ``fault`` after each backward pass of the objective."""
         recipe = self.trainer.recipe
-        self.trainer.recipe = replace(recipe, objective=Wrapped(recipe.objective, fault))
+        self.trainer.learner.recipe = replace(recipe, objective=Wrapped(recipe.objective, fault))
 
     def weights(self) -> Tensor:
         """Return the trained weights (n,)."""
@@ -373,13 +373,13 @@ def test_micro_batches_have_the_same_gradient(small: SD3, name: str) -> None:
     def gradient(micro_batch: int) -> Tensor:
         settings = replace(SETTINGS, batch_size=8, rounds=1, updates_per_round=1)
         run = Run(small, redness, settings, make())
-        run.trainer.micro_batch = micro_batch
+        run.trainer.learner.micro_batch = micro_batch
         gradients: list[Tensor] = []
 
         def save(*_: object) -> None:
             gradients.append(torch.cat([p.grad.flatten() for p in run.trainer.policy.parameters if p.grad is not None]))
 
-        run.trainer.optimizer.register_step_pre_hook(save)
+        run.trainer.learner.optimizer.register_step_pre_hook(save)
         run.finished()
         return gradients[0]
 

@@ -35,13 +35,13 @@ def _trainer(folder: Path, recipe: Recipe, settings: TrainerSettings, reward: An
 def _gradient(folder: Path, recipe: Recipe, settings: TrainerSettings) -> Tensor:
     """The gradient of the second update, whose weights are no longer those that B = 0 makes equal."""
     trainer, gradients = _trainer(folder, recipe, settings), list[Tensor]()
-    step = trainer.optimizer.step
+    step = trainer.learner.optimizer.step
 
     def recorded(*arguments: Any) -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters if p.grad is not None]))
         step(*arguments)
 
-    trainer.optimizer.step = recorded  # type: ignore[assignment, method-assign]  # a wrapper of itself
+    trainer.learner.optimizer.step = recorded  # type: ignore[assignment, method-assign]  # a wrapper of itself
     assert len(list(trainer.rounds())) == 2
     return gradients[1]
 

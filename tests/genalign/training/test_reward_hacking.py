@@ -165,7 +165,7 @@ def test_amber_and_red_signals_are_named_in_the_alarm() -> None:
 
 def test_the_best_weights_are_saved_but_none_of_a_red_report() -> None:
     base, raised, saved = scenes(), [], []
-    trainer = SimpleNamespace(rounds_done=2, raise_kl=raised.append)
+    trainer = SimpleNamespace(rounds_done=2, learner=SimpleNamespace(raise_kl=raised.append))
     images = (base, base + 0.01, base, base + 0.02, _gridded(base) + 0.2)
     guard = _guard([MEASURES(each, PROMPTS) for each in images], Actions(keep_best=True, raise_kl=0.1, stop=True))
     for number in range(4):

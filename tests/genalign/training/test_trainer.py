@@ -94,7 +94,7 @@ def test_runs_are_reproducible(tiny_folder: Path) -> None:
 def test_rounds_are_trained_at_the_rates_of_the_schedule(tiny: SD3) -> None:
     settings = replace(SETTINGS, rounds=4, learning_rate=0.01, learning_rate_schedule="linear", warmup_rounds=2)
     trainer = toy_trainer(tiny, flow_grpo(window=1), settings=settings)
-    rates = [(result.learning_rate, trainer.optimizer.param_groups[0]["lr"]) for result in trainer.rounds()]
+    rates = [(result.learning_rate, trainer.learner.optimizer.param_groups[0]["lr"]) for result in trainer.rounds()]
     assert rates == [(pytest.approx(rate), pytest.approx(rate)) for rate in (0.005, 0.01, 0.01, 0.005)]
 
 
@@ -128,8 +128,8 @@ def test_adam_in_eight_bits(tiny: SD3, tiny_folder: Path) -> None:
     before = weights(trainer)
     list(trainer.rounds())
     assert any(not torch.equal(old, new) for old, new in zip(before, weights(trainer), strict=True))
-    assert type(trainer.optimizer).__name__ == "AdamW8bit"
-    tensors = optimizer_tensors(trainer.optimizer)
+    assert type(trainer.learner.optimizer).__name__ == "AdamW8bit"
+    tensors = optimizer_tensors(trainer.learner.optimizer)
     again = toy_trainer(SD3.load(tiny_folder), flow_grpo(window=2), settings=settings)
     load_optimizer_tensors(again.optimizer, tensors)
     restored = optimizer_tensors(again.optimizer)

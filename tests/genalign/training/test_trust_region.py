@@ -111,7 +111,13 @@ def first_batch(trainer: Trainer) -> tuple[UpdateContext, UpdateBatch]:
     prompts = next(iter(trainer.prompts.rounds()))
     part = trainer.sample(0, prompts)[0]
     context = UpdateContext(
-        trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, trainer.guidance, trainer.old, MetricSums()
+        trainer.pipeline,
+        trainer.policy,
+        trainer.grid,
+        trainer.kernel,
+        trainer.guidance,
+        trainer.learner.old,
+        MetricSums(),
     )
     count = len(part.rollout.final)
     return context, UpdateBatch(part.rollout, torch.ones(count), torch.zeros(count, dtype=torch.long), False)

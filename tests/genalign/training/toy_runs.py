@@ -124,7 +124,7 @@ class Session:
             rows.append(result.as_dict())
             del rows[-1]["machine"]
             if raise_kl is not None and self.trainer.rounds_done == 1:
-                self.trainer.raise_kl(raise_kl)
+                self.trainer.learner.raise_kl(raise_kl)
             self.writer.after(self.trainer.rounds_done, last=False)
             if self.trainer.rounds_done == until:
                 break

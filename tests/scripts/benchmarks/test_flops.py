@@ -66,12 +66,12 @@ def _round(settings: Train, blocks: int) -> float:
     context, counts = UpdateContext(*arguments), Counter[str]()
     inputs = trainer.sampler.inputs(settings.recipe, next(trainer.prompts.rounds()), "flops")
     with flops.counted(counts, "round"):
-        for batch in inputs.split(list(trainer.batch_sizes)):
+        for batch in inputs.split(list(trainer.learner.batch_sizes)):
             sampled = rollout(trainer.pipeline, batch, trainer.grid, kernels, trainer.guidance, store=steps)
             update = UpdateBatch(sampled, torch.ones(len(batch)), batch.prompt, on_policy=True)
-            for part in update.split(trainer.micro_batch):
+            for part in update.split(trainer.learner.micro_batch):
                 settings.recipe.objective.backward(context, part, TermScales(1.0, 1.0), 0)
-    return counts["round"] / sum(trainer.batch_sizes)
+    return counts["round"] / sum(trainer.learner.batch_sizes)
 
 
 @pytest.mark.slow  # some 60 calls of a network at its published width

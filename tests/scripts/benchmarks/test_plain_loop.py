@@ -57,7 +57,7 @@ def _trainer(folder: Path, reward: RewardFunction) -> Trainer:
     settings = TrainerSettings(rounds=1, updates_per_round=2, max_grad_norm=1e9, **SHAPE)
     rewards = [NamedReward("red", reward)]
     trainer = Trainer(pipeline, policy, rewards, PROMPTS, recipe, settings, Sampling(4, SIGMAS))
-    trainer.optimizer = cast(Any, _Seen(policy.parameters))
+    trainer.learner.optimizer = cast(Any, _Seen(policy.parameters))
     return trainer
 
 
@@ -117,7 +117,7 @@ def test_from_the_same_samples_its_gradients_equal_ours(tiny_folder: Path, equal
     rows = loop.trained_rows(advantages)
     assert len(rows) == 16 - 4 * len(equal)
     loop.learn(samples[rows], advantages[rows])
-    pairs = zip(cast(_Seen, trainer.optimizer).gradients, cast(_Seen, loop.optimizer).gradients, strict=True)
+    pairs = zip(cast(_Seen, trainer.learner.optimizer).gradients, cast(_Seen, loop.optimizer).gradients, strict=True)
     for mine, found in pairs:
         assert mine.norm() > 0 and (mine - found).norm() <= 1e-6 * mine.norm()
 

@@ -1,0 +1,59 @@
+"""Which recipes, settings and policies fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genalign.algorithms.interfaces import traits_of
+from genalign.algorithms.recipe import Recipe
+from genalign.diffusion.policy import Policy
+from genalign.training.settings import FittedSettings
+
+
+def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: Policy) -> None:
+    """Raise ValueError for what a pathwise objective cannot do: its gradient is that of the policy that sampled."""
+    if settings.epochs > 1:
+        raise ValueError(
+            "this recipe follows the gradient of the sampler that made the samples, and does not learn from them again:"
+            " set training.epochs to 1"
+        )
+    if recipe.lag or recipe.balance:
+        name = "lag" if recipe.lag else "balance of rewards"
+        raise ValueError(f"this recipe follows the rewards' gradients through the sampler, and takes no {name}")
+    if policy.sharded:
+        raise ValueError("gradients through the sampler are not trained with FSDP: train a LoRA without it")
+
+
+def require_fit(recipe: Recipe, settings: FittedSettings, policy: Policy, batch_sizes: Sequence[int]) -> None:
+    """Raise ValueError where the recipe, the settings and the policy do not fit together."""
+    if traits_of(recipe.objective).through_sampler:
+        _require_current_samples(recipe, settings, policy)
+    if policy.sharded:
+        _require_equal_work(recipe, settings, batch_sizes, policy.processes.world_size)
+    if recipe.companion is not None and policy.sharded:
+        raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
+    if policy.shifts_noise and not recipe.shifts_noise:
+        raise ValueError(
+            "the adapter on this model is a noise hypernetwork, which is off while samples are made: train it with"
+            " noise_hypernetwork, or open the model without it"
+        )
+    if recipe.shifts_noise and settings.data:
+        raise ValueError("noise_hypernetwork learns from the noise of its own samples: leave training.data out")
+
+
+def _require_equal_work(recipe: Recipe, settings: FittedSettings, batch_sizes: Sequence[int], ranks: int) -> None:
+    """Raise ValueError for what gives the ranks of a sharded network unequal work, which FSDP does not allow."""
+    if 0 in batch_sizes:
+        raise ValueError(
+            f"updates of {sum(batch_sizes) // settings.updates_per_round} samples do not give each of {ranks} processes"
+            " equally many batches, which FSDP needs: change training.batch_size"
+        )
+    if settings.epochs > 1:
+        raise ValueError(
+            "training.epochs above 1 gives ranks unequal parts of an update, which FSDP does not allow: set it to 1"
+        )
+    if recipe.redraw:
+        raise ValueError(
+            "drawing other samples in place of groups without spread gives ranks unequal work, which FSDP does not"
+            " allow: leave with_further_prompts or with_more_samples out"
+        )
