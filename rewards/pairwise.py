@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genalign.scoring.both_orders import Consistency as Consistency
+from genalign.scoring.both_orders import both_orders as both_orders
+from genalign.scoring.both_orders import probabilities
 from genalign.types import AnyCallable, Prompt
 from rewards.backbones.reference_images import References
 
@@ -35,47 +38,6 @@ class BradleyTerry:
         """Compute preferences (B,) in [0, 1], differentiable where the reward is; NaN where a side has no score."""
         preferred: Tensor = torch.sigmoid(self.scale * (self.reward(left, prompts) - self.reward(right, prompts)))
         return preferred
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """The number of ``pairs`` judged in both orders, how many were ``consistent``, and the position bias.
-
-    A pair is consistent if the same sample is preferred in both orders. ``bias`` is the mean preference for the sample
-    that is shown first, less 1/2: 0 for none, 0.5 for a judge that always prefers the first, -0.5 the second.
-    """
-
-    pairs: int
-    consistent: int
-    bias: float
-
-    @property
-    def share(self) -> float:
-        """The fraction of pairs that are consistent; NaN without a pair."""
-        return self.consistent / self.pairs if self.pairs else float("nan")
-
-
-def both_orders(first: Tensor, second: Tensor) -> tuple[Tensor, Consistency]:
-    """Combine the judgments of both orders of n pairs; our rule, Pref-GRPO's code asks in one order.
-
-    Args:
-        first: p (n,), the probability that the left sample is better, which was shown first.
-        second: q (n,), the probability that the right sample is better, which was shown first.
-
-    Returns:
-        The preferences (n,) for the left samples, float32: (p + 1 - q) / 2 if (p - 1/2) (1/2 - q) > 0, so that the same
-        sample is preferred in both orders, else 1/2, a tie; NaN where either is NaN. And how consistent the pairs with
-        both judgments are.
-
-    Raises:
-        ValueError: a probability is outside of [0, 1].
-    """
-    p, q = _probabilities(first), _probabilities(second)
-    judged = ~(p.isnan() | q.isnan())
-    consistent = (p - 0.5) * (0.5 - q) > 0
-    preferred = torch.where(consistent, (p + 1 - q) / 2, 0.5).masked_fill(~judged, torch.nan).float()
-    bias = float(((p + q) / 2 - 0.5)[judged].detach().mean())
-    return preferred, Consistency(int(judged.sum()), int(consistent.sum()), bias)
 
 
 @dataclass(frozen=True)
@@ -117,7 +79,7 @@ def hard_wins(preferred: Tensor, margin: float = 0.05) -> Tensor:
 
     NaN stays NaN. Raises ValueError for a preference outside of [0, 1].
     """
-    preferred = _probabilities(preferred)
+    preferred = probabilities(preferred)
     won = torch.where(preferred > 0.5 + margin, 1.0, torch.where(preferred < 0.5 - margin, 0.0, 0.5))
     return torch.where(preferred.isnan(), torch.nan, won).float()
 
@@ -217,13 +179,5 @@ class ReferencePreference:
             raise ValueError(f"the references are {sizes}: give size=(height, width) where the references are read")
         place, index = torch.tensor([[place, rows[row]] for place, row in pairs]).unbind(1)
         compared = [prompts[number] for number in place.tolist()]
-        preferred = _probabilities(self.preference(samples[place], images[index], compared)).float()
+        preferred = probabilities(self.preference(samples[place], images[index], compared)).float()
         return torch.stack([preferred[place == number].nanmean() for number in range(len(samples))])
-
-
-def _probabilities(preferred: Tensor) -> Tensor:
-    """Return preferences in float64 on the CPU. Raises ValueError for one outside of [0, 1]; NaN is none."""
-    values = preferred.double().cpu()
-    if bool(((values < 0) | (values > 1)).any()):
-        raise ValueError("a comparison must return probabilities that the first sample is better, in [0, 1]")
-    return values
