@@ -160,6 +160,13 @@ COMMANDS = {
             "reward",
         ),
         Command(
+            "reward evaluate",
+            "measure how far a reward can be trusted, on preferences or on samples with a truth",
+            f"{_CLI}.reward_evaluate:reward_evaluate_command",
+            f"{_CLI}.reward_evaluate:RewardEvaluate",
+            "reward",
+        ),
+        Command(
             "reward references",
             "score samples of the model before training, for rewards that compare with them",
             f"{_CLI}.reward_references:reward_references_command",
