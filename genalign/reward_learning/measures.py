@@ -77,9 +77,7 @@ class BestOfNCurve:
 @functools.lru_cache(maxsize=64)
 def _weights_of_best(count: int, largest: int) -> Tensor:
     """The probability (largest, count) that the i-th lowest of ``count`` is the best of n drawn without replacement."""
-    rows = [
-        [math.comb(place, n - 1) / math.comb(count, n) for place in range(count)] for n in range(1, largest + 1)
-    ]
+    rows = [[math.comb(place, n - 1) / math.comb(count, n) for place in range(count)] for n in range(1, largest + 1)]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -309,4 +307,3 @@ def _explained(products: Tensor, freedom: Tensor) -> Tensor:
     share = (target.mT @ inverse @ target)[..., 0, 0]
     rank = torch.linalg.matrix_rank(others, hermitian=True, rtol=1e-9)
     return 1 - (1 - share) * freedom / (freedom - rank)
-

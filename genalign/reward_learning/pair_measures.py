@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import brentq
@@ -134,8 +133,9 @@ def calibration(
 ) -> PreferenceCalibration:
     """Measure the calibration of preferences sigmoid(scale difference), the Bradley-Terry model.
 
-    Every prompt counts the same, and within it every pair. The interval of the calibration error is the bootstrap's,
-    over prompts, reflected at the error (which chance raises), and ends at 0.
+    Every prompt counts the same, and within it every pair. The interval of the calibration error is from a bootstrap
+    over prompts: chance raises the error, so the lower limit is the error less the 97.5 % quantile of the distance of
+    the drawn bins from the measured ones, by the triangle inequality, and the upper one is reflected at the error.
 
     Args:
         difference: Differences (N,) of scores.
@@ -212,19 +212,20 @@ def _fitted_scale(gaps: Tensor, wanted: Tensor, weight: Tensor, prompts: Tensor)
 def _calibration_error(
     confidence: Tensor, hits: Tensor, weight: Tensor, prompts: Tensor, place: Tensor, rng: np.random.Generator
 ) -> Estimate:
-    """Estimate the calibration error in fixed bins, with the reflected interval of the bootstrap over prompts."""
+    """Estimate the calibration error in fixed bins, with the interval of the bootstrap over prompts."""
     count, width = int(prompts.max()) + 1, int(place.max()) + 1
     gaps = torch.zeros(count, width, dtype=torch.float64)
     gaps.index_put_((prompts, place), weight * (confidence - hits), accumulate=True)
     error = float(gaps.sum(0).abs().sum())
     if count < 2:
         return Estimate(error, -math.inf, math.inf, count)
-    drawn = list[npt.NDArray[np.float64]]()
+    measured, errors, distances = gaps.sum(0).numpy(), list[float](), list[float]()
     for _ in range(_DRAWS // _AT_ONCE):
-        times = rng.multinomial(count, np.full(count, 1 / count), _AT_ONCE)
-        drawn.append(np.abs(times @ gaps.numpy()).sum(1))
-    low, high = np.quantile(np.concatenate(drawn), [_TAIL, 1 - _TAIL])
-    return Estimate(error, max(2 * error - float(high), 0.0), max(2 * error - float(low), error), count)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), _AT_ONCE) @ gaps.numpy()
+        errors += np.abs(drawn).sum(1).tolist()
+        distances += np.abs(drawn - measured).sum(1).tolist()
+    low = max(error - float(np.quantile(distances, 1 - _TAIL)), 0.0)
+    return Estimate(error, low, max(2 * error - float(np.quantile(errors, _TAIL)), error), count)
 
 
 def _chance_error(confidence: Tensor, weight: Tensor, place: Tensor, rng: np.random.Generator) -> float:

@@ -148,7 +148,9 @@ def _reliability(bins: Sequence[CalibrationBin]) -> RewardChart:
     ends = [Point(value, value) for value in (bins[0].confidence, bins[-1].confidence)]
     axis = Axis("confidence", percent)
     figure = lines_chart({"measured": measured, "calibrated": ends}, axis, _SHARE, "Accuracy")
-    caption = "how often the preferred sample is right, by the probability that the scores give it, and a calibrated line"
+    caption = (
+        "how often the preferred sample is right, by the probability that the scores give it, and a calibrated line"
+    )
     return RewardChart("Calibration", caption, figure)
 
 
