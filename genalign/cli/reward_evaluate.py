@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,7 @@ def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
 def _print(report: RewardEvaluation) -> None:
     """Print the measures by section, and what should be known about them."""
     rows = list[tuple[str, ...]]()
-    for section, measures in groupby(report.measures, key=lambda one: one.section):
+    for section, measures in report.sections().items():
         for place, one in enumerate(measures):
             value, interval = _texts(one.value, one.is_share)
             label = section if place == 0 else ""

@@ -77,16 +77,16 @@ def judged_pairs(examples: Examples, dimension: str) -> EvaluatedPairs:
     for pair, preferred, gap, _ in judgments:
         by_pair[pair].append((preferred, gap))
     means = [[math.fsum(side) / len(side) for side in zip(*said, strict=True)] for said in by_pair.values()]
-    preferred, gaps = torch.tensor(means, dtype=torch.float64).unbind(1)
-    return EvaluatedPairs(torch.tensor(list(by_pair), dtype=torch.long), preferred, gaps.abs())
+    shares, leads = torch.tensor(means, dtype=torch.float64).unbind(1)
+    return EvaluatedPairs(torch.tensor(list(by_pair), dtype=torch.long), shares, leads.abs())
 
 
 def _pair_judgments(examples: Examples, dimension: str) -> list[tuple[_Pair, float, float, str]]:
     """The judged pairs with the lower item first: items, preference for the first, its lead, and the annotator."""
     pairs, column = examples.pairs, examples.dimensions.index(dimension)
     judged = list[tuple[_Pair, float, float, str]]()
-    shares, gaps = pairs.preferred[:, column].tolist(), pairs.difference[:, column].tolist()
-    for (first, second), share, gap, name in zip(pairs.rows.tolist(), shares, gaps, pairs.annotators, strict=True):
+    shares, leads = pairs.preferred[:, column].tolist(), pairs.difference[:, column].tolist()
+    for (first, second), share, gap, name in zip(pairs.rows.tolist(), shares, leads, pairs.annotators, strict=True):
         if not math.isnan(gap):
             ordered = first < second
             pair = (first, second) if ordered else (second, first)

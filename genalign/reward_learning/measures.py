@@ -95,7 +95,8 @@ def expected_best(scores: Tensor, values: Tensor, largest: int) -> Tensor:
     order = torch.argsort(scores)
     _, level, sizes = torch.unique(scores[order], return_inverse=True, return_counts=True)
     totals = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, level, values[order].double())
-    return _weights_of_best(len(scores), largest) @ (totals / sizes)[level]
+    expected: Tensor = _weights_of_best(len(scores), largest) @ (totals / sizes)[level]
+    return expected
 
 
 def best_of_n(scores: Tensor, truth: Tensor, prompt: Tensor, largest: int | None = None) -> BestOfNCurve:
@@ -293,7 +294,8 @@ def nuisance_report(scores: Tensor, nuisances: Mapping[str, Tensor], prompt: Ten
         raise UnmeasurableError(f"{len(correlations)} nuisances need more samples of a prompt")
     whole = float(_explained(moments.total, freedom))
     scaled = jackknife(whole, _explained(moments.left_out, freedom - moments.freedom).tolist())
-    explained = Estimate(*(float(np.clip(value, 0, 1)) for value in (whole, scaled.low, scaled.high)), scaled.n)
+    mean, low, high = (float(np.clip(value, 0, 1)) for value in (whole, scaled.low, scaled.high))
+    explained = Estimate(mean, low, high, scaled.n)
     constant = tuple(name for name in nuisances if name not in correlations)
     return NuisanceReport(correlations, explained, constant)
 
@@ -306,4 +308,5 @@ def _explained(products: Tensor, freedom: Tensor) -> Tensor:
     inverse = torch.linalg.pinv(others, hermitian=True, rtol=1e-9)
     share = (target.mT @ inverse @ target)[..., 0, 0]
     rank = torch.linalg.matrix_rank(others, hermitian=True, rtol=1e-9)
-    return 1 - (1 - share) * freedom / (freedom - rank)
+    adjusted: Tensor = 1 - (1 - share) * freedom / (freedom - rank)
+    return adjusted

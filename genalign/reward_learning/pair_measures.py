@@ -159,13 +159,14 @@ def calibration(
     fitted = _fitted_scale(gaps, wanted, weight, prompts)
     best = scale if math.isinf(fitted.mean) else fitted.mean
     fitted_losses = F.binary_cross_entropy_with_logits(best * gaps, wanted, reduction="none")
-    estimates = [mean_over_tasks({"all": prompt_means(column, prompts)}, "score") for column in (losses, squares)]
+    log_loss, brier = (mean_over_tasks({"all": prompt_means(column, prompts)}, "score") for column in (losses, squares))
     confidence, hits = _confidence(scale * gaps, wanted)
     edges = torch.quantile(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
     place = torch.bucketize(confidence, torch.unique(edges))
     rng = np.random.default_rng(seed)
     return PreferenceCalibration(
-        *estimates,
+        log_loss,
+        brier,
         _calibration_error(confidence, hits, weight, prompts, place, rng),
         _chance_error(confidence, weight, place, rng),
         fitted,

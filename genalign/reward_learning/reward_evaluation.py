@@ -123,6 +123,13 @@ class RewardEvaluation:
         """Add a measure."""
         self.measures.append(RewardMeasure(section, name, value, is_share, counted))
 
+    def sections(self) -> dict[str, list[RewardMeasure]]:
+        """Group the measures by section, in order of first appearance."""
+        sections = dict[str, list[RewardMeasure]]()
+        for one in self.measures:
+            sections.setdefault(one.section, []).append(one)
+        return sections
+
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
         """Note the reason where the data do not allow what is measured inside the context."""
@@ -482,11 +489,17 @@ def _measure_annotators(
     with report.attempt("agreement with annotators"):
         agreement = annotator_agreement(votes, difference, prompt[pairs.rows[:, 0]])
         for name, one in agreement.items():
-            section, label = "agreement with annotators", f"annotator {name}" if name else "all annotators"
+            section, label = "agreement with annotators", f"annotator {name}" if name else "annotators"
             report.add(section, f"reward with {label}", one.with_reward, True, f"{one.pairs} pairs")
             if one.with_others and one.reward_with_others:
-                report.add(section, f"{label} with the others' majority", one.with_others, True)
-                report.add(section, f"reward with the majority without {label}", one.reward_with_others, True)
+                majority = f"the others' majority{'' if name else ', each left out in turn'}"
+                report.add(section, f"{label} with {majority}", one.with_others, True)
+                report.add(
+                    section,
+                    f"reward with that majority{f' (without {name})' if name else ''}",
+                    one.reward_with_others,
+                    True,
+                )
 
 
 # Several samples of each prompt
@@ -535,9 +548,8 @@ def _measure_groups(
             report.notes.append(f"best of {len(curve)}: {curve.left_out} prompts with fewer samples are left out")
         report.add("best of n", f"{what} of one sample", curve.truth[0])
         report.add("best of n", f"{what} of the best of {len(curve)}", curve.truth[-1])
-        report.add("best of n", f"gain in {what}", curve.gain[-1])
         highest = max(range(len(curve)), key=lambda place: curve.truth[place].mean)
-        report.counts["n of the highest truth"] = highest + 1
+        report.add("best of n", f"gain in {what}", curve.gain[-1], False, f"highest at n = {highest + 1}")
     with report.attempt("the order within prompts"):
         ranks = rank_agreement(scores, truth, prompt)
         report.add("order within prompts", "Kendall's tau-b", ranks.tau)
@@ -589,7 +601,9 @@ def _measure_robustness(
         after = moved[places[:, 0]] - moved[places[:, 1]]
         flips = ((after.sign() - difference[drawn].sign()).abs() / 2).masked_fill(after.isnan(), torch.nan)
         with report.attempt(f"robustness to {name}"):
-            shift = mean_over_tasks({"all": prompt_means((moved - clean) / deviation, prompt[rows])}, "score")
+            change = (moved - clean) / deviation
+            both = [mean_over_tasks({"all": prompt_means(c, prompt[rows])}, "score") for c in (change, change.abs())]
             flipped = clustered_share(prompt_means(flips, prompt[pairs.rows[drawn, 0]]))
             report.add("robustness", f"{name}: decisions that flip", flipped, True, f"{len(drawn)} pairs")
-            report.add("robustness", f"{name}: shift of the score", shift, False, "standard deviations")
+            report.add("robustness", f"{name}: shift of the score", both[0], False, "standard deviations")
+            report.add("robustness", f"{name}: size of the change", both[1], False, "standard deviations")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ _HEADLINE = (
     ("nuisances", "explained share of the variance", "explained by nuisances"),
     ("position bias", "judge", "position bias"),
 )
-_DRAWN = frozenset({"nuisances", "nuisances of the truth", "robustness", "position bias"})  # with a line for each value
+_DRAWN = frozenset({"nuisances", "nuisances of the truth", "position bias"})  # with a line for each value
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,7 @@ def write_reward(path: Path, name: str, report: RewardEvaluation, settings: Mapp
         report: The measures.
         settings: The settings of the evaluation, as JSON types.
     """
-    sections = {
-        section: _rows(list(measures)) for section, measures in groupby(report.measures, key=lambda one: one.section)
-    }
+    sections = {section: _rows(measures) for section, measures in report.sections().items()}
     return write_page(
         path,
         "reward.html.j2",
