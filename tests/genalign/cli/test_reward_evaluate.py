@@ -15,6 +15,7 @@ from PIL import Image
 
 from genalign.cli.main import main
 from genalign.reward_learning.preferences import JudgedSample, Judgment, append_judgments
+from genalign.runtime.media import AudioMedium
 from genalign.types import Prompt
 from tests.genalign.evaluation.report.pages import HOSTILE, Page
 
@@ -32,6 +33,9 @@ def brightness(samples, prompts):
 
 def darkness(samples, prompts):
     return -brightness(samples, prompts)
+
+def loudness(samples, prompts):
+    return samples.square().mean((1, 2))
 
 def redness(samples, prompts):
     return samples[:, 0].mean((1, 2))
@@ -219,3 +223,28 @@ def test_bad_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
     _preferences(folder)
     assert main(["reward", "evaluate", "outside_brightness:brightness", "--output", "out", *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_clips_of_one_sample_rate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The louder of two tones is preferred, and loudness is its reward: the level, which a gain lowers for both."""
+    data, medium = folder / "data", AudioMedium(8000)
+    data.mkdir()
+    judgments = []
+    for number in range(6):
+        samples = []
+        for name, gain in (("soft", 0.1 + 0.02 * number), ("loud", 0.5)):
+            tone = gain * torch.sin(torch.arange(2000)[None] * (0.1 + 0.02 * number))
+            (data / f"{number}-{name}.wav").write_bytes(medium.encode(tone))
+            samples.append(JudgedSample(data / f"{number}-{name}.wav"))
+        judgments.append(Judgment(Prompt(f"tone {number}"), tuple(samples), "pair", {"overall": (0.0, 1.0)}))
+    append_judgments(data, judgments)
+    command = ["reward", "evaluate", "outside_brightness:loudness", "--preferences", str(data), "--output", "out"]
+    assert main(command) == 0
+    measures = _evaluated(folder / "out")["measures"]
+    assert measures["accuracy/without ties"]["mean"] == 1 and measures["nuisances/level"]["mean"] > 0.9
+    assert measures["robustness/gain: shift of the score"]["high"] < 0
+    assert measures["robustness/gain: decisions that flip"]["mean"] == 0
+    (data / "5-loud.wav").write_bytes(AudioMedium(16000).encode(torch.zeros(1, 2000)))
+    capsys.readouterr()
+    assert main([*command[:-1], "other"]) == 2
+    assert "at 16000 Hz, but the first sample at 8000" in " ".join(capsys.readouterr().err.split())
