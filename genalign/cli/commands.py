@@ -167,10 +167,17 @@ COMMANDS = {
         ),
         Command(
             "reward label",
-            "judge collected pairs by rewards or judges: genalign reward label FOLDER --by ...",
+            "judge collected pairs: on a page in the browser, or by rewards or judges (--by)",
             f"{_CLI}.reward_label:reward_label_command",
             f"{_CLI}.reward_label:RewardLabel",
             "folder",
+        ),
+        Command(
+            "reward evaluate",
+            "measure how far a reward can be trusted, on preferences or on samples with a truth",
+            f"{_CLI}.reward_evaluate:reward_evaluate_command",
+            f"{_CLI}.reward_evaluate:RewardEvaluate",
+            "reward",
         ),
         Command(
             "reward references",

@@ -39,6 +39,18 @@ def high_frequency(waveforms: Tensor) -> Tensor:
     return share.log()
 
 
+def spectral_centroid(waveforms: Tensor) -> Tensor:
+    """Compute the mean frequency (B,) of the power spectrum, as a fraction of the Nyquist frequency; 0 for silence.
+
+    A sound is brighter the higher it is.
+    """
+    centered = waveforms.float() - waveforms.float().mean(2, keepdim=True)
+    power = torch.fft.rfft(centered).abs().square().sum(1)
+    frequency = 2 * torch.fft.rfftfreq(waveforms.shape[2], device=waveforms.device)
+    centroid: Tensor = (power * frequency).sum(1) / (power.sum(1) + _TINY)
+    return centroid
+
+
 def clipped(waveforms: Tensor) -> Tensor:
     """Compute the fraction (B,) of values at full scale."""
     return (waveforms.abs() >= CLIPPED).float().mean((1, 2)) + _nan_where_failed(waveforms)

@@ -10,11 +10,34 @@ from torch import Tensor
 from genalign.types import Prompt
 
 _TINY = 1e-6
+_BACKGROUND = 0.1  # largest distance of a pixel of the background from its color
 
 
 def saturation(images: Tensor) -> Tensor:
     """Compute the mean over pixels of the largest minus the smallest channel, (B,) in [0, 1], for (B, 3, H, W)."""
     return (images.amax(1) - images.amin(1)).flatten(1).mean(1)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Compute the mean (B,) over pixels and channels, in [0, 1], for (B, 3, H, W)."""
+    return images.flatten(1).mean(1)
+
+
+def contrast(images: Tensor) -> Tensor:
+    """Compute the standard deviation (B,) over pixels of gray, the mean of the channels, for (B, 3, H, W)."""
+    return images.mean(1).flatten(1).std(1, correction=0)
+
+
+def object_area(images: Tensor) -> Tensor:
+    """Compute the fraction (B,) of pixels that are no background, for (B, 3, H, W) in [0, 1].
+
+    The background has the color of the border, its median by channel: a pixel is of it if no channel is over 0.1 off.
+    It is the area of objects on a plain ground, and says little of other images. NaN for an image that is not finite.
+    """
+    edges = images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]
+    color = torch.cat(edges, dim=2).median(2).values[:, :, None, None]
+    area = ((images - color).abs().amax(1) > _BACKGROUND).float().flatten(1).mean(1)
+    return area.masked_fill(~images.isfinite().flatten(1).all(1), torch.nan)
 
 
 def high_frequency(images: Tensor) -> Tensor:

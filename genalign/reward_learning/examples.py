@@ -137,7 +137,9 @@ def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> E
         names,
         Pairs(
             torch.tensor([pair[:2] for pair in pairs], dtype=torch.long).reshape(-1, 2),
-            (1 + torch.where(ranked[:, None], difference.sign(), difference)) / 2,
+            ((1 + torch.where(ranked[:, None], difference.sign(), difference)) / 2).masked_fill(
+                difference.isnan(), math.nan
+            ),
             difference,
             tuple(annotator for *_, annotator in pairs),
         ),

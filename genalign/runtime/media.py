@@ -209,6 +209,17 @@ def eight_bits(images: Tensor) -> Tensor:
     return images.detach().float().nan_to_num().clamp(0, 1).mul(255).round().byte()
 
 
+def as_jpeg(images: Tensor, quality: int) -> Tensor:
+    """Compress images (B, 3, H, W) in [0, 1] as JPEG and read them again; NaN becomes 0."""
+    read = []
+    for pixels in eight_bits(images).permute(0, 2, 3, 1).cpu().numpy():
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        with Image.open(file, formats=("JPEG",)) as compressed:
+            read.append(torch.from_numpy(np.array(compressed)).permute(2, 0, 1))
+    return torch.stack(read).to(images) / 255
+
+
 @contextlib.contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
     """Open a PNG, JPEG or WebP file without decoding its pixels.

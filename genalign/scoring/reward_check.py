@@ -8,7 +8,6 @@ gradient, falls with quality) is measured, and required only if it is ``Expected
 from __future__ import annotations
 
 import inspect
-import io
 import itertools
 import logging
 import time
@@ -16,13 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from genalign.runtime.media import eight_bits, medium_of
+from genalign.runtime.media import as_jpeg, medium_of
 from genalign.scoring.score import described, takes_no_gradient
 from genalign.types import Prompt, RewardFunction
 
@@ -276,21 +273,10 @@ class _Checks:
             "blur": [pool(self.samples, w, 1, w // 2, count_include_pad=False) for w in (3, 7, 15)],
         }
         if is_image:
-            degraded["JPEG"] = [_as_jpeg(self.samples, quality) for quality in (40, 15, 3)]
+            degraded["JPEG"] = [as_jpeg(self.samples, quality) for quality in (40, 15, 3)]
         measured, falls = [], []
         for name, batches in degraded.items():
             means = [float(self.scores(batch).nanmean()) for batch in (self.samples, *batches)]
             falls.append(all(after < before for before, after in itertools.pairwise(means)))
             measured.append(f"{name} {' '.join(f'{mean:.3g}' for mean in means)}{' falls' if falls[-1] else ''}")
         return all(falls) if self.expected.degradation else None, "; ".join(measured)
-
-
-def _as_jpeg(images: Tensor, quality: int) -> Tensor:
-    """Compress images (B, 3, H, W) in [0, 1] as JPEG and read them again."""
-    read = []
-    for pixels in eight_bits(images).permute(0, 2, 3, 1).cpu().numpy():
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        with Image.open(file, formats=("JPEG",)) as compressed:
-            read.append(torch.from_numpy(np.array(compressed)).permute(2, 0, 1))
-    return torch.stack(read).to(images) / 255

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from genalign.metrics.audio import clipped, crest, high_frequency, level, silent
+from genalign.metrics.audio import clipped, crest, high_frequency, level, silent, spectral_centroid
 
 
 def sine(amplitude: float, frequency: float = 100.0) -> torch.Tensor:
@@ -43,9 +43,17 @@ def test_high_frequencies() -> None:
     assert float(high) == pytest.approx(0, abs=1e-3) and float(low) < -5
 
 
-@pytest.mark.parametrize("statistic", [level, crest, high_frequency, clipped, silent])
+@pytest.mark.parametrize("statistic", [level, crest, high_frequency, clipped, silent, spectral_centroid])
 def test_a_failed_clip_is_nan_and_no_other(statistic: object) -> None:
     waves = sine(0.5).repeat(3, 2, 1)
     waves[1, 1, 7] = math.nan
     assert callable(statistic)
     assert statistic(waves).isnan().tolist() == [False, True, False]
+
+
+def test_the_centroid_of_sines() -> None:
+    """8192 samples a second, so that half of the Nyquist frequency is 2048."""
+    assert float(spectral_centroid(sine(0.5, 2048))) == pytest.approx(0.5, abs=1e-4)
+    both = sine(0.5, 1024) + sine(0.5, 3072)
+    assert float(spectral_centroid(both)) == pytest.approx(0.5, abs=1e-4)
+    assert float(spectral_centroid(torch.zeros(1, 1, 100))) == 0

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.metrics.image import grid_energy, high_frequency, photometric_variety, saturation
+from genalign.metrics.image import (
+    brightness,
+    contrast,
+    grid_energy,
+    high_frequency,
+    object_area,
+    photometric_variety,
+    saturation,
+)
 
 
 def test_statistics_by_hand() -> None:
@@ -29,3 +37,15 @@ def test_variety_of_colors_by_hand() -> None:
     assert photometric_variety(images) == pytest.approx(0.25 + 0.125 + 0.0416666667, abs=1e-8)
     assert photometric_variety(images[:1].repeat(3, 1, 1, 1)) == 0
     assert photometric_variety(images.flip(0).repeat(2, 1, 1, 1)) == pytest.approx(0.4166666667, abs=1e-8)
+
+
+def test_brightness_contrast_and_the_area_of_objects_by_hand() -> None:
+    image = torch.full((2, 3, 10, 10), 0.5)
+    image[0, :, 2:6, 3:5] = 0.9  # 8 of 100 pixels
+    image[0, :, 8, 8] = 0.55  # too close to the background
+    assert object_area(image).tolist() == pytest.approx([0.08, 0.0])
+    assert brightness(image).tolist() == pytest.approx([0.5 + 8 * 0.004 + 0.0005, 0.5])
+    gray = image[0].mean(0)
+    assert contrast(image).tolist() == pytest.approx([float(gray.std(correction=0)), 0.0], abs=1e-6)
+    image[1, 0, 4, 4] = torch.nan
+    assert object_area(image).isnan().tolist() == [False, True]

@@ -8,8 +8,10 @@ from scipy.stats import binomtest, ttest_ind
 
 from genalign.metrics.intervals import (
     Estimate,
+    clustered_share,
     difference_kind,
     effect_size,
+    jackknife,
     joined,
     mean_over_tasks,
     median_interval,
@@ -283,3 +285,37 @@ def test_welch_intervals_are_those_of_scipy_and_cover_the_truth():
     rng = np.random.default_rng(0)
     draws = [welch_interval(rng.normal(0.3, 0.02, 3).tolist(), rng.normal(0.2, 0.05, 3).tolist()) for _ in range(400)]
     assert np.mean([draw.low <= 0.1 <= draw.high for draw in draws]) > 0.93
+
+
+def test_a_clustered_share_of_one_trial_a_prompt_is_about_exact_and_of_equal_shares_narrower():
+    values = [1.0] * 30 + [0.0] * 10
+    estimate, exact = clustered_share(values), share(30, 40)
+    assert (estimate.mean, estimate.n) == (0.75, 40)
+    assert (estimate.low, estimate.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+    steady = clustered_share([0.7, 0.72, 0.68, 0.71, 0.69, 0.7])  # 0.21 / 0.02 ** 2 * 6 trials would explain them
+    assert steady.low > 0.55 > share(4, 6).low and steady.high < 0.85
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        clustered_share([1.2])
+
+
+@pytest.mark.parametrize("prompts", [5, 20, 200])
+@pytest.mark.parametrize(("trials", "spread"), [(1, 1.0), (4, 1.0), (40, 20.0), (40, 0.5)])
+@pytest.mark.parametrize("truth", [0.5, 0.9])
+def test_intervals_of_clustered_shares_cover_the_truth(prompts, trials, spread, truth):
+    """The chance of a prompt is drawn from a beta distribution; a large ``spread`` is a narrow one."""
+    rng = np.random.default_rng(8)
+    chances = rng.beta(2 * spread * truth, 2 * spread * (1 - truth), (REPEATS, prompts))
+    estimates = [clustered_share(row) for row in rng.binomial(trials, chances) / trials]
+    assert np.mean([e.low <= truth <= e.high for e in estimates]) >= 0.93
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    """With distances as even as these the degrees of freedom are n - 1, and one that dominates leaves 2.3236."""
+    values = np.array([-1.0, 1.0, -1.0, 1.0, 0.5])
+    left_out = (values.sum() - values) / 4
+    estimate, student = jackknife(values.mean(), left_out), t_interval(values)
+    assert (estimate.low, estimate.high, estimate.n) == pytest.approx((student.low, student.high, 5))
+    far = np.array([0.0] * 19 + [20.0])
+    wide = jackknife(1.0, (far.sum() - far) / 19)
+    assert wide.high - 1 == pytest.approx((t_interval(far).high - 1) * 3.7764740 / 2.0930241, rel=1e-6)
+    assert jackknife(1.0, [1.0]).low == -inf and jackknife(1.0, [1.0, inf, 2.0]).high == inf
