@@ -1,19 +1,23 @@
-"""``genalign reward label``: judgments of collected comparisons, by rewards or judges."""
+"""``genalign reward label``: judgments of collected comparisons, by people on a page, by rewards or by judges."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table, require_rate
 from genalign.cli.generation_settings import require_positive
 from genalign.reward_learning.annotators import agreement, side_choices
+from genalign.reward_learning.label_page import LabelPageSettings, serve_labels
 from genalign.reward_learning.labeling import Labeler, sample_rate, task_key, unlabeled
 from genalign.reward_learning.preferences import (
     COMPARISONS,
+    OVERALL,
     PREFERENCES,
     Judgment,
     Kind,
@@ -25,19 +29,43 @@ from genalign.runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelPage:
+    """The page of people who judge.
+
+    Args:
+        dimensions: What is judged, each in an answer of its own.
+        scale: The best grade of a rating; 1 is the worst.
+        instructions: A text for annotators, such as the criteria.
+        host: Address to listen on; one that other machines reach needs a token.
+        port: Port to listen on.
+        token_variable: Environment variable that holds the token that annotators must have.
+    """
+
+    dimensions: tuple[str, ...] = (OVERALL,)
+    scale: int = 5
+    instructions: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8322
+    token_variable: str = "GENALIGN_TOKEN"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardLabel:
-    """Judgments of the comparisons of a folder, by rewards or judges. Run the command again to resume it.
+    """Judgments of the comparisons of a folder: by people, on a page in the browser, or by rewards or judges.
+
+    Run the command again to resume it.
 
     Args:
         folder: Folder of a dataset, with the comparisons.jsonl of genalign reward collect; the judgments are added to
             its preferences.jsonl.
-        by: What judges: a genalign.reward_learning.labeling.RewardLabeler, or a JudgeLabeler.
+        by: What judges: a genalign.reward_learning.labeling.RewardLabeler, or a JudgeLabeler; null serves the page.
         kind: What is asked of each comparison: pair (each two of its samples), ranking (all of them), rating or label
-            (each sample); null asks what the comparison says.
+            (each sample); null asks what the comparison says. On the page, more than two samples are ranked.
         per_comparison: Number of annotators who judge a comparison, drawn by the seed; null for all.
         batch_size: Number of judgments that are made at once, and then written.
         seed: Seed of the draw of annotators.
         device: Torch device that the samples are on when they are scored.
+        page: What people are asked, and where the page is served.
     """
 
     folder: str
@@ -47,17 +75,27 @@ class RewardLabel:
     batch_size: int = 32
     seed: int = 0
     device: str = "cpu"
+    page: LabelPage = field(default_factory=lambda: LabelPage())
 
     def __post_init__(self) -> None:
         require_positive(self, "per_comparison", "batch_size")
 
 
 def reward_label_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign reward label``: make the judgments that are missing, and print how far annotators agree."""
+    """Run ``genalign reward label``: serve the page, or make the judgments that are missing.
+
+    Prints how far annotators agree.
+    """
     settings, _ = parsing.parse(RewardLabel, arguments, "reward label", "folder")
-    if settings.by is None:
-        raise parsing.ConfigurationError("by is not set: name what judges, as a labeler's class_path")
-    return _label(settings, settings.by)
+    if settings.by is not None:
+        return _label(settings, settings.by)
+    page, folder = settings.page, Path(settings.folder)
+    kind: Literal["pair", "rating", "label"] = settings.kind if settings.kind in ("rating", "label") else "pair"
+    asked = LabelPageSettings(kind, page.dimensions, page.scale, page.instructions, settings.seed)
+    serve_labels(folder, asked, page.host, page.port, os.environ.get(page.token_variable) or None, page.token_variable)
+    if _has_content(folder / PREFERENCES):
+        _print_annotators(read_judgments(folder))
+    return 0
 
 
 def _label(settings: RewardLabel, labeler: Labeler) -> int:

@@ -42,8 +42,9 @@ class SideChoices:
 
     @property
     def one_sided(self) -> bool:
-        """Whether nine in ten choices or more are of one side, and not by chance (p < 0.001)."""
-        return max(self.first.mean, 1 - self.first.mean) >= _NEARLY_ALWAYS and self.p_value < _SIGNIFICANCE
+        """Whether nine in ten choices or more, of ``MIN_PAIRS`` at least, are of one side (p < 0.001)."""
+        often = max(self.first.mean, 1 - self.first.mean) >= _NEARLY_ALWAYS
+        return often and self.first.n >= MIN_PAIRS and self.p_value < _SIGNIFICANCE
 
     def __str__(self) -> str:
         side, count = ("left", self.first.mean) if self.first.mean >= 0.5 else ("right", 1 - self.first.mean)
@@ -54,12 +55,13 @@ class SideChoices:
 
 
 def side_choices(judgments: Sequence[Judgment]) -> list[SideChoices]:
-    """Count the sides that each named annotator chose, in all dimensions together, of at least ``MIN_PAIRS`` pairs.
+    """Count the sides that each named annotator chose, in all dimensions together.
 
-    A pair counts once: by the side that it has in more dimensions. It says something where sides were shuffled.
+    A pair counts once: by the side that it has in more dimensions, in the order in which its samples were shown. It
+    says something where sides were shuffled.
     """
     first, decided = Counter[str](), Counter[str]()
-    for judgment in judgments:
+    for judgment in map(Judgment.in_shown_order, judgments):
         if judgment.kind == "pair" and judgment.annotator is not None:
             signs = sum(float(np.sign(left - right)) for left, right in judgment.scores.values())
             decided[judgment.annotator] += signs != 0
@@ -67,7 +69,7 @@ def side_choices(judgments: Sequence[Judgment]) -> list[SideChoices]:
     return [
         SideChoices(name, share(first[name], count), float(scipy.stats.binomtest(first[name], count).pvalue))
         for name, count in decided.items()
-        if count >= MIN_PAIRS
+        if count
     ]
 
 

@@ -7,16 +7,12 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
+from genalign.reward_learning.annotators import side_choices
 from genalign.reward_learning.preferences import JudgedSample, Judgment
-
-_IMPROBABLE = 1e-3
-"""The two-sided probability below which a share of left sides is not put down to chance."""
 
 
 @dataclass(frozen=True)
-class AnnotatorSides:
+class AnnotatorAnswers:
     """What one annotator answered.
 
     Attributes:
@@ -24,10 +20,9 @@ class AnnotatorSides:
         judgments: The number of judgments.
         compared: The number of pairs of samples that were compared, in all dimensions.
         ties: The number of these that were ties.
-        left: The number of judgments of pairs in which the left sample was preferred, in all dimensions.
-        decided: The number of judgments of pairs that were no ties, in all dimensions.
-        improbable: Whether ``left`` of ``decided`` is improbable for one who does not look at the side: p < 0.001 in a
-            two-sided binomial test.
+        left: The number of judgments of pairs in which the left sample was preferred.
+        decided: The number of judgments of pairs that were no ties.
+        one_sided: Whether nearly all were of one side, and not by chance: see ``side_choices``.
     """
 
     annotator: str
@@ -36,7 +31,7 @@ class AnnotatorSides:
     ties: int
     left: int
     decided: int
-    improbable: bool
+    one_sided: bool
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class AnnotatorPair:
 class LabelAgreement:
     """The statistics of each annotator, and of each two who have judged the same."""
 
-    annotators: tuple[AnnotatorSides, ...]
+    annotators: tuple[AnnotatorAnswers, ...]
     pairs: tuple[AnnotatorPair, ...]
 
 
@@ -73,15 +68,15 @@ def label_agreement(judgments: Sequence[Judgment]) -> LabelAgreement:
         if judgment.annotator:
             by_annotator[judgment.annotator].append(judgment)
     answers = {name: dict(itertools.chain(*map(_answers, own))) for name, own in by_annotator.items()}
-    annotators = []
+    annotators, sides = [], {choices.annotator: choices for choices in side_choices(judgments)}
     for name, own in by_annotator.items():
-        pairs = [judgment.in_shown_order() for judgment in own if judgment.kind == "pair"]
-        firsts = [scores[0] for judgment in pairs for scores in judgment.scores.values() if scores[0] != scores[1]]
-        left, decided = sum(score > 0.5 for score in firsts), len(firsts)
-        improbable = decided > 0 and bool(binomtest(left, decided).pvalue < _IMPROBABLE)
         compared = [value for (kind, *_), value in answers[name].items() if kind == "compared"]
-        sides = AnnotatorSides(name, len(own), len(compared), compared.count(0), left, decided, improbable)
-        annotators.append(sides)
+        left, decided, one_sided = 0, 0, False
+        if own_sides := sides.get(name):
+            decided, one_sided = own_sides.first.n, own_sides.one_sided
+            left = round(own_sides.first.mean * decided)
+        answered = len(own), len(compared), compared.count(0)
+        annotators.append(AnnotatorAnswers(name, *answered, left, decided, one_sided))
     agreements = []
     for first, second in itertools.combinations(by_annotator, 2):
         common = [key for key in answers[first] if key in answers[second]]

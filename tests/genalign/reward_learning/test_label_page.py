@@ -491,15 +491,15 @@ def test_agreement_counts_equal_answers_ties_and_left_sides(tmp_path: Path) -> N
     assert (both.decided, both.agreed_decided) == (4, 2)
 
 
-@pytest.mark.parametrize(("left", "improbable"), [(30, True), (18, False), (0, True)])
-def test_an_annotator_who_prefers_a_side_is_warned_of(left: int, improbable: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("left", "one_sided"), [(30, True), (18, False), (0, True)])
+def test_an_annotator_who_prefers_a_side_is_warned_of(left: int, one_sided: bool, tmp_path: Path) -> None:
     samples = tuple(JudgedSample(tmp_path / f"{place}.png") for place in range(2))
     judgments = [
         Judgment(Prompt(f"p{number}"), samples, "pair", {"overall": scores}, "ada", shown=(1, 0))
         for number, scores in enumerate([(0.0, 1.0)] * left + [(1.0, 0.0)] * (30 - left))
     ]
     (ada,) = label_agreement(judgments).annotators
-    assert (ada.left, ada.decided, ada.improbable) == (left, 30, improbable)
+    assert (ada.left, ada.decided, ada.one_sided) == (left, 30, one_sided)
 
 
 def test_agreement_is_served(tmp_path: Path) -> None:
