@@ -22,12 +22,8 @@ from genalign.reward_learning.examples import Item
 from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile, read_item
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS, training_items
 from genalign.reward_learning.preferences import JudgedSample, Judgment, read_judgments
-from genalign.reward_learning.reward_evaluation import (
-    EvaluationOptions,
-    RewardEvaluation,
-    evaluate_judge,
-    evaluate_reward,
-)
+from genalign.reward_learning.reward_evaluation import evaluate_judge, evaluate_reward
+from genalign.reward_learning.reward_report import EvaluationOptions, RewardEvaluation
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import inside
 from genalign.runtime.prompt_files import read_listing

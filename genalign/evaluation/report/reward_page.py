@@ -17,7 +17,7 @@ from genalign.evaluation.report.words import count, number, percent
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.measures import BestOfNCurve
 from genalign.reward_learning.pair_measures import CalibrationBin
-from genalign.reward_learning.reward_evaluation import RewardEvaluation, RewardMeasure
+from genalign.reward_learning.reward_report import RewardEvaluation, RewardMeasure
 
 _HEADLINE = (
     ("accuracy", "without ties", "accuracy"),
