@@ -21,7 +21,8 @@ from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile, read_item
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS, training_items
-from genalign.reward_learning.preferences import JudgedSample, Judgment, read_judgments
+from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.preferences import JudgedSample, Judgment
 from genalign.reward_learning.reward_evaluation import evaluate_judge, evaluate_reward
 from genalign.reward_learning.reward_report import EvaluationOptions, RewardEvaluation
 from genalign.runtime.files import write_json, write_text
@@ -88,7 +89,7 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
     settings, plain = parsing.parse(RewardEvaluate, named_settings(arguments, command), command)
     output = Path(settings.output)
     name, version = reward_version(plain["reward"])
-    judgments = read_judgments(Path(settings.preferences)) if settings.preferences else []
+    judgments = read_preferences(Path(settings.preferences)) if settings.preferences else []
     samples = _listed_items(Path(settings.samples)) if settings.samples else []
     _require_same(output, plain, version)
     scorer = ItemScorer(_reader(settings, judgments, samples), ScoreFile(output / "scores.jsonl"), settings.batch_size)

@@ -115,8 +115,7 @@ def evaluate_judge(
     """Measure a judge of pairs on judgments, each pair in both orders.
 
     A preference for the same sample in both orders counts by its mean; otherwise the pair is a tie. What is measured of
-    single samples (best of n, ranks, distances, nuisances, robustness) needs a reward of single samples, such as
-    ``rewards.pairwise.WinRateReward``, and is left out.
+    single samples (best of n, ranks, distances, nuisances, robustness) is left out, since a judge has no scores.
 
     Args:
         scorer: Reads samples and asks the judge.

@@ -195,4 +195,4 @@ def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pyt
         assert main(["reward", "collect", "--config", _config(tmp_path, tiny_folder, **changes)]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert main(["reward", "label", str(tmp_path)]) == 2
-    assert "by is not set" in capsys.readouterr().err
+    assert "there is no" in capsys.readouterr().err  # comparisons.jsonl
