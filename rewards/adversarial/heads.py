@@ -83,7 +83,7 @@ def _token_function(features: FeatureFunction | PatchFeatures, patches: bool) ->
         return lambda samples: features(samples).unsqueeze(1)
     if not isinstance(features, PatchFeatures):
         raise ValueError(
-            "these features have no patches: give ClipFeatures or Dinov2Features, or weights=PatchWeights(1.0, 0.0)"
+            "these features have no patches: give ClipFeatures or Dinov3Features, or weights=PatchWeights(1.0, 0.0)"
         )
 
     def tokens(samples: Tensor) -> Tensor:
