@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign.diffusion.noise import derived_seed
+from genalign.reward_learning.fitting import FitSettings, Fitter
 from genalign.runtime.files import load_state, save_state
 from genalign.types import AnyCallable, Prompt
 
@@ -179,15 +180,13 @@ def train_decoder(
     with torch.no_grad():
         batches = torch.split(previews, settings.batch_size)
         targets = torch.cat([student.decoder_target(decode(batch)).half().cpu() for batch in batches])
-    optimizer = torch.optim.AdamW(decoder.parameters(), settings.decoder_learning_rate)
-    device = next(decoder.parameters()).device
+    fitter = Fitter(dict(decoder.named_parameters()), FitSettings(settings.decoder_learning_rate, last=1.0, clip=None))
     for _ in range(settings.decoder_epochs):
         losses = []
         for rows in torch.split(torch.randperm(len(previews), generator=generator), settings.batch_size):
-            loss = F.mse_loss(decoder(previews[rows].to(device)), targets[rows].to(device, torch.float32))
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
+            target = targets[rows].to(fitter.device, torch.float32)
+            loss = F.mse_loss(decoder(previews[rows].to(fitter.device)), target)
+            fitter.step(loss)
             losses.append(float(loss.detach()))
         yield sum(losses) / len(losses)
 
@@ -220,8 +219,7 @@ def distill(
     trainable = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     batches = settings.epochs * -(-len(dataset) // settings.batch_size)
     for level in reversed(range(len(dataset.sigmas))):
-        optimizer = torch.optim.AdamW(trainable.values(), settings.learning_rate, weight_decay=settings.weight_decay)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, batches)
+        fitter = Fitter(trainable, FitSettings(settings.learning_rate, settings.weight_decay, last=0.5), batches)
         for epoch in range(settings.epochs):
             generator = torch.Generator().manual_seed(derived_seed(settings.seed, level, epoch))
             # batches with all trajectories of a prompt side by side, prompts in random order
@@ -231,13 +229,9 @@ def distill(
             for rows in torch.split(shuffled, settings.batch_size):
                 prediction = _predict(student, dataset, rows, level, decode)
                 loss = _loss(prediction / spread, clean[rows] / spread, prompt[rows], settings)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                nn.utils.clip_grad_norm_(trainable.values(), 1.0)
-                optimizer.step()
-                schedule.step()
+                fitter.step(loss)
                 losses.append(float(loss.detach()))
-        weights = {name: weight.detach().cpu().clone() for name, weight in trainable.items()}
+        weights = {name: weight.cpu() for name, weight in fitter.copies().items()}
         yield TrainedLevel(float(dataset.sigmas[level]), weights, sum(losses) / len(losses))
 
 

@@ -1,0 +1,85 @@
+"""Preference rewards tuned against the generator, on the tiny random checkpoints of their own tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.types import Prompt
+from rewards.adversarial import DiscriminatorSettings, Ratio, TunedPreferenceReward
+from rewards.adversarial.tuned_preference import TunedNetwork
+from rewards.backbones.reference_images import ImageTensor, ReferencesByPrompt
+from rewards.clip import ClipReward
+from rewards.hps import HPSReward
+from rewards.imagereward import ImageReward
+from rewards.pickscore import PickScoreReward
+from tests.rewards import test_imagereward, test_pickscore_and_hps
+
+architecture, hps, pickscore = (
+    getattr(test_pickscore_and_hps, name) for name in ("architecture", "hps", "pickscore")
+)  # fixtures
+tensors, imagereward = test_imagereward.tensors, test_imagereward.reward
+
+PROMPTS = [Prompt("a red circle"), Prompt("two rings")] * 2
+LEARNING = DiscriminatorSettings(loss="bt_pairwise", learning_rate=1e-3, steps_per_update=4, batch_size=8, replay=8)
+
+
+def images(level: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (level + 0.1 * torch.randn(4, 3, 16, 16, generator=generator)).clamp(0, 1)
+
+
+REFERENCES = ReferencesByPrompt(ImageTensor(images(0.7, 0)), [prompt.text for prompt in PROMPTS])
+FAKES = images(0.3, 1)
+
+
+def logit_scale(reward: Any) -> float:
+    """The factor from scores to the logits that the reward was trained on."""
+    if isinstance(reward, ImageReward):
+        return 1.0333394966054072  # the deviation of the head's outputs, by which the score is divided
+    return 1.0 if isinstance(reward, PickScoreReward) else float(reward.encoder(None).model.logit_scale.exp())
+
+
+@pytest.mark.parametrize("name", ["hps", "pickscore", "imagereward"])
+def test_a_preference_starts_as_published_and_learns_to_prefer_references(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    reward: HPSReward | PickScoreReward | ImageReward = request.getfixturevalue(name)
+    tuned = TunedPreferenceReward(reward, REFERENCES, 1, Ratio(), LEARNING)
+    start = reward(FAKES, PROMPTS)
+    torch.testing.assert_close(tuned(FAKES, PROMPTS), start, rtol=1e-5, atol=1e-5)
+    assert tuned.scale == pytest.approx(logit_scale(reward))
+    metrics = [tuned.update(FAKES, PROMPTS) for _ in range(4)]
+    assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[-1]["gap"] < metrics[0]["gap"]
+    assert torch.equal(reward(FAKES, PROMPTS), start)  # the shared network is untouched
+    assert not torch.equal(tuned(FAKES, PROMPTS), start)
+    again = TunedPreferenceReward(reward, REFERENCES, 1, Ratio(), LEARNING)
+    again.load_tensors(tuned.tensors())
+    assert again.update(FAKES, PROMPTS) == tuned.update(FAKES, PROMPTS)
+    leaf = FAKES.clone().requires_grad_(True)
+    tuned(leaf, PROMPTS).sum().backward()
+    assert leaf.grad is not None and (leaf.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_the_last_blocks_of_imagereward_are_those_of_its_text_encoder(imagereward: ImageReward) -> None:
+    def tuned(blocks: int) -> set[str]:
+        return {name.rsplit(".layer", 1)[0].split(".layers")[0] for name in TunedNetwork(imagereward, blocks)._names}
+
+    assert tuned(2) == {"text.encoder"} and tuned(3) == {"text.encoder", "vision.encoder"}
+    one = TunedNetwork(imagereward, 1)
+    assert all(name.startswith("text.encoder.layer.1.") for name in one._names)
+
+
+def test_what_cannot_be_tuned_is_refused(hps: HPSReward) -> None:
+    with pytest.raises(ValueError, match=r"blocks must be 1 to 2, the blocks of HPSReward\(.*, not 3"):
+        TunedPreferenceReward(hps, REFERENCES, 3)
+    with pytest.raises(ValueError, match=r"tuned blocks are in torch\.bfloat16: give HPSReward dtype float32"):
+        TunedPreferenceReward(replace(hps, dtype="bfloat16"), REFERENCES)
+    with pytest.raises(ValueError, match=r"Any has no blocks to tune: give rewards\.clip\.ClipReward"):
+        TunedPreferenceReward(type("Any", (), {"__call__": lambda *_: None})(), REFERENCES)
+    with pytest.raises(ValueError, match="blocks must be 1 to 4, the blocks of ClipReward"):
+        TunedPreferenceReward(ClipReward("shapes-clip"), REFERENCES, 0)
