@@ -100,10 +100,11 @@ def collect_references(context: CommandContext, settings: Collect, plain: Mappin
     with progress.phase(f"loading {settings.model.path}"):
         pipeline = load_with_lora(context, settings.model, settings.lora)
     require_rate(settings, pipeline.sample_rate)
-    prompts = list({prompt.text: prompt for prompt in reversed(prompt_set(str(settings.prompts)).prompts)}.values())
-    prompts.reverse()  # the first prompt of each text, in their order
-    pipeline.encode_ahead([prompt.text for prompt in prompts], share)
-    jobs = [(prompt, number) for prompt in prompts for number in range(settings.samples_per_prompt)]
+    prompts = dict[str, Prompt]()
+    for prompt in prompt_set(str(settings.prompts)).prompts:
+        prompts.setdefault(prompt.text, prompt)
+    pipeline.encode_ahead(prompts, share)
+    jobs = [(prompt, number) for prompt in prompts.values() for number in range(settings.samples_per_prompt)]
     size = settings.batch_size if settings.strategy is None else 1
     parts = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     folder.begin({name: value for name, value in plain.items() if name != "output"})
@@ -116,11 +117,11 @@ def collect_references(context: CommandContext, settings: Collect, plain: Mappin
                 write_text(folder.part(number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             first += len(part)
             advance(len(part))
-    rows = folder.conclude(len(parts))
-    if rows is None:
+    listed = folder.conclude(len(parts))
+    if listed is None:
         print("another process is working on the rest of the references; if none is, run this command again")
         return 0
-    print(f"references: {settings.output}, {len(rows)} samples of {len(prompts)} prompts{_scores_text(rows)}")
+    print(f"references: {settings.output}, {len(listed)} samples of {len(prompts)} prompts{_scores_text(listed)}")
     return 0
 
 

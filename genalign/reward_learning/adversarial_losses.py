@@ -62,4 +62,5 @@ def gradient_norms(logits: Tensor, inputs: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError("the scorer is not differentiable in its samples: set gradient_penalty to 0")
-    return gradient.flatten(logits.ndim).norm(dim=-1)
+    norms: Tensor = gradient.flatten(logits.ndim).norm(dim=-1)
+    return norms

@@ -76,6 +76,16 @@ class RewardNetwork(nn.Module):
         """The networks that samples pass through on the way to a score."""
         return *self.encoder.sample_tower, self.heads
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """What an adversarial reward tunes (``rewards.adversarial``): the heads of all members, as one block."""
+        return (self.heads,)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from scores to logits of a preference, 1 by Bradley and Terry's loss."""
+        return 1.0
+
     def outputs(self, tokens: Tensor) -> Tensor:
         """Compute the outputs (B, M, K) of every member from tokens (B, n, d)."""
         return torch.stack([head(tokens) for head in self.heads], dim=1)

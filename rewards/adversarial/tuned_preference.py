@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,20 @@ class TunedNetwork(nn.Module):
     def __init__(self, reward: AnyCallable, blocks: int = 2) -> None:
         super().__init__()
         network = reward.network() if isinstance(reward, NetworkReward) else None
-        if network is None or not isinstance(network, TunableNetwork):
+        tunable: Any = network
+        if network is None or not isinstance(tunable, TunableNetwork):
             raise ValueError(
-                f"{type(reward).__name__} has no blocks to tune: give rewards.clip.ClipReward,"
+                f"{type(reward).__name__} has no blocks to tune: give a learned reward, rewards.clip.ClipReward,"
                 " rewards.pickscore.PickScoreReward, rewards.hps.HPSReward or rewards.imagereward.ImageReward"
             )
-        available = list(network.blocks)
+        available = list(tunable.blocks)
         if not 1 <= blocks <= len(available):
             raise ValueError(f"blocks must be 1 to {len(available)}, the blocks of {reward}, not {blocks}")
         trainable = {id(parameter) for block in available[-blocks:] for parameter in block.parameters()}
         parameters = {name: p for name, p in network.named_parameters() if id(p) in trainable}
         if other := {p.dtype for p in parameters.values()} - {torch.float32}:
             raise ValueError(f"the tuned blocks are in {other.pop()}: give {type(reward).__name__} dtype float32")
-        self.network, self.logit_scale, self._names = network, network.logit_scale, tuple(parameters)
+        self.network, self.logit_scale, self._names = network, tunable.logit_scale, tuple(parameters)
         self.copies = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in parameters.values())
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -66,9 +67,9 @@ class TunedPreferenceReward(Adversary):
 
     The score is that of ``reward``, at first with its own weights. The last ``blocks`` blocks of its network learn that
     a reference of a prompt beats a generated sample of it (Bradley-Terry on scores times the network's logit scale),
-    when generated ones score higher (``Overtake()``, the default rule). The blocks are those of the image encoder, of
-    ImageReward first these and then those of the text encoder, which attends to the image; whatever follows the last
-    block, such as ImageReward's head, stays as it is. Raises ValueError as ``TunedNetwork`` does.
+    when generated ones score higher (``Overtake()``, the default rule). The blocks are those of the image encoder; of
+    ImageReward first these and then those of the text encoder, which attends to the image, and its head stays as it is;
+    of a learned reward the heads of all members, as one block. Raises ValueError as ``TunedNetwork`` does.
     """
 
     def __init__(

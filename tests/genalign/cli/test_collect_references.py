@@ -59,7 +59,7 @@ def test_references_of_a_model_are_read_by_prompt_and_resumed(
 def test_references_of_a_search_score_more_than_plain_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strategy = {"class_path": "genalign.BestOfN", "init_args": {"n": 3}}
+    strategy = {"class_path": "genalign.BestOfN", "init_args": {"candidates": 3}}
     searched = {"references": True, "rewards": SIZE, "strategy": strategy, "samples_per_prompt": 2}
     folder = tmp_path / "best"
     assert main(["collect", "--config", _config(tmp_path / "best.yaml", "shapes-sd3", **searched)]) == 0
@@ -81,7 +81,7 @@ def test_wrong_settings_of_references_are_named(
         assert main(["collect", "--config", _config(tmp_path / f"{name}.yaml", tiny_folder, **settings)]) == 2
         return capsys.readouterr().err
 
-    best = {"class_path": "genalign.BestOfN", "init_args": {"n": 2}}
+    best = {"class_path": "genalign.BestOfN", "init_args": {"candidates": 2}}
     references = {"references": True}
     assert "rewards select references by a strategy: give one" in error("a", **references, rewards=SIZE)
     assert "rewards is empty" in error("b", **references, strategy=best)

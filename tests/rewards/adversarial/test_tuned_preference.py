@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from genalign.reward_learning.network import Head, RewardEncoder, RewardNetwork
 from genalign.types import Prompt
 from rewards.adversarial import DiscriminatorSettings, Ratio, TunedPreferenceReward
 from rewards.adversarial.tuned_preference import TunedNetwork
@@ -74,12 +76,74 @@ def test_the_last_blocks_of_imagereward_are_those_of_its_text_encoder(imagerewar
     assert all(name.startswith("text.encoder.layer.1.") for name in one._names)
 
 
+class Colors(RewardEncoder):
+    """The mean color of an image, by a frozen identity."""
+
+    width = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(3, 3, bias=False).requires_grad_(False)
+        nn.init.eye_(self.map.weight)
+
+    def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        tokens: Tensor = self.map(samples.mean((2, 3)))[:, None]
+        return tokens
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        return (self.map,)
+
+
+class Linear(Head):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 1)
+        nn.init.constant_(self.last.weight, weight)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        outputs: Tensor = self.last(self.features(tokens))
+        return outputs
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A reward that was learned from preferences, which likes the dark."""
+
+    ensemble: RewardNetwork
+
+    def network(self) -> nn.Module:
+        return self.ensemble
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scores: Tensor = self.ensemble(samples, prompts)
+        return scores
+
+
+def test_a_learned_reward_is_tuned_in_the_heads_of_all_its_members() -> None:
+    learned = Learned(RewardNetwork(Colors(), [Linear(-1.0), Linear(-2.0)]))
+    start = learned(FAKES, PROMPTS).detach()
+    learning = replace(LEARNING, learning_rate=0.1)
+    tuned = TunedPreferenceReward(learned, REFERENCES, 1, update_rule=None, learning=learning)
+    assert len(tuned.trained) == 4 and tuned.scale == 1.0
+    metrics = [tuned.update(FAKES, PROMPTS) for _ in range(8)]
+    assert metrics[0]["gap"] > 0.3 and metrics[-1]["gap"] <= 0 and metrics[-1]["updated"] == 0  # Overtake
+    assert torch.equal(learned(FAKES, PROMPTS), start)
+
+
 def test_what_cannot_be_tuned_is_refused(hps: HPSReward) -> None:
     with pytest.raises(ValueError, match=r"blocks must be 1 to 2, the blocks of HPSReward\(.*, not 3"):
         TunedPreferenceReward(hps, REFERENCES, 3)
     with pytest.raises(ValueError, match=r"tuned blocks are in torch\.bfloat16: give HPSReward dtype float32"):
         TunedPreferenceReward(replace(hps, dtype="bfloat16"), REFERENCES)
-    with pytest.raises(ValueError, match=r"Any has no blocks to tune: give rewards\.clip\.ClipReward"):
+    with pytest.raises(ValueError, match="Any has no blocks to tune: give a learned reward, rewards"):
         TunedPreferenceReward(type("Any", (), {"__call__": lambda *_: None})(), REFERENCES)
     with pytest.raises(ValueError, match="blocks must be 1 to 4, the blocks of ClipReward"):
         TunedPreferenceReward(ClipReward("shapes-clip"), REFERENCES, 0)
