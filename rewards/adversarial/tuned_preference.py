@@ -52,6 +52,7 @@ class TunedNetwork(nn.Module):
         parameters = {name: p for name, p in network.named_parameters() if id(p) in trainable}
         if other := {p.dtype for p in parameters.values()} - {torch.float32}:
             raise ValueError(f"the tuned blocks are in {other.pop()}: give {type(reward).__name__} dtype float32")
+        network.requires_grad_(False)  # as published ones are; the copies are trained
         self.network, self.logit_scale, self._names = network, tunable.logit_scale, tuple(parameters)
         self.copies = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in parameters.values())
 
