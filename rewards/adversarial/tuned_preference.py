@@ -38,14 +38,14 @@ class TunedNetwork(nn.Module):
 
     def __init__(self, reward: AnyCallable, blocks: int = 2) -> None:
         super().__init__()
-        network = reward.network() if isinstance(reward, NetworkReward) else None
-        tunable: Any = network
-        if network is None or not isinstance(tunable, TunableNetwork):
+        given: Any = reward
+        network = given.network() if isinstance(given, NetworkReward) else None
+        if network is None or not isinstance(network, TunableNetwork):
             raise ValueError(
                 f"{type(reward).__name__} has no blocks to tune: give a learned reward, rewards.clip.ClipReward,"
                 " rewards.pickscore.PickScoreReward, rewards.hps.HPSReward or rewards.imagereward.ImageReward"
             )
-        available = list(tunable.blocks)
+        available = list(network.blocks)
         if not 1 <= blocks <= len(available):
             raise ValueError(f"blocks must be 1 to {len(available)}, the blocks of {reward}, not {blocks}")
         trainable = {id(parameter) for block in available[-blocks:] for parameter in block.parameters()}
@@ -53,7 +53,7 @@ class TunedNetwork(nn.Module):
         if other := {p.dtype for p in parameters.values()} - {torch.float32}:
             raise ValueError(f"the tuned blocks are in {other.pop()}: give {type(reward).__name__} dtype float32")
         network.requires_grad_(False)  # as published ones are; the copies are trained
-        self.network, self.logit_scale, self._names = network, tunable.logit_scale, tuple(parameters)
+        self.network, self.logit_scale, self._names = network, network.logit_scale, tuple(parameters)
         self.copies = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in parameters.values())
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
