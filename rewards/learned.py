@@ -50,7 +50,7 @@ class LearnedReward:
         return self._network
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples (B, ...) as (B,) in float32, differentiable in them where the encoder is; NaN where one has NaN.
+        """Score samples (B, ...) as (B,) in float32, differentiable where the encoder is; NaN where one has NaN.
 
         Raises ValueError for samples of the other modality.
         """
@@ -66,7 +66,7 @@ class LearnedReward:
         mean training item. Raises ValueError for a reward that was trained with neither.
         """
         network, file = self._network.to(samples.device), self._file
-        if network.heads and len(network.heads) < 2 and not file.posteriors:
+        if len(network.heads) < 2 and not file.posteriors:
             raise ValueError(
                 f"{self.path} has one member and no posterior: train it with fit.members above 1, or with"
                 " genalign.reward_learning.uncertainty.LastLayerLaplace"
@@ -85,7 +85,8 @@ class LearnedReward:
     def _complete(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return samples with those that have NaN blanked, and which they are (B,)."""
         if samples.ndim != (4 if self.sample_rate is None else 3):
-            takes = "images (B, 3, H, W)" if self.sample_rate is None else f"waveforms (B, C, L) at {self.sample_rate} Hz"
+            sound = self.sample_rate is not None
+            takes = f"waveforms (B, C, L) at {self.sample_rate} Hz" if sound else "images (B, 3, H, W)"
             raise ValueError(f"{self.path} is a reward of {takes}, not of samples of shape {tuple(samples.shape)}")
         missing = samples.flatten(1).isnan().any(1)
         return samples.masked_fill(missing.view(-1, *[1] * (samples.ndim - 1)), 0.0), missing
@@ -98,10 +99,11 @@ class LearnedReward:
     def _network(self) -> RewardNetwork:
         description = self._file.description
         if self.dimension is not None and self.dimension not in description.dimensions:
-            raise ValueError(f"{self.path} has no dimension {self.dimension!r}: give one of {', '.join(description.dimensions)}")
+            names = ", ".join(description.dimensions)
+            raise ValueError(f"{self.path} has no dimension {self.dimension!r}: give one of {names}")
         if self.encoder is None and description.encoder not in _ENCODERS:
             raise ValueError(
-                f"{self.path} was trained on {description.encoder}, which is not an encoder of rewards.learned_encoders:"
+                f"{self.path} was trained on {description.encoder}, which is no encoder of rewards.learned_encoders:"
                 " give it as encoder"
             )
         encoder = self.encoder or _ENCODERS[description.encoder](**description.encoder_arguments)

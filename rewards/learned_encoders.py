@@ -109,7 +109,7 @@ class _OfSamplesAndTexts(RewardEncoder):
         tower: tuple[nn.Module, ...] = self.encoder.sample_tower
         return tower
 
-    @functools.cached_property
+    @property
     def width(self) -> int:
         return 4 * int(self.encoder.text(["a"]).shape[1])
 
@@ -253,7 +253,8 @@ class DinoTokens(RewardEncoder):
         self.skipped = 1 + int(getattr(config, "num_register_tokens", 0))
         side, patch = int(size or config.image_size), int(config.patch_size)
         if side % patch:
-            raise ValueError(f"size {side} is not a multiple of the patch size {patch}: try {max(1, side // patch) * patch}")
+            nearest = max(1, side // patch) * patch
+            raise ValueError(f"size {side} is not a multiple of the patch size {patch}: try {nearest}")
         self.prepare = ImagePreprocessor((side, side), *_IMAGENET)
         with torch.random.fork_rng(devices=[]):
             self.text = None if text is None else load_clip(text)
@@ -262,7 +263,7 @@ class DinoTokens(RewardEncoder):
     def arguments(self) -> dict[str, Any]:
         return dict(self._arguments)
 
-    @functools.cached_property
+    @property
     def width(self) -> int:
         return int(self.network.config.hidden_size) + (0 if self.text is None else int(self.text.text(["a"]).shape[1]))
 

@@ -160,6 +160,12 @@ COMMANDS = {
             "reward",
         ),
         Command(
+            "reward train",
+            "train a reward on judgments of samples",
+            f"{_CLI}.reward_train:reward_train_command",
+            f"{_CLI}.reward_train:RewardTrain",
+        ),
+        Command(
             "reward references",
             "score samples of the model before training, for rewards that compare with them",
             f"{_CLI}.reward_references:reward_references_command",

@@ -41,7 +41,7 @@ def read_samples(items: Sequence[Item], encoder: RewardEncoder) -> Tensor:
     samples = [_read(item, encoder) for item in items]
     if len({sample.shape for sample in samples}) > 1:
         shapes = sorted({tuple(sample.shape) for sample in samples})
-        raise ValueError(f"samples of the shapes {shapes[0]} and {shapes[-1]} cannot form a batch: train with batches of 1")
+        raise ValueError(f"samples of shapes {shapes[0]} and {shapes[-1]} form no batch: resize them to one shape")
     return torch.stack(samples)
 
 
@@ -49,14 +49,20 @@ def _read(item: Item, encoder: RewardEncoder) -> Tensor:
     content, name, rate = item.sample.content, type(encoder).__name__, encoder.sample_rate
     if not (isinstance(content, Path) and content.suffix.lower() in AUDIO_SUFFIXES):
         if rate is not None:
-            raise ValueError(f"{name} is an encoder of sound, and a sample of {item.prompt.text!r} is an image: take one of images")
+            raise ValueError(
+                f"{name} is an encoder of sound, and a sample of {item.prompt.text!r} is an image: take an encoder of"
+                " images, such as ClipTokens"
+            )
         return item.sample.read()
     if rate is None:
-        raise ValueError(f"{name} is an encoder of images, and {content} is sound: take one of sound, such as ClapTokens")
+        raise ValueError(
+            f"{name} is an encoder of images, and {content} is sound: take an encoder of sound, such as ClapTokens"
+        )
     clip = read_waveform(content)
     if clip.sample_rate != rate:
         raise ValueError(
-            f"{content} is at {clip.sample_rate} Hz, and the encoder takes {rate}: set its sample_rate, or resample the clips"
+            f"{content} is at {clip.sample_rate} Hz, and the encoder takes {rate}: set its sample_rate, or resample the"
+            " clips"
         )
     return clip.waveform
 
@@ -166,8 +172,8 @@ class TokenFolder:
                 )
             if encoded.shape[1:] != tokens.shape[1:]:
                 raise ValueError(
-                    f"a sample of {prompts[0].text!r} has {encoded.shape[1]} tokens, and others have {tokens.shape[1]}: give"
-                    " clips of one length, or an encoder with pooled tokens"
+                    f"a sample of {prompts[0].text!r} has {encoded.shape[1]} tokens, and others have {tokens.shape[1]}:"
+                    " give clips of one length, or an encoder with pooled tokens"
                 )
             tokens[done : done + len(batch)] = encoded.numpy()
             values[done : done + len(batch)] = _nuisances_of(samples, prompts, measures).numpy()

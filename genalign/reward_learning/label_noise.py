@@ -91,8 +91,8 @@ class EnsembleVote:
     def __post_init__(self) -> None:
         if self.members < 2 or not 0 <= self.share <= 1 or self.change not in get_args(Change):
             raise ValueError(
-                f"an ensemble's vote needs 2 or more members, a share in [0, 1], and one of {', '.join(get_args(Change))},"
-                f" not {self}"
+                "an ensemble's vote needs 2 or more members, a share in [0, 1], and a change of"
+                f" {', '.join(get_args(Change))}, not {self}"
             )
 
 

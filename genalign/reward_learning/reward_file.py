@@ -55,7 +55,7 @@ class RewardDescription:
         """Describe a network. Raises ValueError for a head of a class that a file cannot name."""
         kind, encoder = type(shape), network.encoder
         if kind.__name__ not in _HEADS or not is_dataclass(shape):
-            raise ValueError(f"{kind.__name__} is not a head of genalign.reward_learning.heads, so that no file restores it")
+            raise ValueError(f"{kind.__name__} is not a head of genalign.reward_learning.heads, which files restore")
         path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
         names = tuple(dimensions), tuple(nuisances)
         head = kind.__name__, asdict(shape)
@@ -112,8 +112,8 @@ class RewardFile:
         saved = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("laplace.")}
         if {name: tensor.shape for name, tensor in own.items()} != {n: tensor.shape for n, tensor in saved.items()}:
             raise ValueError(
-                f"the weights do not fit the encoder {self.description.encoder} with {dict(self.description.encoder_arguments)}:"
-                " is its checkpoint another one than in training?"
+                f"the weights do not fit the encoder {self.description.encoder} of"
+                f" {dict(self.description.encoder_arguments)}: is its checkpoint another one than in training?"
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])

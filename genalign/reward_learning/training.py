@@ -61,9 +61,7 @@ class RewardFit:
     def __post_init__(self) -> None:
         least = min(self.epochs, self.batch_size, self.members, self.evaluate_every)
         if least < 1 or (self.patience is not None and self.patience < 1):
-            raise ValueError(
-                f"epochs, batch_size, members, evaluate_every and patience must be at least 1, not {self}"
-            )
+            raise ValueError(f"epochs, batch_size, members, evaluate_every and patience must be at least 1, not {self}")
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,15 @@ class Objective:
         learned = len(data.pairs) if isinstance(self.loss, PairLoss) else len(data.grades)
         if not learned:
             raise ValueError(
-                f"{name} learns from judgments of the kind {' or '.join(self.loss.kinds)}, and there is none to train on"
+                f"{name} learns from judgments of the kind {' or '.join(self.loss.kinds)}, and there is none to train"
+                " on: take a loss of the kinds that there are"
             )
         if self.noise is not None and not isinstance(self.loss, PairLoss):
             raise ValueError(f"{type(self.noise).__name__} corrects a loss of pairs, and {name} learns from grades")
         if self.disentangle is not None and len(data.dimensions) > 1:
             raise ValueError(
-                f"Disentangle is of one dimension, and there are {', '.join(data.dimensions)}: select one with dimensions"
+                f"Disentangle is of one dimension, and there are {', '.join(data.dimensions)}: select one with"
+                " dimensions"
             )
 
     @property
