@@ -14,6 +14,25 @@ from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.encoders import CosineScorer
 
 
+class ClipScorer(CosineScorer):
+    """The network of a cosine reward of images, whose visual blocks can be tuned."""
+
+    encoder: ClipEncoder
+
+    def __init__(self, encoder: ClipEncoder, scale: float = 1.0) -> None:
+        super().__init__(encoder, scale=scale)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks of the visual transformer, first to last."""
+        return list(self.encoder.blocks)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from scores to the model's logits."""
+        return self.encoder.logit_scale / self.scale
+
+
 class CosineReward(ABC):
     """The cosine of image and text by one encoder of both: ``ClipReward``, ``PickScoreReward``, ``HPSReward``."""
 
@@ -30,8 +49,8 @@ class CosineReward(ABC):
         """Return the network that scores samples, for a student of this reward."""
         return self._scorer(self.encoder(None))
 
-    def _scorer(self, encoder: ClipEncoder) -> CosineScorer:
-        return CosineScorer(encoder)
+    def _scorer(self, encoder: ClipEncoder) -> ClipScorer:
+        return ClipScorer(encoder)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,16 @@ class _Scorer(nn.Module):
     def sample_tower(self) -> tuple[nn.Module, ...]:
         return (self.vision,)
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks of the image encoder, then those of the text encoder, which attends to the image."""
+        return *self.vision.encoder.layers, *self.text.encoder.layer
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from scores to the output of the head, whose differences are logits of a preference."""
+        return _STD
+
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         if len(images) != len(prompts):
             raise ValueError(f"there must be one prompt per image, not {len(prompts)} for {len(images)} images")

@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from genalign.reward_learning.noise_aware import LevelQuality, NetworkReward, RewardIdentity
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
-from genalign.search.noise_aware import (
-    LevelQuality,
-    NetworkReward,
-    NoiseAware,
-    RewardIdentity,
-    ScorerLevel,
-)
+from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from genalign.search.strategy import Previews
 from genalign.types import Prompt, RewardFunction
 from rewards.backbones.clap_encoder import ClapEncoder

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rewards.backbones.clip_encoder import ClipEncoder
-from rewards.backbones.encoders import CosineScorer
-from rewards.clip import ClipReward
+from rewards.clip import ClipReward, ClipScorer
 
 
 @dataclass(frozen=True)
@@ -23,5 +22,5 @@ class PickScoreReward(ClipReward):
     model: str = "yuvalkirstain/PickScore_v1"
     processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-    def _scorer(self, encoder: ClipEncoder) -> CosineScorer:
-        return CosineScorer(encoder, scale=encoder.logit_scale)
+    def _scorer(self, encoder: ClipEncoder) -> ClipScorer:
+        return ClipScorer(encoder, scale=encoder.logit_scale)

@@ -91,7 +91,7 @@ class VisionLanguageModel:
         """
         if len(images) != len(questions):
             raise ValueError(f"there must be one question per image, not {len(questions)} for {len(images)} images")
-        network, processor = _load(self.model, self.dtype)
+        network, processor = load_model(self.model, self.dtype)
         network.to(images.device)
         chats: dict[int, list[dict[str, Any]]] = {}
         by_length: dict[int, list[int]] = {}  # rows by the number of tokens of their question
@@ -115,7 +115,7 @@ class VisionLanguageModel:
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of the model."""
-        return _load(self.model, self.dtype)[1].tokenizer
+        return load_model(self.model, self.dtype)[1].tokenizer
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class YesNoModel(VisionLanguageModel):
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Answer questions (n) about images (n, 3, H, W) in [0, 1] as (n,) in float32; NaN for an image with NaN."""
-        tokens = _yes_no_tokens(self.model, self.tokenizer())
+        tokens = yes_no_tokens(self.model, self.tokenizer())
         answers = torch.full((len(images),), torch.nan)
         for rows, probabilities in self.first_tokens(images, [answerable(question) for question in questions]):
             yes, no = (probabilities[:, tokens[answer]].sum(1) for answer in _WORDS)
@@ -178,8 +178,8 @@ def _is_word(tokenizer: Any, token: int) -> bool:
 
 
 @functools.cache
-def _load(model: str, dtype: str) -> tuple[Any, Any]:
-    """Load a model and its processor."""
+def load_model(model: str, dtype: str) -> tuple[Any, Any]:
+    """Load a frozen vision-language model and its processor, once per process and ``dtype``, and shared."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(model)
@@ -189,7 +189,7 @@ def _load(model: str, dtype: str) -> tuple[Any, Any]:
     return network.requires_grad_(False).eval(), processor
 
 
-def _yes_no_tokens(model: str, tokenizer: Any) -> dict[Answer, list[int]]:
+def yes_no_tokens(model: str, tokenizer: Any) -> dict[Answer, list[int]]:
     """Return the ids of the words of yes and no that are a single token. Raises ValueError where none is."""
     tokens: dict[Answer, list[int]] = {}
     for answer, words in _WORDS.items():

@@ -1,4 +1,7 @@
-"""``genalign collect``: a pool of samples on disk, from a model, a folder of samples, or a file of preferences."""
+"""``genalign collect``: a pool of samples on disk, from a model, a folder of samples, or a file of preferences.
+
+With ``references`` it writes a folder of reference samples in place of a pool (``collect_references``).
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,28 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop, resize
 
 from genalign.cli import parsing
+from genalign.cli.collect_references import collect_references
 from genalign.cli.context import Checkpoint, CommandContext, load_with_lora, named_rewards, prompt_set, rank_share
 from genalign.cli.external_samples import external_samples
-from genalign.cli.generation_settings import RewardChoice, require_positive
+from genalign.cli.generation_settings import RewardChoice, require_positive, require_rewards
 from genalign.cli.model_settings import Model
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, distinct_inputs, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.reward_learning.preference_formats import read_preferences
+from genalign.runtime.media import AudioFormat
 from genalign.runtime.progress import Progress
+from genalign.scoring.budget import Budget
 from genalign.scoring.score import NamedReward
+from genalign.search.strategy import Strategy
 from genalign.training.pools import INFO, PoolInfo, PoolSample, part_files, write_part
 from genalign.training.sampler import score_finite
 from genalign.types import Prompt
 
 PREFERENCE = "preference"
 """The score of a file of preferences."""
+
+_OF_REFERENCES = ("references", "strategy", "budget", "audio")  # settings that a pool has not
 
 Part = Callable[[], tuple[Tensor, list[PoolSample]]]
 """Makes the latents (n, ...) and the samples of a part."""
@@ -43,10 +52,12 @@ Listed = tuple[Prompt, str | None, dict[str, float], Callable[[], Tensor]]
 class Collect:
     """A pool of samples to learn from with ``training.data``: those of a model, or images of others.
 
-    Run the command again to resume it; processes that a launcher starts share the parts.
+    With ``references`` it is a folder of files with their prompts, for rewards that compare with references of the same
+    prompt: rewards.backbones.reference_images.ReferencesByPrompt.read. Run the command again to resume it; processes
+    that a launcher starts share the parts.
 
     Args:
-        output: Folder of the pool.
+        output: Folder of the pool or of the references.
         model: The model whose samples are collected, or whose autoencoder encodes the others.
         lora: An adapter of the model.
         prompts: Prompts of the model's samples: a file, a dataset, or a split of a world.
@@ -54,11 +65,15 @@ class Collect:
         preferences: Pairs and rankings, in place of the model's samples: our own folder or .jsonl file, or a .json,
             .jsonl or .parquet file in the layout of Pick-a-Pic, HPD, ImageRewardDB or RewardBench; their score is named
             preference.
-        rewards: Rewards by name, whose scores are kept.
+        rewards: Rewards by name, whose scores are kept, or by which the strategy of references selects.
         sampling: Sampling settings of the model's samples.
         samples_per_prompt: Number of samples of each prompt.
-        batch_size: Number of samples of a part, which are made at once.
+        batch_size: Number of samples of a part, which are made at once; of a strategy, the largest number in one call.
         seed: Seed of the samples' noise.
+        references: Write files with their prompts in place of a pool; --references stands for --references true.
+        strategy: Search whose best sample is a reference, as in genalign.BestOfN; null samples without a search.
+        budget: Limit of NFE, cost or seconds for each reference of the strategy.
+        audio: File format of references that are clips.
     """
 
     output: str
@@ -72,9 +87,18 @@ class Collect:
     samples_per_prompt: int = 8
     batch_size: int = 8
     seed: int = 0
+    references: bool = False
+    strategy: Strategy | None = None
+    budget: Budget | None = None
+    audio: AudioFormat = "wav"
 
     def __post_init__(self) -> None:
         require_positive(self, "samples_per_prompt", "batch_size")
+        if self.references:
+            self._require_references()
+            return
+        if self.strategy is not None or self.budget is not None:
+            raise ValueError("a strategy searches for references: set references to true, or leave it and budget out")
         given = [name for name in ("prompts", "samples", "preferences") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -86,10 +110,24 @@ class Collect:
                 "rewards is empty: nothing could be learned from samples without scores; name at least one"
             )
 
+    def _require_references(self) -> None:
+        """Raise ValueError for settings that do not go together for references."""
+        if self.prompts is None or self.samples is not None or self.preferences is not None:
+            raise ValueError("references are samples of the model: give prompts, and leave samples and preferences out")
+        if self.strategy is None and (self.rewards or self.budget is not None):
+            raise ValueError(
+                "rewards select references by a strategy: give one, as in genalign.BestOfN, or leave rewards and budget"
+                " out for references without a search"
+            )
+        if self.strategy is not None:
+            require_rewards(self.rewards)
+
 
 def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign collect``: write the parts of the pool that are missing, and print its folder."""
-    settings, plain = parsing.parse(Collect, arguments, "collect")
+    """Run ``genalign collect``: write the parts of the pool or references that are missing, and print the folder."""
+    settings, plain = parsing.parse(Collect, _with_values(arguments), "collect")
+    if settings.references:
+        return collect_references(context, settings, plain)
     output, share = Path(settings.output), rank_share()
     progress, rewards = Progress(share.rank == 0), named_rewards(settings.rewards)
     with progress.phase(f"loading {settings.model.path}"):
@@ -97,7 +135,7 @@ def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
     names = tuple(reward.name for reward in rewards)
     if settings.preferences is not None:
         names = (PREFERENCE, *names)
-    made_by = {name: value for name, value in plain.items() if name != "output"}
+    made_by = {name: value for name, value in plain.items() if name not in ("output", *_OF_REFERENCES)}
     info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, made_by)
     _begin(output, info)
     parts, count = _parts(pipeline, settings, rewards)
@@ -108,6 +146,15 @@ def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
             advance(size)
     print(f"pool: {output}, {count} samples")
     return 0
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """Write --references without a value as --references=true."""
+    following = [*arguments[1:], "--"]
+    return [
+        "--references=true" if word == "--references" and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _begin(output: Path, info: PoolInfo) -> None:

@@ -173,6 +173,12 @@ COMMANDS = {
             "folder",
         ),
         Command(
+            "reward train",
+            "train a reward on judgments of samples",
+            f"{_CLI}.reward_train:reward_train_command",
+            f"{_CLI}.reward_train:RewardTrain",
+        ),
+        Command(
             "reward evaluate",
             "measure how far a reward can be trusted, on preferences or on samples with a truth",
             f"{_CLI}.reward_evaluate:reward_evaluate_command",

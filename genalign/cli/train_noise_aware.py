@@ -14,20 +14,18 @@ from genalign.cli.context import CommandContext, load_with_lora, named_rewards, 
 from genalign.cli.generation_settings import Generation, require_positive, require_rewards
 from genalign.diffusion.noise import derived_seed
 from genalign.prompts import drawn_in_turn
-from genalign.runtime.files import write_json
-from genalign.search.engine import SearchRun
-from genalign.search.noise_aware import (
+from genalign.reward_learning.noise_aware import (
     Distillation,
     HasDecoder,
-    NoiseAware,
     PreviewDataset,
     RewardIdentity,
-    ScorerLevel,
     distill,
-    record_previews,
     train_decoder,
     validate,
 )
+from genalign.runtime.files import write_json
+from genalign.search.engine import SearchRun
+from genalign.search.noise_aware import NoiseAware, ScorerLevel, record_previews
 from genalign.types import AnyCallable, Pipeline
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,22 @@ class Examples:
     dimensions: tuple[str, ...]
     pairs: Pairs
     grades: Grades
+
+    def of_dimensions(self, dimensions: Sequence[str]) -> Examples:
+        """Return the same examples in these dimensions, NaN in those that none was judged in."""
+
+        def columns(values: Tensor) -> Tensor:
+            own = dict(zip(self.dimensions, values.unbind(1), strict=True))
+            missing = values.new_full((len(values),), torch.nan)
+            return torch.stack([own.get(name, missing) for name in dimensions], dim=1)
+
+        pairs, grades = self.pairs, self.grades
+        return Examples(
+            self.items,
+            tuple(dimensions),
+            replace(pairs, preferred=columns(pairs.preferred), difference=columns(pairs.difference)),
+            replace(grades, values=columns(grades.values)),
+        )
 
 
 def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> Examples:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign.diffusion.noise import derived_seed
+from genalign.reward_learning.fitting import FitSettings, Fitter
 
 Score = Literal["angle", "distance"]
 
@@ -199,7 +200,7 @@ def fit(model: IdealPointModel, comparisons: Comparisons, settings: PreferenceFi
 
     Raises ValueError without a comparison.
     """
-    yield from _descend(model, list(model.parameters()), comparisons, settings)
+    yield from _descend(model, dict(model.named_parameters()), comparisons, settings)
 
 
 def with_new_users(model: IdealPointModel, comparisons: Comparisons, settings: PreferenceFit) -> IdealPointModel:
@@ -219,14 +220,14 @@ def with_new_users(model: IdealPointModel, comparisons: Comparisons, settings: P
     known = torch.tensor([user in rows for user in larger.users])
     only_new = lambda gradient: gradient.masked_fill(known[:, None].to(gradient.device), 0.0)  # noqa: E731
     larger.mixture.register_hook(only_new)  # type: ignore[no-untyped-call]  # torch has not typed it
-    for _ in _descend(larger, [larger.mixture], comparisons, settings, weight_decay=0.0):
+    for _ in _descend(larger, {"mixture": larger.mixture}, comparisons, settings, weight_decay=0.0):
         pass
     return larger
 
 
 def _descend(
     model: IdealPointModel,
-    parameters: Sequence[nn.Parameter],
+    weights: Mapping[str, Tensor],
     comparisons: Comparisons,
     settings: PreferenceFit,
     weight_decay: float | None = None,
@@ -234,16 +235,12 @@ def _descend(
     if not len(comparisons):
         raise ValueError("there is no comparison to learn from")
     decay = settings.weight_decay if weight_decay is None else weight_decay
-    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, settings.steps)
+    fitter = Fitter(weights, FitSettings(settings.learning_rate, decay, clip=None), settings.steps)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "comparisons"))
     for _ in range(settings.steps):
         drawn = torch.randperm(len(comparisons), generator=generator)[: settings.batch_size]
         loss = -F.logsigmoid(model.margins(comparisons.rows(drawn.tolist()))).mean()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
+        fitter.step(loss)
         yield float(loss.detach())
 
 

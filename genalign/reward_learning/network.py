@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from genalign.types import Prompt
+
+Pool = Literal["mean", "min", "mean_minus_std"]
+"""How the scores of an ensemble's members become one."""
 
 
 class RewardEncoder(nn.Module, ABC):
@@ -21,6 +24,11 @@ class RewardEncoder(nn.Module, ABC):
 
     Where none of its parameters requires a gradient, its tokens are computed once and stored.
     """
+
+    @property
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of its class, as JSON types, from which a saved reward builds it again."""
 
     @abstractmethod
     def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -43,15 +51,18 @@ class RewardEncoder(nn.Module, ABC):
 
 
 class Head(nn.Module, ABC):
-    """A head from tokens (B, n, d) to outputs (B, K)."""
+    """A head from tokens (B, n, d) to outputs (B, K): features (B, w), and a linear layer on them."""
+
+    last: nn.Linear
 
     @abstractmethod
     def features(self, tokens: Tensor) -> Tensor:
         """Compute what the last linear layer reads, (B, w)."""
 
-    @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute outputs (B, K)."""
+        outputs: Tensor = self.last(self.features(tokens))
+        return outputs
 
 
 class HeadShape(Protocol):
@@ -62,32 +73,71 @@ class HeadShape(Protocol):
 
 
 class RewardNetwork(nn.Module):
-    """An encoder with the heads (M) of an ensemble.
+    """An encoder with the heads (M) of an ensemble: the network of a reward, as in ``NetworkReward``.
 
-    ``forward`` averages the members and takes the first output: the network of a reward, as in ``NetworkReward``.
+    ``forward`` gives one of the outputs, pooled over the members. Heads read tokens that are standardized by
+    ``token_mean`` and ``token_scale`` (d). A member's output is counted from its ``level`` (M, K): preferences alone
+    leave the origin of its scores open, so that members would be compared by chance.
+
+    Args:
+        encoder: What the heads read.
+        heads: The members.
+        output: The number of the output that ``forward`` gives.
+        pool: How it pools the members; the deviation is that of the population.
     """
 
-    def __init__(self, encoder: RewardEncoder, heads: Sequence[Head]) -> None:
+    token_mean: Tensor
+    token_scale: Tensor
+    level: Tensor
+
+    def __init__(self, encoder: RewardEncoder, heads: Sequence[Head], output: int = 0, pool: Pool = "mean") -> None:
         super().__init__()
-        self.encoder, self.heads = encoder, nn.ModuleList(heads)
+        if pool not in get_args(Pool):
+            raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, not {pool!r}")
+        self.encoder, self.heads, self.output, self.pool = encoder, nn.ModuleList(heads), output, pool
+        self.register_buffer("token_mean", torch.zeros(encoder.width))
+        self.register_buffer("token_scale", torch.ones(encoder.width))
+        self.register_buffer("level", torch.zeros(len(heads), heads[0].last.out_features))
 
     @property
     def sample_tower(self) -> tuple[nn.Module, ...]:
         """The networks that samples pass through on the way to a score."""
         return *self.encoder.sample_tower, self.heads
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """What an adversarial reward tunes (``rewards.adversarial``): the heads of all members, as one block."""
+        return (self.heads,)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from scores to logits of a preference, 1 by Bradley and Terry's loss."""
+        return 1.0
+
+    def standardized(self, tokens: Tensor) -> Tensor:
+        """Standardize tokens (B, n, d) of the encoder, which heads read."""
+        return (tokens - self.token_mean) / self.token_scale
+
     def outputs(self, tokens: Tensor) -> Tensor:
-        """Compute the outputs (B, M, K) of every member from tokens (B, n, d)."""
-        return torch.stack([head(tokens) for head in self.heads], dim=1)
+        """Compute the outputs (B, M, K) of every member from tokens (B, n, d) of the encoder."""
+        tokens = self.standardized(tokens)
+        return torch.stack([head(tokens) for head in self.heads], dim=1) - self.level
 
     def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), differentiably."""
-        scores: Tensor = self.outputs(self.encoder(samples, prompts))[..., 0].mean(1)
-        return scores
+        members = self.outputs(self.encoder(samples, prompts))[..., self.output]
+        if self.pool == "min":
+            return members.amin(1)
+        mean = members.mean(1)
+        return mean if self.pool == "mean" else mean - members.std(1, correction=0)
 
     def trained(self) -> dict[str, Tensor]:
-        """Return the weights that are trained and saved, by name: those of the heads, and others with a gradient."""
+        """Return the weights that are trained, by name: those of the heads, and the encoder's with a gradient."""
         encoder: dict[str, Any] = {n: p for n, p in self.encoder.named_parameters() if p.requires_grad}
         return {f"encoder.{name}": weight for name, weight in encoder.items()} | {
-            f"heads.{name}": weight for name, weight in self.heads.state_dict(keep_vars=True).items()
+            f"heads.{name}": weight for name, weight in self.heads.named_parameters()
         }
+
+    def buffers_of_scores(self) -> dict[str, Tensor]:
+        """Return what is measured, not trained, and saved with the weights."""
+        return {"token_mean": self.token_mean, "token_scale": self.token_scale, "level": self.level}

@@ -10,6 +10,7 @@ from rewards.adversarial.adversary import DiscriminatorSettings as Discriminator
 from rewards.adversarial.adversary import PatchWeights as PatchWeights
 from rewards.adversarial.heads import AdversarialReward as AdversarialReward
 from rewards.adversarial.tuned_clip import TunedClipReward as TunedClipReward
+from rewards.adversarial.tuned_preference import TunedPreferenceReward as TunedPreferenceReward
 from rewards.adversarial.update_rules import AccuracyBand as AccuracyBand
 from rewards.adversarial.update_rules import Overtake as Overtake
 from rewards.adversarial.update_rules import Ratio as Ratio

@@ -1,21 +1,30 @@
 """A discriminator that is trained against the generator, and the frozen snapshot of it that scores.
 
-The losses on pairs of a reference and a generated sample, and the weighting of several logits, follow below.
+Its losses are those of ``genalign.reward_learning.adversarial_losses``; the weighting of several logits follows below.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from genalign.reward_learning.adversarial_losses import (
+    LossName,
+    adversarial_loss,
+    between_pairs,
+    gradient_norms,
+    pair_accuracy,
+)
+from genalign.reward_learning.fitting import FitSettings, Fitter
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 from genalign.types import Prompt
@@ -26,9 +35,6 @@ from rewards.backbones.reference_images import References
 logger = logging.getLogger(__name__)
 
 
-LossName = Literal["hinge", "bt_pairwise"]
-
-
 @dataclass(frozen=True)
 class DiscriminatorSettings:
     """How a reward is trained: Adam(``learning_rate``, betas (0.5, 0.999)), in float32.
@@ -37,6 +43,12 @@ class DiscriminatorSettings:
     sample; a fraction ``fresh`` of the generated ones is from this round, the others from earlier rounds, of which the
     last ``replay`` samples are stored (0 stores none). The ranks of a run share the pairs of a step. ``batch_size``
     also bounds every forward pass.
+
+    ``gradient_penalty`` weighs a penalty that bounds how steep the reward is, 0 for none: (norm -
+    ``gradient_target``)^2 of the gradient of the scaled logit at a random point between the reference and the sample of
+    each pair (WGAN-GP, arXiv 1704.00028, eq. 3, with the weight 10; of adversarially learned rewards, arXiv
+    2006.16785). The gradient is for the features that the logit is read from, where the scorer is a head on frozen ones
+    (``FeatureScorer``), and for the sample of any other scorer, which must be differentiable.
     """
 
     loss: LossName = "hinge"
@@ -46,8 +58,13 @@ class DiscriminatorSettings:
     replay: int = 1024
     fresh: float = 0.5
     seed: int = 0
+    gradient_penalty: float = 0.0
+    gradient_target: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.gradient_penalty < 0 or self.gradient_target < 0:
+            penalty = f"{self.gradient_penalty} and {self.gradient_target}"
+            raise ValueError(f"gradient_penalty and gradient_target must not be negative, but are {penalty}")
         if self.loss not in ("hinge", "bt_pairwise"):
             raise ValueError(f'loss must be "hinge" or "bt_pairwise", not {self.loss!r}')
         if self.steps_per_update < 1 or self.batch_size < 1 or self.replay < 0 or not self.learning_rate > 0:
@@ -64,6 +81,22 @@ class ScoringWeights:
 
     version: int
     weights: Mapping[str, Tensor]
+
+
+class FeatureScorer(nn.Module, ABC):
+    """A scorer that reads each of its logits from features of a frozen network."""
+
+    @abstractmethod
+    def features(self, samples: Tensor) -> Tensor:
+        """Compute features (B, m, d) of samples (B, ...), differentiably where these require a gradient."""
+
+    @abstractmethod
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute logits (B, m) from features (B, m, d)."""
+
+    def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Compute logits (B, m) of samples; the prompts are ignored."""
+        return self.logits(self.features(samples))
 
 
 class Adversary:
@@ -101,9 +134,10 @@ class Adversary:
         self.trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("no parameter of the scorer requires a gradient: there is nothing to train")
-        for parameter in self.trained.values():
-            parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.Adam(self.trained.values(), lr=learning.learning_rate, betas=(0.5, 0.999))
+        # AdamW without a decay is Adam
+        settings = FitSettings(learning.learning_rate, weight_decay=0.0, betas=(0.5, 0.999), clip=None)
+        self.fitter = Fitter(self.trained, settings)
+        self.optimizer = self.fitter.optimizer
         self.replay = ReplayBuffer(learning.replay)
         self.snapshot = ScoringWeights(0, _copies(self.trained))
         self._rounds, self._training = 0, True
@@ -117,7 +151,7 @@ class Adversary:
         """Score samples by the snapshot's weighted logits (B,), float32, differentiable; NaN where one has NaN."""
         batch = SampleBatch(samples, tuple(prompts))
         self._follow(samples.device)
-        logits = torch.cat([self._logits(part, self.snapshot.weights) for part in self._parts(batch)])
+        logits = torch.cat([self._snapshot_logits(part) for part in self._parts(batch)])
         return logits @ self._weights(logits)
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt], rows: Sequence[int] | None = None) -> dict[str, float]:
@@ -127,7 +161,7 @@ class Adversary:
         this rank has, None for all. The metrics are measured before training, on this round's samples, each against one
         reference: "accuracy", "generated" and "reference" (mean scores), "gap", "loss", "updated", "saturated" (1 where
         every margin of the hinge is satisfied, so that there is nothing to learn), "replay" (samples stored) and
-        "version" after it.
+        "version" after it; with a gradient penalty also "gradient_norm", the mean of the norms that it bounds.
         Raises ValueError where no sample is finite, or a prompt has no reference.
         """
         batch = SampleBatch(samples.detach(), tuple(prompts), None if rows is None else tuple(rows)).finite()
@@ -149,7 +183,8 @@ class Adversary:
             )
         measured = {name: getattr(status, name) for name in ("accuracy", "generated", "reference", "gap", "loss")}
         counts = {"updated": updated, "saturated": saturated, "replay": len(self.replay), "version": self.version}
-        return measured | {name: float(value) for name, value in counts.items()}
+        steepness = {"gradient_norm": status.gradient_norm} if status.gradient_norm is not None else {}
+        return measured | {name: float(value) for name, value in counts.items()} | steepness
 
     def tensors(self) -> dict[str, Tensor]:
         """Return trained weights, snapshot, optimizer state, replay, and the counters that seeds derive from.
@@ -180,14 +215,20 @@ class Adversary:
         load_optimizer_tensors(self.optimizer, _copies(without_prefix("optimizer.", tensors)))
         self.replay.load_tensors(without_prefix("replay.", tensors))
 
-    def _logits(self, batch: SampleBatch, weights: Mapping[str, Tensor]) -> Tensor:
-        """Compute logits (b, m) in float32 of this rank's samples by ``weights``."""
+    def _snapshot_logits(self, batch: SampleBatch) -> Tensor:
+        """Compute logits (b, m) of this rank's samples by the snapshot."""
+        arguments = batch.samples.to(self._device()), batch.own_prompts
+        return _as_matrix(functional_call(self.scorer, dict(self.snapshot.weights), arguments), len(batch.numbers))
+
+    def _inputs(self, batch: SampleBatch) -> Tensor:
+        """Return what the trained part reads of this rank's samples: features (b, m, d), or else the samples."""
         samples = batch.samples.to(self._device())
-        logits: Tensor = functional_call(self.scorer, dict(weights), (samples, batch.own_prompts)).float()
-        if logits.ndim not in (1, 2) or len(logits) != len(samples):
-            shape = tuple(logits.shape)
-            raise ValueError(f"the scorer must give (B,) or (B, m) for {len(samples)} samples, not {shape}")
-        return logits[:, None] if logits.ndim == 1 else logits
+        return self.scorer.features(samples) if isinstance(self.scorer, FeatureScorer) else samples
+
+    def _logits(self, inputs: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Compute logits (b, m) of inputs by the trained weights."""
+        scored = self.scorer.logits(inputs) if isinstance(self.scorer, FeatureScorer) else self.scorer(inputs, prompts)
+        return _as_matrix(scored, len(inputs))
 
     def _parts(self, batch: SampleBatch) -> list[SampleBatch]:
         size = self.learning.batch_size
@@ -198,7 +239,7 @@ class Adversary:
         return self.weighting(logits.shape[1], generator).to(logits.device)
 
     def _pairs(self, batch: SampleBatch, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
-        """Compute logits (b, m) of references of the same prompts, and of this rank's samples, by the trained weights.
+        """Load references of the same prompts; return inputs of them and of this rank's samples.
 
         None where this rank has no sample of the batch.
         """
@@ -206,23 +247,53 @@ class Adversary:
         if not batch.numbers:
             return None
         references = self.references.images.load([numbers[number] for number in batch.numbers])
-        real = SampleBatch(references, batch.prompts, batch.numbers)
-        return self._logits(real, self.trained), self._logits(batch, self.trained)
+        return self._inputs(SampleBatch(references, batch.prompts, batch.numbers)), self._inputs(batch)
 
     @torch.no_grad()
     def _status(self, batch: SampleBatch, generator: torch.Generator) -> DiscriminatorStatus:
-        sums = torch.zeros(5, dtype=torch.float64, device=self._device())
+        penalized = self.learning.gradient_penalty > 0
+        sums = torch.zeros(6 if penalized else 5, dtype=torch.float64, device=self._device())
         for part in self._parts(batch):
-            if (pairs := self._pairs(part, generator)) is None:
+            pairs, shares = self._pairs(part, generator), self._shares(part, generator)
+            if pairs is None:
                 continue
-            real, fake = pairs
+            real, fake = (self._logits(inputs, part.own_prompts) for inputs in pairs)
             weights = self._weights(real)
             right = pair_accuracy(self.learning.loss, real @ weights, fake @ weights)
-            terms = (fake @ weights, real @ weights, right, self._losses(real, fake), torch.ones_like(right))
+            terms = [fake @ weights, real @ weights, right, self._losses(real, fake), torch.ones_like(right)]
+            if shares is not None:
+                norms, shared = self._gradient_norms(*pairs, shares, part.own_prompts)
+                terms.append((norms @ shared / shared.sum()).detach())
             sums += torch.stack(terms, dim=1).double().sum(0)
         sum_over_ranks([sums])
-        generated, reference, accuracy, loss = (sums[:4] / sums[4]).tolist()
-        return DiscriminatorStatus(self._rounds, generated, reference, accuracy, loss, self._training)
+        count = sums[4]
+        generated, reference, accuracy, loss = (sums[:4] / count).tolist()
+        norm = float(sums[5] / count) if penalized else None
+        return DiscriminatorStatus(self._rounds, generated, reference, accuracy, loss, self._training, norm)
+
+    def _shares(self, batch: SampleBatch, generator: torch.Generator) -> Tensor | None:
+        """Draw where between reference and sample the gradient of each pair is penalized; None without a penalty.
+
+        They are drawn for the pairs of all ranks, and returned (b,) for this one's.
+        """
+        if not self.learning.gradient_penalty:
+            return None
+        return torch.rand(len(batch), generator=generator)[list(batch.numbers)]
+
+    def _gradient_norms(
+        self, real: Tensor, fake: Tensor, shares: Tensor, prompts: Sequence[Prompt]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute norms (b, m) of the gradients of scaled logits between pairs of inputs, and their weights (m,).
+
+        Of features there is a gradient of each logit, and of samples one of the weighted logit, m = 1.
+        """
+        between = between_pairs(real, fake, shares)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
+            logits = self.scale * self._logits(between, prompts)
+            weights = self._weights(logits)
+            if isinstance(self.scorer, FeatureScorer):
+                return gradient_norms(logits, between), weights
+            return gradient_norms(logits @ weights, between)[:, None], torch.ones_like(weights[:1])
 
     def _losses(self, real: Tensor, fake: Tensor) -> Tensor:
         """Compute the weighted loss (B,) of each pair."""
@@ -231,17 +302,19 @@ class Adversary:
     @torch.enable_grad()
     def _step(self, batch: SampleBatch, generator: torch.Generator) -> None:
         """Take one optimizer step on pairs of references and the samples of ``batch``, of all ranks."""
-        parameters = list(self.trained.values())
-        if (pairs := self._pairs(batch, generator)) is None:
-            gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
+        pairs, shares = self._pairs(batch, generator), self._shares(batch, generator)
+        if pairs is None:
+            gradients = [torch.zeros_like(parameter) for parameter in self.trained.values()]
         else:
-            loss = self._losses(*pairs).sum() / len(batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            real, fake = (self._logits(inputs, batch.own_prompts) for inputs in pairs)
+            losses = self._losses(real, fake)
+            if shares is not None:
+                norms, weights = self._gradient_norms(*pairs, shares, batch.own_prompts)
+                penalties = (norms - self.learning.gradient_target).square() @ weights
+                losses = losses + self.learning.gradient_penalty * penalties
+            gradients = self.fitter.gradients(losses.sum() / len(batch))
         sum_over_ranks(gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.fitter.apply(gradients)
 
     def _mixed_with_replay(self, batch: SampleBatch, generator: torch.Generator) -> SampleBatch:
         """Draw samples of this round and replayed ones, each in random order."""
@@ -255,12 +328,11 @@ class Adversary:
         return next(iter(self.trained.values())).device
 
     def _follow(self, device: torch.device) -> None:
-        """Move scorer, snapshot and optimizer state to the samples' device."""
+        """Move scorer and snapshot to the samples' device; the optimizer's state follows at its next step."""
         if device == self._device():
             return
         self.scorer.to(device)
         self.snapshot = ScoringWeights(self.version, _copies(self.snapshot.weights, device))
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts its slots where the parameters are
 
 
 def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
@@ -268,30 +340,17 @@ def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -
     return {name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in tensors.items()}
 
 
+def _as_matrix(logits: Tensor, count: int) -> Tensor:
+    """Return logits (b, m) in float32 for ``count`` samples. Raises ValueError for another shape."""
+    if logits.ndim not in (1, 2) or len(logits) != count:
+        raise ValueError(f"the scorer must give (B,) or (B, m) for {count} samples, not {tuple(logits.shape)}")
+    logits = logits.float()
+    return logits[:, None] if logits.ndim == 1 else logits
+
+
 def _generator(*parts: int | str) -> torch.Generator:
     """Seed a generator by ``parts`` alone, so that a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
-
-
-def adversarial_loss(name: LossName, real: Tensor, fake: Tensor) -> Tensor:
-    """Compute the loss of each pair of logits, elementwise, for ``real`` and ``fake`` of one shape.
-
-    "hinge": relu(1 - real) + relu(1 + fake) (Adv-GRPO, eqs. 12-14). "bt_pairwise": -log sigmoid(real - fake),
-    Bradley-Terry on pairs of one prompt.
-    """
-    if real.shape != fake.shape:
-        raise ValueError(f"logits come in pairs: real is {tuple(real.shape)}, fake is {tuple(fake.shape)}")
-    return F.relu(1 - real) + F.relu(1 + fake) if name == "hinge" else F.softplus(fake - real)
-
-
-def pair_accuracy(name: LossName, real: Tensor, fake: Tensor) -> Tensor:
-    """Compute the accuracy of each pair's scores, elementwise in [0, 1]; a tie is wrong.
-
-    For "bt_pairwise" it is whether real > fake, for "hinge" the mean of real > 0 and fake < 0.
-    """
-    if name == "bt_pairwise":
-        return (real > fake).float()
-    return ((real > 0).float() + (fake < 0).float()) / 2
 
 
 class Weighting(Protocol):

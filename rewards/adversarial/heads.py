@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from genalign.runtime.distributed import seeded
 from genalign.types import AnyCallable, FeatureFunction, Prompt
-from rewards.adversarial.adversary import Adversary, DiscriminatorSettings, PatchWeights
+from rewards.adversarial.adversary import Adversary, DiscriminatorSettings, FeatureScorer, PatchWeights
 from rewards.adversarial.update_rules import Ratio, UpdateRule
 from rewards.backbones.encoders import PatchFeatures
 from rewards.backbones.reference_images import References
@@ -23,7 +23,7 @@ def mlp_head(width: int, hidden: int = 512, seed: int = 0) -> nn.Sequential:
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
 
-class HeadScorer(nn.Module):
+class HeadScorer(FeatureScorer):
     """A head, shared by the global and the patch features of a frozen backbone; it ignores the prompts.
 
     ``tokens`` (a function, whose own parameters are never trained) gives features (B, m, d), the global one first.
@@ -35,13 +35,16 @@ class HeadScorer(nn.Module):
         self._tokens = functools.partial(tokens)  # not registered, even where it is a module
         self.head = copy.deepcopy(head).float().requires_grad_(True)
 
-    def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Compute logits (B, m). Raises ValueError for a head that does not give one logit per token."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            tokens = self._tokens(images).float()
-        logits: Tensor = self.head(tokens)
-        if logits.shape != (*tokens.shape[:2], 1):
-            shapes = f"features {tuple(tokens.shape)} to {tuple(logits.shape)}"
+    def features(self, samples: Tensor) -> Tensor:
+        """Compute features (B, m, d) in float32; differentiable in samples that require a gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and samples.requires_grad):
+            return self._tokens(samples).float()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute logits (B, m) from features (B, m, d). Raises ValueError for a head of other outputs."""
+        logits: Tensor = self.head(features)
+        if logits.shape != (*features.shape[:2], 1):
+            shapes = f"features {tuple(features.shape)} to {tuple(logits.shape)}"
             raise ValueError(f"the head maps {shapes}: its last layer must have one output, as in mlp_head")
         return logits.squeeze(-1)
 
@@ -83,7 +86,7 @@ def _token_function(features: FeatureFunction | PatchFeatures, patches: bool) ->
         return lambda samples: features(samples).unsqueeze(1)
     if not isinstance(features, PatchFeatures):
         raise ValueError(
-            "these features have no patches: give ClipFeatures or Dinov2Features, or weights=PatchWeights(1.0, 0.0)"
+            "these features have no patches: give ClipFeatures or Dinov3Features, or weights=PatchWeights(1.0, 0.0)"
         )
 
     def tokens(samples: Tensor) -> Tensor:

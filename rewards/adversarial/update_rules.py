@@ -11,7 +11,7 @@ class DiscriminatorStatus:
     """Metrics of the discriminator against the generator before an update, over all ranks.
 
     ``generated`` and ``reference`` are mean scores, ``round`` counts updates so far, and ``training`` says whether the
-    last one changed the weights (True at first).
+    last one changed the weights (True at first). ``gradient_norm`` is the mean norm that a gradient penalty bounds.
     """
 
     round: int
@@ -20,6 +20,7 @@ class DiscriminatorStatus:
     accuracy: float
     loss: float
     training: bool
+    gradient_norm: float | None = None
 
     @property
     def gap(self) -> float:

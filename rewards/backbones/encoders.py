@@ -116,8 +116,11 @@ class CosineScorer(nn.Module):
         return self.scale * cosine(embedding, self.encoder.text([prompt.text for prompt in prompts]))
 
 
-def read_config(model: str, kind: str) -> Any:
-    """Read the config of a transformers folder or Hub id. Raises ValueError for another kind, such as "CLIP"."""
+def read_config(model: str, kind: str, model_type: str | None = None) -> Any:
+    """Read the config of a transformers folder or Hub id.
+
+    Raises ValueError for another ``kind``, such as "CLIP", whose ``model_type`` is its name in lower case by default.
+    """
     from transformers import AutoConfig
 
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
@@ -126,7 +129,7 @@ def read_config(model: str, kind: str) -> Any:
             " wrote"
         )
     config = AutoConfig.from_pretrained(model)
-    if config.model_type != kind.lower():
+    if config.model_type != (model_type or kind.lower()):
         raise ValueError(f"{model} is a {config.model_type} checkpoint, not {kind}: give a {kind} folder or Hub id")
     return config
 

@@ -6,7 +6,7 @@ Features of sound are in ``rewards.backbones.audio_features``.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.types import AnyCallable, Precision
-from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
+from rewards.backbones.clip_encoder import ImagePreprocessor, Interpolation, load_clip
 from rewards.backbones.encoders import Features, PatchFeatures, read_config
 from rewards.backbones.reference_images import ReferenceSamples
 
@@ -63,13 +63,60 @@ class Dinov2Features(PatchFeatures):
     def features(self, samples: Tensor) -> Features:
         """Compute class tokens (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
         network = _load_dinov2(self.model, self.dtype).to(samples.device)
-        size, patch = self.size or int(network.config.image_size), int(network.config.patch_size)
-        if size % patch:
-            nearest = max(1, size // patch) * patch
-            raise ValueError(f"size {size} is not a multiple of the patch size {patch}: try {nearest}")
+        size = self.size or int(network.config.image_size)
+        _require_whole_patches((size, size), int(network.config.patch_size))
         pixels = ImagePreprocessor((size, size), *_IMAGENET)(samples)
         tokens = network(pixels.to(network.dtype)).last_hidden_state.float()
         return Features(tokens[:, 0], tokens[:, 1:])
+
+
+@dataclass(frozen=True)
+class Dinov3Features(PatchFeatures):
+    """DINOv3's class and patch tokens after the final norm, without the register tokens between them.
+
+    ``model`` is a transformers folder or Hub id of a vision transformer, such as
+    facebook/dinov3-vitb16-pretrain-lvd1689m, with its image processor. Images are resized to ``size`` pixels a side, a
+    multiple of the patch size, by default that of the processor (224). The model is opened at the first call, frozen,
+    with weights of ``dtype``.
+    """
+
+    model: str
+    size: int | None = None
+    dtype: Precision = "float32"
+
+    def features(self, samples: Tensor) -> Features:
+        """Compute class tokens (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
+        network, prepare = _load_dinov3(self.model, self.dtype)
+        network = network.to(samples.device)
+        if self.size:
+            prepare = replace(prepare, size=(self.size, self.size))
+        _require_whole_patches(prepare.size, int(network.config.patch_size))
+        tokens = network(prepare(samples).to(network.dtype)).last_hidden_state.float()
+        return Features(tokens[:, 0], tokens[:, 1 + int(network.config.num_register_tokens) :])
+
+
+@dataclass(frozen=True)
+class SiglipFeatures(PatchFeatures):
+    """SigLIP's image embedding, pooled by its attention head, and its patch tokens after the last norm.
+
+    SigLIP 2 checkpoints of a fixed resolution have the same layout. ``unit`` gives all features length 1. ``model`` is
+    a transformers folder or Hub id, such as google/siglip-base-patch16-224, with its image processor. The model is
+    opened at the first call, frozen, with weights of ``dtype``.
+    """
+
+    model: str
+    unit: bool = False
+    dtype: Precision = "float32"
+
+    def features(self, samples: Tensor) -> Features:
+        """Compute embeddings (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
+        network, prepare = _load_siglip(self.model, self.dtype)
+        network = network.to(samples.device)
+        output = network(prepare(samples).to(network.dtype))
+        embedding, patches = output.pooler_output.float(), output.last_hidden_state.float()
+        if not self.unit:
+            return Features(embedding, patches)
+        return Features(F.normalize(embedding, dim=-1), F.normalize(patches, dim=-1))
 
 
 @torch.no_grad()
@@ -100,9 +147,48 @@ def extract_text_features(texts: list[str], model: str) -> Tensor:
     return load_clip(model).text(texts)
 
 
+def _require_whole_patches(size: tuple[int, int], patch: int) -> None:
+    """Raise ValueError where a side of an image of ``size`` is not a multiple of the patch size."""
+    for side in size:
+        if side % patch:
+            nearest = max(1, side // patch) * patch
+            raise ValueError(f"size {side} is not a multiple of the patch size {patch}: try {nearest}")
+
+
 @functools.cache
 def _load_dinov2(model: str, dtype: Precision) -> Any:
     from transformers import Dinov2Model
 
     read_config(model, "DINOv2")
     return Dinov2Model.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+
+
+@functools.cache
+def _load_dinov3(model: str, dtype: Precision) -> tuple[Any, ImagePreprocessor]:
+    from transformers import DINOv3ViTModel
+
+    read_config(model, "DINOv3", "dinov3_vit")
+    network = DINOv3ViTModel.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    return network, _preprocessor(model)
+
+
+@functools.cache
+def _load_siglip(model: str, dtype: Precision) -> tuple[Any, ImagePreprocessor]:
+    from transformers import SiglipVisionModel
+
+    config = read_config(model, "SigLIP").vision_config
+    if not config.vision_use_head:
+        raise ValueError(f"{model} has no pooling head, so that it gives no embedding: take another SigLIP checkpoint")
+    network = SiglipVisionModel.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    return network, _preprocessor(model)
+
+
+def _preprocessor(model: str) -> ImagePreprocessor:
+    """Read the preprocessing of a checkpoint whose image processor resizes to a fixed height and width."""
+    from PIL.Image import Resampling
+    from transformers import AutoImageProcessor
+
+    images = AutoImageProcessor.from_pretrained(model)
+    size = int(images.size["height"]), int(images.size["width"])
+    interpolation: Interpolation = "bilinear" if int(images.resample) == Resampling.BILINEAR else "bicubic"
+    return ImagePreprocessor(size, tuple(images.image_mean), tuple(images.image_std), "squash", interpolation)

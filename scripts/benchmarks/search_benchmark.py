@@ -30,10 +30,10 @@ from torch import Tensor
 
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.records import PromptRecord
+from genalign.reward_learning.noise_aware import ranking_quality
 from genalign.scoring.budget import Budget
 from genalign.search import BestOfN, Prune, ReNO
 from genalign.search.engine import SearchRun
-from genalign.search.noise_aware import ranking_quality
 from genalign.search.pruning import PruneSchedule
 from genalign.search.strategy import Strategy
 from genalign.types import Prompt

@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.search.noise_aware import (
-    Distillation,
-    LevelQuality,
-    NoiseAware,
-    PreviewDataset,
-    RewardIdentity,
-    ScorerLevel,
-    distill,
-)
+from genalign.reward_learning.noise_aware import Distillation, LevelQuality, PreviewDataset, RewardIdentity, distill
+from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from genalign.types import Prompt, RewardFunction
 from genalign.worlds.shapes import prompts, render_metadata
 from rewards.aesthetic import AestheticReward

@@ -16,11 +16,12 @@ from genalign.cli.parsing import parse
 from genalign.cli.steer import Steer
 from genalign.diffusion.paths import VPPath
 from genalign.diffusion.transitions import DDIM, ODE, transition
+from genalign.reward_learning.noise_aware import LevelQuality, RewardIdentity
 from genalign.scoring.score import NamedReward
 from genalign.search import NRG, BestOfN, Budget, DoobGuide, FKSteering, NoiseAwareGradient, RewardGradient, search
 from genalign.search.engine import SearchRun
 from genalign.search.guidance import ode_shift
-from genalign.search.noise_aware import LevelQuality, NoiseAware, RewardIdentity, ScorerLevel
+from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt, RewardFunction
 from pipelines import SD3
 from tests.genalign.search.test_noise_aware import Linear

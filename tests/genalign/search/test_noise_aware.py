@@ -10,22 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.scoring.score import NamedReward
-from genalign.search import Prune, search
-from genalign.search.engine import SearchRun
-from genalign.search.noise_aware import (
+from genalign.reward_learning.noise_aware import (
     Distillation,
     LevelQuality,
-    NoiseAware,
     PreviewDataset,
     RewardIdentity,
-    ScorerLevel,
     distill,
     ranking_quality,
-    record_previews,
     train_decoder,
     validate,
 )
+from genalign.scoring.score import NamedReward
+from genalign.search import Prune, search
+from genalign.search.engine import SearchRun
+from genalign.search.noise_aware import NoiseAware, ScorerLevel, record_previews
 from genalign.types import Prompt, RewardFunction
 from pipelines import SD3
 from tests.genalign.search.tiny_searches import PROMPTS, SAMPLING, redness, search_run

@@ -10,9 +10,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from genalign.reward_learning.noise_aware import LevelQuality, RewardIdentity
 from genalign.search import FKSteering, Prune, SearchResult
 from genalign.search.engine import Particles, SearchRun
-from genalign.search.noise_aware import LevelQuality, NoiseAware, RewardIdentity, ScorerLevel
+from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from genalign.types import Prompt
 from pipelines import prune, steer
 from pipelines.steering.scheduler_hooks import grid_of

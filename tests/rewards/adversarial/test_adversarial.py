@@ -13,13 +13,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from genalign.reward_learning.adversarial_losses import (
+    adversarial_loss,
+    between_pairs,
+    gradient_norms,
+    pair_accuracy,
+)
 from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt, TrainableReward
 from rewards.adversarial import AccuracyBand, AdversarialReward, Adversary, Overtake, PatchWeights, Ratio
-from rewards.adversarial.adversary import DiscriminatorSettings, adversarial_loss, pair_accuracy
+from rewards.adversarial.adversary import DiscriminatorSettings, FeatureScorer
 from rewards.adversarial.heads import mlp_head
 from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
-from rewards.adversarial.tuned_clip import TunedClip, TunedClipReward
+from rewards.adversarial.tuned_clip import TunedClipReward
 from rewards.adversarial.update_rules import DiscriminatorStatus
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import Features
@@ -77,6 +83,83 @@ def test_losses_by_hand() -> None:
     assert pair_accuracy("bt_pairwise", real, fake).tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="come in pairs"):
         adversarial_loss("hinge", real, fake[:1])
+
+
+def test_the_penalty_of_a_linear_head_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(4, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    direction = torch.tensor([2.0, -1.0, 2.0], dtype=torch.float64)  # of norm 3
+    between = between_pairs(real, fake, torch.tensor([0.0, 1.0, 0.25, 0.5]))
+    torch.testing.assert_close(between[:3], torch.stack([fake[0], real[1], 0.25 * real[2] + 0.75 * fake[2]]))
+    norms = gradient_norms(between @ direction + 7.0, between)
+    torch.testing.assert_close(norms, torch.full((4, 5), 3.0, dtype=torch.float64), rtol=0, atol=1e-12)
+    squares = gradient_norms(between.square().sum((1, 2)), between)  # of whole samples: the gradient is 2 x
+    torch.testing.assert_close(squares, 2 * between.flatten(1).norm(dim=1), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"between references \(5, 3\) and samples \(4, 3\): give the references"):
+        between_pairs(real, fake[:, :4], torch.ones(4))
+
+
+def test_a_step_follows_the_gradient_of_the_penalty() -> None:
+    """A linear head that satisfies every margin of the hinge has no other gradient."""
+    head = nn.Linear(48, 1)
+    nn.init.constant_(head.weight, 0.5)
+    nn.init.constant_(head.bias, -12.0)
+    learning = replace(FAST, steps_per_update=1, gradient_penalty=10.0, gradient_target=2.0)
+    trained = AdversarialReward(flat, REFERENCES, head, GLOBAL, learning=learning)
+    steps: list[Sequence[Tensor]] = []
+    trained.fitter.apply = lambda gradients: steps.append(gradients) or torch.zeros(())  # type: ignore[method-assign]
+    metrics = trained.update(FAKES, PROMPTS)
+    norm = 0.5 * math.sqrt(48)
+    assert metrics["saturated"] == 1 and metrics["gradient_norm"] == pytest.approx(norm, rel=1e-6)
+    ((weight, bias),) = steps
+    torch.testing.assert_close(weight, torch.full((1, 48), 10.0 * 2 * (norm - 2.0) * 0.5 / norm), rtol=1e-5, atol=0)
+    assert bias.tolist() == [0.0]
+    plain = AdversarialReward(flat, REFERENCES, head, GLOBAL, learning=replace(learning, gradient_penalty=0.0))
+    assert "gradient_norm" not in plain.update(FAKES, PROMPTS)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "bt_pairwise"])
+def test_the_penalty_bounds_a_discriminator_that_saturates(loss: str) -> None:
+    steep, bounded = (
+        reward(replace(FAST, loss=loss, learning_rate=3e-2, gradient_penalty=weight, gradient_target=0.5))
+        for weight in (0.0, 10.0)
+    )
+    for trained in (steep, bounded):
+        for _ in range(8):
+            metrics = trained.update(FAKES, PROMPTS)
+    assert metrics["gradient_norm"] == pytest.approx(0.5, abs=0.2) and metrics["gap"] < -0.15
+
+    def steepest(trained: AdversarialReward) -> float:
+        points = torch.rand(500, 1, 3, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
+        assert isinstance(trained.scorer, FeatureScorer)
+        return float(gradient_norms(trained.scorer.logits(points), points).detach().max())
+
+    assert steepest(bounded) < 1.0 and steepest(steep) > 2 * steepest(bounded)
+
+
+def test_the_penalty_is_of_samples_where_there_are_no_features() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((3, 4, 4), 2.0))
+
+        def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            return (images * self.weight).flatten(1).sum(1)
+
+    learning = replace(FAST, loss="bt_pairwise", gradient_penalty=1.0)
+    trained = Adversary(Linear(), REFERENCES, NEVER, learning, scale=0.5)
+    assert trained.update(FAKES, PROMPTS)["gradient_norm"] == pytest.approx(0.5 * 2 * 48**0.5, rel=1e-5)
+    with pytest.raises(ValueError, match="not differentiable in its samples: set gradient_penalty to 0"):
+        Adversary(Wide(16), REFERENCES, NEVER, learning).update(FAKES[:16], PROMPTS[:16])
+
+
+def test_a_penalized_run_resumes_exactly() -> None:
+    learning = replace(FAST, gradient_penalty=10.0)
+    whole, second = reward(learning), reward(learning, head=mlp_head(3, seed=99))
+    whole.update(FAKES, PROMPTS)
+    second.load_tensors(whole.tensors())
+    assert whole.update(FAKES, PROMPTS) == second.update(FAKES, PROMPTS)
+    assert torch.equal(whole(FAKES, PROMPTS), second(FAKES, PROMPTS))
 
 
 @pytest.mark.parametrize("loss", ["hinge", "bt_pairwise"])
@@ -389,7 +472,11 @@ def test_scorers_of_a_wrong_shape_are_refused() -> None:
         (PatchWeights, {"n_patches": 0}, "local_weight=0 leaves patches out"),
         (Ratio, {"discriminator": 0, "generator": 1}, "discriminator must be at least 1"),
         (AccuracyBand, {"low": 0.9, "high": 0.6}, "0 <= low <= high <= 1"),
-        (TunedClip, {"model": "shapes-clip", "blocks": 5}, "blocks must be 1 to 4, the visual blocks of shapes-clip"),
+        (
+            DiscriminatorSettings,
+            {"gradient_penalty": -1.0},
+            "gradient_penalty and gradient_target must not be negative",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(settings: type, arguments: dict[str, object], message: str) -> None:
@@ -417,6 +504,21 @@ def test_tuned_clip_starts_as_clip_and_learns_to_prefer_references() -> None:
     assert torch.equal(plain(CLIP_FAKES, CLIP_PROMPTS), start)  # the shared model is untouched
     blocks = load_clip("shapes-clip").blocks
     assert len(trained.snapshot.weights) == sum(len(list(block.parameters())) for block in blocks[-2:])
+
+
+def test_the_penalty_of_a_tuned_clip_is_of_its_samples() -> None:
+    """Without it the cosine becomes steeper between samples and references, and with it flatter."""
+    between = between_pairs(CLIP_REFERENCES.images.load(range(4)), CLIP_FAKES, torch.full((4,), 0.5))
+    prompts = [Prompt("red circle")] * 2 + [Prompt("blue ring")] * 2
+
+    def steepness(penalty: float, rounds: int) -> float:
+        learning = replace(TUNING, gradient_penalty=penalty)
+        trained = TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, None, Ratio(), learning)
+        for _ in range(rounds):
+            trained.update(CLIP_FAKES, CLIP_PROMPTS)
+        return float(gradient_norms(trained(between, prompts), between).detach().mean())
+
+    assert steepness(10.0, 1) < 0.95 * steepness(0.0, 0) < steepness(0.0, 1)
 
 
 def test_tuned_clip_trains_on_overtaking_only() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from genalign import assets
 from genalign.diffusion.sampling import Sampling
-from genalign.search.noise_aware import LevelQuality, NoiseAware, RewardIdentity, ScorerLevel
+from genalign.reward_learning.noise_aware import LevelQuality, RewardIdentity
+from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from rewards.noise_aware import LatentClapDistilled, save_scorer
 from rewards.regressor import Regressor, RegressorReward
 from scripts.benchmarks import audio_pool, audio_search

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from genalign import assets
-from genalign.search.noise_aware import LevelQuality, NoiseAware, RewardIdentity, ScorerLevel
+from genalign.reward_learning.noise_aware import LevelQuality, RewardIdentity
+from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from rewards.noise_aware import LatentImageDistilled, SelfDistilled, save_scorer
 from rewards.regressor import Regressor
 from scripts.benchmarks import search_benchmark, search_pool

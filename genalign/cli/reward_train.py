@@ -1,0 +1,309 @@
+"""``genalign reward train``: a reward, trained on judgments of samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genalign.cli import parsing
+from genalign.cli.context import CommandContext
+from genalign.cli.generation_settings import require_positive
+from genalign.metrics.intervals import Estimate
+from genalign.reward_learning.encoding import ItemTokens, LiveTokens, TokenFolder, measured_nuisances
+from genalign.reward_learning.examples import Examples, examples, split_by_prompt
+from genalign.reward_learning.heads import LinearHead
+from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, apply_votes, changed_lines
+from genalign.reward_learning.losses import BradleyTerry, PairLoss, PreferenceLoss
+from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
+from genalign.reward_learning.preferences import Judgment, read_judgments
+from genalign.reward_learning.regularizers import Disentangle, Regularizer, correlation
+from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
+from genalign.reward_learning.training import (
+    Objective,
+    RewardData,
+    RewardFit,
+    RewardTraining,
+    build_network,
+    ensemble_votes,
+    laplace_posteriors,
+    nothing_held_out,
+    truncate_metrics,
+)
+from genalign.reward_learning.uncertainty import LastLayerLaplace
+from genalign.runtime.files import load_state, save_state, write_json, write_text
+from genalign.runtime.progress import Progress
+from genalign.runtime.text_files import read_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTrain:
+    """A reward that is trained on judgments of samples: rewards.learned.LearnedReward(path=OUTPUT).
+
+    A run that was interrupted continues when the command is given again.
+
+    Args:
+        output: Folder of the reward, with its configuration, metrics and card.
+        preferences: Folder or .jsonl file of judgments.
+        held_out: Folder or .jsonl file of judgments that are measured on and not trained on; null holds out a fraction
+            of the prompts.
+        held_out_fraction: Fraction of the prompts that are held out without held_out; 0 holds out none.
+        dimensions: Dimensions to learn; by default all.
+        exclude_annotators: Annotators whose judgments are left out.
+        encoder: What is read of samples and prompts, as in rewards.learned_encoders.ClipTokens.
+        head: Head on the encoder's tokens, as in genalign.reward_learning.heads.MLPHead; null takes LinearHead.
+        loss: Loss of the preferences, as in genalign.reward_learning.losses.TiedBradleyTerry; null takes BradleyTerry.
+        label_noise: Correction of the loss for flipped labels, as in genalign.reward_learning.label_noise.FlipRobust;
+            null takes labels as they are.
+        votes: Vote of an ensemble on the training pairs, after which the worst are changed; null leaves them.
+        regularizers: Terms beside the loss, as in genalign.reward_learning.regularizers.GradientPenalty.
+        disentangle: Nuisances whose share of the preference is kept out of the reward; null keeps none out.
+        uncertainty: Laplace approximation of the last layer, for a single member; null takes none.
+        fit: Epochs, batches, members and optimizer.
+        encode_batch: Largest number of samples that a frozen encoder reads at once.
+        device: Torch device of the training.
+    """
+
+    output: str
+    preferences: str
+    encoder: RewardEncoder
+    held_out: str | None = None
+    held_out_fraction: float = 0.1
+    dimensions: tuple[str, ...] = ()
+    exclude_annotators: tuple[str, ...] = ()
+    head: HeadShape | None = None
+    loss: PreferenceLoss | None = None
+    label_noise: NoiseCorrection | None = None
+    votes: EnsembleVote | None = None
+    regularizers: list[Regularizer] = field(default_factory=list)
+    disentangle: Disentangle | None = None
+    uncertainty: LastLayerLaplace | None = None
+    fit: RewardFit = field(default_factory=RewardFit)
+    encode_batch: int = 64
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "encode_batch")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
+        if self.fit.patience is not None and self.held_out is None and not self.held_out_fraction:
+            raise ValueError("fit.patience needs held-out judgments: give held_out, or a held_out_fraction")
+        if self.fit.members > 1 and self.uncertainty is not None:
+            raise ValueError("an ensemble's deviation is its uncertainty: leave uncertainty out, or train one member")
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimized."""
+        return Objective(self.loss or BradleyTerry(), self.label_noise, tuple(self.regularizers), self.disentangle)
+
+
+def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> int:
+    """Run ``genalign reward train``: encode the samples, train, measure on held-out judgments, and save the reward."""
+    settings, plain = parsing.parse(RewardTrain, arguments, "reward train")
+    folder, progress, objective = Path(settings.output), Progress(), settings.objective
+    require_same_configuration(folder, plain)
+    training, held_out = read_examples(settings, objective.loss)
+    objective.require_fit(training)
+    names = tuple(training.dimensions)
+    shape, outputs = settings.head or LinearHead(), len(names) + len(objective.nuisances)
+    network = build_network(settings.encoder, shape, outputs, settings.fit.members, settings.fit.seed, settings.device)
+    description = RewardDescription.of(network, shape, names, objective.nuisances)
+    write_json(folder / "config.json", plain)
+    items = [*training.items, *held_out.items]
+    listed = [{"digest": item.digest, "prompt": item.prompt.text} for item in training.items]
+    write_json(folder / "training_items.json", listed)
+    data = RewardData(training, held_out, _tokens(settings, network.encoder, items, folder, progress))
+
+    if settings.votes is not None:
+        with progress.phase("voting on the training pairs"):
+            data = _voted(settings, settings.votes, shape, outputs, data, folder)
+    run = RewardTraining(network, data, objective, settings.fit)
+    checkpoint, metrics_file = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
+    done = load_state(checkpoint)[1]["step"] if checkpoint.is_file() else 0
+    truncate_metrics(metrics_file, done)
+    if done:
+        print(f"continuing at step {done} of {run.steps}")
+    for metrics in run.run(checkpoint):
+        with metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        print(_line(metrics, run.steps), flush=True)
+
+    with progress.phase("measuring"):
+        posteriors = [] if settings.uncertainty is None else laplace_posteriors(run, settings.uncertainty)
+        save_reward(folder / REWARD, network, description, posteriors)
+        write_text(folder / "card.md", _card(settings, description, run, [p.precision for p in posteriors]))
+    print(f"reward: {folder / REWARD}")
+    return 0
+
+
+def require_same_configuration(folder: Path, plain: Mapping[str, Any]) -> None:
+    """Raise ValueError where the folder is of a training with other settings, apart from the device and the path."""
+    if not (folder / "config.json").is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no training of a reward: give another output")
+        return
+    before, now = read_json(folder / "config.json"), json.loads(json.dumps(plain))
+    changed = sorted(name for name in {*before, *now} - {"device", "output"} if before.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"{folder} is of a training with another {', '.join(changed)}: give another output, or the configuration"
+            f" {folder / 'config.json'} to continue it"
+        )
+
+
+def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples, Examples]:
+    """Read the training and held-out judgments that a loss learns from, and print how many there are of each.
+
+    Raises ValueError where there is none, or ratings are mixed with labels.
+    """
+    judgments = read_judgments(Path(settings.preferences))
+    held_out = None if settings.held_out is None else read_judgments(Path(settings.held_out))
+    if held_out is None:
+        judgments, held_out = split_by_prompt(judgments, settings.held_out_fraction, settings.fit.seed)
+    known = {judgment.annotator for judgment in [*judgments, *held_out]}
+    if unknown := sorted(set(settings.exclude_annotators) - known):
+        raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {settings.preferences}")
+    learned = _usable(judgments, "training", settings, loss)
+    if not learned:
+        kinds = ", ".join(sorted({judgment.kind for judgment in judgments})) or "none"
+        raise ValueError(
+            f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left,"
+            f" and the training judgments are of the kind {kinds}: take another loss"
+        )
+    training, measured = examples(learned, settings.dimensions), _usable(held_out, "held-out", settings, loss)
+    held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
+    if seen := {item.digest for item in training.items} & {item.digest for item in held.items}:
+        raise ValueError(f"{len(seen)} held-out samples are training samples as well: hold out other prompts")
+    return training, held
+
+
+def _usable(
+    judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss
+) -> list[Judgment]:
+    """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts."""
+    kinds = {judgment.kind for judgment in judgments}
+    if {"rating", "label"} <= kinds:
+        raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
+    skipped = dict.fromkeys(("of another kind", "without a score", "of excluded annotators"), 0)
+    chosen = []
+    for judgment in judgments:
+        if judgment.annotator in settings.exclude_annotators:
+            skipped["of excluded annotators"] += 1
+        elif judgment.kind not in loss.kinds:
+            skipped["of another kind"] += 1
+        elif not any(name in judgment.scores for name in settings.dimensions or judgment.scores):
+            skipped["without a score"] += 1
+        else:
+            chosen.append(judgment)
+    rest = "".join(f", {count} {why} left out" for why, count in skipped.items() if count)
+    prompts = len({judgment.prompt.text for judgment in chosen})
+    print(f"{what}: {len(chosen)} of {len(judgments)} judgments of {prompts} prompts{rest}")
+    return chosen
+
+
+def _tokens(
+    settings: RewardTrain, encoder: RewardEncoder, items: Sequence[Any], folder: Path, progress: Progress
+) -> ItemTokens:
+    """Encode the items where the encoder is frozen, and otherwise measure the nuisances alone."""
+    nuisances = {} if settings.disentangle is None else settings.disentangle.nuisances
+    if any(weight.requires_grad for weight in encoder.parameters()):
+        return LiveTokens(encoder, items, measured_nuisances(items, encoder, nuisances), settings.device)
+    with progress.phase("encoding", len(items)) as advance:
+        store = TokenFolder(folder / "tokens")
+        return store.encode(encoder, items, nuisances, settings.encode_batch, settings.device, advance)
+
+
+def _voted(
+    settings: RewardTrain, votes: EnsembleVote, shape: HeadShape, outputs: int, data: RewardData, folder: Path
+) -> RewardData:
+    """Let an ensemble vote, once, and change the training pairs that it votes against most; list them in a file."""
+    file, training = folder / "votes.safetensors", data.training
+
+    def build(members: int) -> RewardNetwork:
+        return build_network(settings.encoder, shape, outputs, members, settings.fit.seed, settings.device)
+
+    if file.is_file():
+        tensors, meta = load_state(file)
+        if meta["data"] != data.digest():
+            raise ValueError(f"{file} is of other judgments: train them into another output folder")
+        cast = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
+    else:
+        cast = ensemble_votes(build, data, settings.objective, settings.fit, votes)
+        tensors = {"mean": cast.mean, "deviation": cast.deviation, "voters": cast.voters}
+        save_state(file, tensors, {"data": data.digest()})
+    pairs, changed = apply_votes(training.pairs, cast, votes)
+    lines = changed_lines(training.pairs, cast, changed, training.items, training.dimensions)
+    write_text(folder / "changed_pairs.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    print(f"votes: {votes.change} {len(lines)} of {int((~cast.mean.isnan()).sum())} labels: changed_pairs.jsonl")
+    return replace(data, training=replace(training, pairs=pairs))
+
+
+def _line(metrics: Mapping[str, Any], steps: int) -> str:
+    text = f"step {metrics['step']}/{steps}: loss {metrics['loss']:.4f}"
+    if held_out := metrics.get("held_out"):
+        text += f", held-out {held_out['loss']:.4f}"
+        for name, accuracy in held_out["accuracy"].items():
+            text += "" if accuracy is None else f", {name} {Estimate.from_dict(accuracy).text('.3f')}"
+    return text
+
+
+def _card(
+    settings: RewardTrain, description: RewardDescription, run: RewardTraining, precisions: Sequence[float]
+) -> str:
+    """Describe a trained reward: data, measures on held-out judgments, and how it is used."""
+    data, objective = run.data, run.objective
+    grades = not isinstance(objective.loss, PairLoss)
+    judged = data.training.grades if grades else data.training.pairs
+    held = data.held_out.grades if grades else data.held_out.pairs
+    kind = "grades" if grades else "pairs"
+    annotators = len({name for name in judged.annotators if name})
+    lines = [
+        f"# A reward learned from {settings.preferences}",
+        "",
+        "```python",
+        "from rewards.learned import LearnedReward",
+        "",
+        f'reward = LearnedReward("{settings.output}")  # of {", ".join(description.dimensions)}',
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- Encoder: {description.encoder} with {json.dumps(dict(description.encoder_arguments))}",
+        f"- Head: {description.head}, {description.members} member{'s' if description.members > 1 else ''}",
+        f"- Loss: {type(objective.loss).__name__}"
+        + "".join(
+            f", {type(term).__name__}" for term in [objective.noise, *objective.regularizers] if term is not None
+        ),
+        f"- Judgments: {len(judged)} {kind} of {len(data.training.items)} samples by {annotators or 'unnamed'} annotators",
+        f"- Held out: {len(held)} {kind} of {len(data.held_out.items)} samples",
+        f"- Samples: training_items.json; data {data.digest()[:16]}; {run.step} optimizer steps",
+        "",
+        "## On held-out judgments",
+        "",
+    ]
+    measured = run.held_out()
+    if measured is None:
+        lines.append("Nothing was held out.")
+    else:
+        lines += ["| dimension | accuracy (95 % interval) |", "|---|---|"]
+        accuracies = measured.accuracy.items()
+        lines += [f"| {name} | {'-' if own is None else own.text('.3f')} |" for name, own in accuracies]
+        lines += ["", f"Loss {measured.loss:.4f}."]
+        if measured.calibration is not None:
+            lines += [f"Expected calibration error of sigmoid(difference): {measured.calibration:.3f}."]
+    if precisions:
+        lines += ["", f"Prior precision of the last layer: {', '.join(f'{value:.3g}' for value in precisions)}."]
+    if objective.nuisances:
+        rows = torch.arange(len(data.training.items))
+        scores = run.scores(rows).mean(1)[:, 0]
+        lines += ["", "## Nuisances", "", "| nuisance | correlation with the score, on training samples |", "|---|---|"]
+        columns = zip(objective.nuisances, data.tokens.nuisances[rows].unbind(1), strict=True)
+        lines += [f"| {name} | {float(correlation(values, scores)):+.3f} |" for name, values in columns]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,494 @@
+"""Training of a reward network on judgments: an ensemble of heads on one encoder, resumable bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genalign.diffusion.noise import derived_seed
+from genalign.metrics.intervals import Estimate
+from genalign.reward_learning.encoding import ItemTokens, StoredTokens
+from genalign.reward_learning.examples import Examples, Pairs
+from genalign.reward_learning.fitting import FitSettings, Fitter
+from genalign.reward_learning.held_out import (
+    accuracy_of_grades,
+    accuracy_of_pairs,
+    expected_calibration_error,
+    prompt_numbers,
+)
+from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, count_votes
+from genalign.reward_learning.losses import GradeLoss, PairLoss, PreferenceLoss, masked_mean
+from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, RewardNetwork
+from genalign.reward_learning.regularizers import Disentangle, Regularizer, ScoredBatch
+from genalign.reward_learning.uncertainty import LaplacePosterior, LastLayerLaplace, PairFeatures, fit_laplace
+from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
+
+_STANDARDIZED_BY, _LIVE = 4096, 256  # items whose tokens give mean and deviation: stored ones, computed ones
+_CHUNK = 256  # items scored at once
+
+
+@dataclass(frozen=True)
+class RewardFit:
+    """How long and how a reward is trained.
+
+    Args:
+        epochs: Passes over the training judgments.
+        batch_size: Number of pairs or grades in an optimizer step of a member.
+        members: Heads of the ensemble, each with its own first weights and its own order of the judgments.
+        optimizer: The optimizer.
+        evaluate_every: Epochs between evaluations on the held-out judgments, after which a checkpoint is written.
+        patience: Evaluations without a lower held-out loss after which training stops, with the weights of the lowest;
+            null trains all epochs.
+        seed: Seed of the first weights and of the batches.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    members: int = 1
+    optimizer: FitSettings = field(default_factory=FitSettings)
+    evaluate_every: int = 1
+    patience: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = min(self.epochs, self.batch_size, self.members, self.evaluate_every)
+        if least < 1 or (self.patience is not None and self.patience < 1):
+            raise ValueError(f"epochs, batch_size, members, evaluate_every and patience must be at least 1, not {self}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: a loss of preferences, as corrected for label noise, and terms beside it."""
+
+    loss: PreferenceLoss
+    noise: NoiseCorrection | None = None
+    regularizers: Sequence[Regularizer] = ()
+    disentangle: Disentangle | None = None
+
+    def require_fit(self, data: Examples) -> None:
+        """Raise ValueError where it cannot learn from ``data``, or its parts do not fit together."""
+        name = type(self.loss).__name__
+        learned = len(data.pairs) if isinstance(self.loss, PairLoss) else len(data.grades)
+        if not learned:
+            raise ValueError(
+                f"{name} learns from judgments of the kind {' or '.join(self.loss.kinds)}, and there is none to train"
+                " on: take a loss of the kinds that there are"
+            )
+        if self.noise is not None and not isinstance(self.loss, PairLoss):
+            raise ValueError(f"{type(self.noise).__name__} corrects a loss of pairs, and {name} learns from grades")
+        if self.disentangle is not None and len(data.dimensions) > 1:
+            raise ValueError(
+                f"Disentangle is of one dimension, and there are {', '.join(data.dimensions)}: select one with"
+                " dimensions"
+            )
+
+    @property
+    def nuisances(self) -> tuple[str, ...]:
+        """The names of the nuisances."""
+        return () if self.disentangle is None else tuple(self.disentangle.nuisances)
+
+
+@dataclass(frozen=True)
+class RewardData:
+    """Training and held-out judgments; ``tokens`` has the items of training first, and then those held out."""
+
+    training: Examples
+    held_out: Examples
+    tokens: ItemTokens
+
+    def digest(self) -> str:
+        """Return a hash of the items and of what was judged of them."""
+        digest = hashlib.sha256()
+        for part in (self.training, self.held_out):
+            for item in part.items:
+                digest.update(f"{item.digest}/{item.prompt.text}\n".encode())
+            pairs, grades = part.pairs, part.grades
+            for tensor in (pairs.rows, pairs.preferred, pairs.difference, grades.rows, grades.values):
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build_network(
+    encoder: RewardEncoder, shape: HeadShape, outputs: int, members: int, seed: int, device: str = "cpu"
+) -> RewardNetwork:
+    """Build an untrained network, whose members have different first weights that ``seed`` determines.
+
+    Args:
+        encoder: The encoder.
+        shape: The head of each member.
+        outputs: Number of dimensions and nuisances.
+        members: Number of members.
+        seed: Seed of the first weights.
+        device: Torch device of the network.
+
+    Raises:
+        ValueError: Several members would share an encoder that is trained.
+    """
+    if members > 1 and any(weight.requires_grad for weight in encoder.parameters()):
+        raise ValueError(
+            f"the {members} members of an ensemble share one encoder, which must be frozen: leave out its blocks and"
+            " lora_rank, or train one member"
+        )
+    heads = []
+    for member in range(members):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(seed, "head", member))
+            heads.append(shape.build(encoder.width, outputs))
+    return RewardNetwork(encoder, heads).to(device).eval()
+
+
+@torch.no_grad()
+def standardize(network: RewardNetwork, tokens: ItemTokens, count: int) -> None:
+    """Measure mean and deviation of the tokens of ``count`` training items, by which heads read tokens."""
+    most = _STANDARDIZED_BY if isinstance(tokens, StoredTokens) else _LIVE
+    rows = torch.linspace(0, count - 1, min(count, most)).round().long()
+    sums = torch.zeros(2, network.encoder.width, dtype=torch.float64)
+    total = 0
+    for part in rows.split(_CHUNK):
+        values = tokens.tokens(part).flatten(0, 1).double().cpu()
+        sums += torch.stack([values.sum(0), values.square().sum(0)])
+        total += len(values)
+    mean = sums[0] / total
+    deviation = (sums[1] / total - mean.square()).clamp(min=0).sqrt()
+    network.token_mean.copy_(mean)
+    network.token_scale.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A head in training, the loss of its grades if it learns from grades, and the numbers of its judgments."""
+
+    head: Head
+    grades: nn.Module | None
+    fitter: Fitter
+    rows: Tensor
+
+
+class RewardTraining:
+    """The training of a network; ``run`` makes it, and the network then has the trained weights.
+
+    A step of each member is on its own batch. The batches, the learning rate and the weights follow from the seed and
+    the number of the step, so that a run that was interrupted ends as one that was not, bit for bit.
+
+    Args:
+        network: The network, on the device of the tokens.
+        data: Training and held-out judgments with the tokens of their items.
+        objective: What is minimized.
+        fit: Epochs, batches, members and optimizer.
+        subsets: The numbers of each member's training judgments; None gives each all of them.
+
+    Raises:
+        ValueError: The objective cannot learn from the data.
+    """
+
+    def __init__(
+        self,
+        network: RewardNetwork,
+        data: RewardData,
+        objective: Objective,
+        fit: RewardFit,
+        subsets: Sequence[Tensor] | None = None,
+    ) -> None:
+        objective.require_fit(data.training)
+        self.network, self.data, self.objective, self.fit = network, data, objective, fit
+        self.prompts = prompt_numbers(data.training.items)
+        count = len(data.training.pairs if isinstance(objective.loss, PairLoss) else data.training.grades)
+        chosen = subsets or [torch.arange(count)] * fit.members
+        self.steps = fit.epochs * max(math.ceil(len(rows) / fit.batch_size) for rows in chosen)
+        self.step, self.best, self.stale, self.stopped = 0, math.inf, 0, False
+        self.best_weights: dict[str, Tensor] = {}
+        self.members = [self._member(number, rows) for number, rows in enumerate(chosen)]
+
+    def _member(self, number: int, rows: Tensor) -> _Member:
+        own, loss = f"heads.{number}.", self.objective.loss
+        weights = {n: w for n, w in self.network.trained().items() if n.startswith((own, "encoder."))}
+        grades = loss.prepare(self.data.training.grades.values) if isinstance(loss, GradeLoss) else None
+        if grades is not None:
+            grades.to(self.device)
+            weights |= {f"loss.{name}": weight for name, weight in grades.named_parameters()}
+        head = self.network.heads[number]
+        assert isinstance(head, Head)
+        return _Member(head, grades, Fitter(weights, self.fit.optimizer, self.steps), rows)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self.network.level.device
+
+    def run(self, checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:
+        """Train, and yield the metrics of each evaluation; a checkpoint, where there is one, is continued.
+
+        Metrics are "step", "epoch", "loss" (mean over steps and members since the last evaluation), "gradient_norm"
+        (its mean likewise), "learning_rate" and "held_out".
+        Raises ValueError for a checkpoint of other data, and for a loss that is not finite.
+        """
+        if checkpoint is not None and checkpoint.is_file():
+            self._load(checkpoint)
+        else:
+            standardize(self.network, self.data.tokens, len(self.data.training.items))
+        every = self.steps // self.fit.epochs * self.fit.evaluate_every
+        sums = torch.zeros(2, device=self.device)
+        since = 0
+        while self.step < self.steps and not self.stopped:
+            for number, member in enumerate(self.members):
+                loss = self.loss(member, self._batch(number, member))
+                norm = member.fitter.step(loss)
+                sums += torch.stack([loss.detach(), norm])
+            self.step, since = self.step + 1, since + 1
+            if self.step % every == 0 or self.step == self.steps:
+                metrics = self._evaluate((sums / (since * len(self.members))).tolist())
+                sums.zero_()
+                since = 0
+                if self.stopped or self.step == self.steps:
+                    self._finish()
+                if checkpoint is not None:
+                    self._save(checkpoint)
+                yield metrics
+
+    def loss(self, member: _Member, rows: Tensor) -> Tensor:
+        """Compute the loss () of a member on training judgments ``rows``, with all terms."""
+        training, loss = self.data.training, self.objective.loss
+        judged = training.pairs.rows[rows] if isinstance(loss, PairLoss) else training.grades.rows[rows]
+        items, place = torch.unique(judged, return_inverse=True)
+        tokens = self.network.standardized(self.data.tokens.tokens(items))
+        outputs, place = member.head(tokens), self._moved(place)
+        scores = outputs.sum(1, keepdim=True) if self.objective.disentangle else outputs
+        if isinstance(loss, PairLoss):
+            lead = scores[place[:, 0]] - scores[place[:, 1]]
+            value = self._pair_loss(loss, lead, training.pairs, rows)
+        else:
+            assert member.grades is not None
+            prompts, values = self.prompts[judged], training.grades.values[rows]
+            value = member.grades(scores[place], self._moved(values), self._moved(prompts))
+        pairs = place if isinstance(loss, PairLoss) else None
+        batch = ScoredBatch(tokens, outputs, pairs, self._moved(self.data.tokens.nuisances[items]), member.head)
+        terms = [*self.objective.regularizers, *filter(None, [self.objective.disentangle])]
+        return sum((term(batch) for term in terms), start=value)
+
+    def _pair_loss(self, loss: PairLoss, lead: Tensor, pairs: Pairs, rows: Tensor, plain: bool = False) -> Tensor:
+        preferred, difference = pairs.preferred[rows], pairs.difference[rows]
+        judged = self._moved(~preferred.isnan())
+        targets = self._moved(preferred.nan_to_num(0.5)), self._moved(difference.nan_to_num())
+        noise = None if plain else self.objective.noise
+        values = loss.per_pair(lead, *targets) if noise is None else noise(loss, lead, *targets)
+        return masked_mean(values, judged)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _batch(self, number: int, member: _Member) -> Tensor:
+        """Return the numbers of a member's judgments in this step; grades of a prompt are side by side."""
+        batches = math.ceil(len(member.rows) / self.fit.batch_size)
+        epoch, place = divmod(self.step, batches)
+        generator = torch.Generator().manual_seed(derived_seed(self.fit.seed, "batches", number, epoch))
+        if isinstance(self.objective.loss, PairLoss):
+            order = torch.randperm(len(member.rows), generator=generator)
+        else:
+            prompts = self.prompts[self.data.training.grades.rows[member.rows]]
+            ranks = torch.randperm(int(self.prompts.max()) + 1, generator=generator)
+            order = torch.argsort(ranks[prompts], stable=True)
+        return member.rows[order[place * self.fit.batch_size : (place + 1) * self.fit.batch_size]]
+
+    # Held-out judgments
+
+    @torch.no_grad()
+    def scores(self, rows: Tensor) -> Tensor:
+        """Score items by their numbers in the tokens, as (N, M, K + J) on the CPU."""
+        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in rows.split(_CHUNK)]
+        return torch.cat(parts)
+
+    def _evaluate(self, means: Sequence[float]) -> dict[str, Any]:
+        if not all(map(math.isfinite, means)):
+            raise ValueError(
+                f"the loss is not finite at step {self.step} of {self.steps}: lower fit.optimizer.learning_rate"
+            )
+        rate = self.members[0].fitter.settings.rate(self.step, self.steps)
+        metrics: dict[str, Any] = {"step": self.step, "epoch": self.step * self.fit.epochs / self.steps}
+        metrics |= dict(zip(("loss", "gradient_norm"), means, strict=True)) | {"learning_rate": rate}
+        held_out = self.held_out()
+        if held_out is not None:
+            metrics["held_out"] = held_out.as_dict()
+            self.stale = 0 if held_out.loss < self.best else self.stale + 1
+            if self.fit.patience is not None:
+                if not self.stale:
+                    self.best_weights = self._copies()
+                self.stopped = self.stale >= self.fit.patience
+            self.best = min(self.best, held_out.loss)
+        return metrics
+
+    @torch.no_grad()
+    def held_out(self) -> HeldOutMetrics | None:
+        """Measure the network on the held-out judgments; None where none is of the loss's kind."""
+        held, loss = self.data.held_out, self.objective.loss
+        if not len(held.pairs if isinstance(loss, PairLoss) else held.grades):
+            return None
+        offset, count = len(self.data.training.items), len(held.dimensions)
+        outputs = self.scores(torch.arange(offset, offset + len(held.items)))
+        scores, prompts = outputs.mean(1)[:, :count], prompt_numbers(held.items)
+        sums = outputs.sum(2, keepdim=True) if self.objective.disentangle else outputs
+        if isinstance(loss, PairLoss):
+            first, second = held.pairs.rows.unbind(1)
+            lead, everything = scores[first] - scores[second], torch.arange(len(held.pairs))
+            leads = self._moved((sums[first] - sums[second]).mean(1))
+            value = self._pair_loss(loss, leads, held.pairs, everything, plain=True)
+            by_dimension = zip(lead.unbind(1), held.pairs.preferred.unbind(1), strict=True)
+            accuracies = [accuracy_of_pairs(*columns, prompts[first]) for columns in by_dimension]
+            calibration = expected_calibration_error(lead.flatten(), held.pairs.preferred.flatten())
+        else:
+            rows, values, calibration = held.grades.rows, held.grades.values, None
+            objective = self.members[0].grades
+            assert objective is not None
+            own = self._moved(sums.mean(1)[rows]), self._moved(values), self._moved(prompts[rows])
+            value = objective(*own)
+            within, columns = "rating" in loss.kinds, zip(scores[rows].unbind(1), values.unbind(1), strict=True)
+            accuracies = [accuracy_of_grades(*own, prompts[rows], within) for own in columns]
+        return HeldOutMetrics(float(value), dict(zip(held.dimensions, accuracies, strict=True)), calibration)
+
+    # The end, and checkpoints
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Take the weights of the least held-out loss where training may stop early, and measure the levels."""
+        if self.best_weights:
+            for name, weight in self._weights().items():
+                weight.copy_(self.best_weights[name])
+        if isinstance(self.objective.loss, PairLoss):
+            self.network.level.zero_()
+            items = torch.linspace(0, len(self.data.training.items) - 1, min(len(self.data.training.items), 4096))
+            self.network.level.copy_(self.scores(items.round().long()).mean(0))
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"{n}.{name}": w for n, m in enumerate(self.members) for name, w in m.fitter.weights.items()}
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: weight.detach().cpu().clone() for name, weight in self._weights().items()}
+
+    def _save(self, path: Path) -> None:
+        tensors = with_prefix("best.", self.best_weights) | with_prefix("network.", self.network.buffers_of_scores())
+        for number, member in enumerate(self.members):
+            tensors |= with_prefix(f"member.{number}.", member.fitter.tensors())
+        best = self.best if math.isfinite(self.best) else None
+        state = {"step": self.step, "best": best, "stale": self.stale, "stopped": self.stopped}
+        save_state(path, tensors, {**state, "data": self.data.digest()})
+
+    def _load(self, path: Path) -> None:
+        tensors, meta = load_state(path)
+        if meta.get("data") != self.data.digest():
+            raise ValueError(f"{path} is of other judgments: train them into another output folder")
+        for number, member in enumerate(self.members):
+            member.fitter.load_tensors(without_prefix(f"member.{number}.", tensors))
+        for name, tensor in self.network.buffers_of_scores().items():
+            tensor.copy_(tensors[f"network.{name}"])
+        self.best_weights = without_prefix("best.", tensors)
+        self.step, self.stale, self.stopped = meta["step"], meta["stale"], meta["stopped"]
+        self.best = math.inf if meta["best"] is None else meta["best"]
+
+
+@dataclass(frozen=True)
+class HeldOutMetrics:
+    """Measures on held-out judgments.
+
+    Attributes:
+        loss: The loss without a correction of label noise and without other terms.
+        accuracy: The share of pairs that are ordered right, over prompts, by dimension; None where nothing is decided.
+        calibration: The expected calibration error of sigmoid(lead); None for grades.
+    """
+
+    loss: float
+    accuracy: Mapping[str, Estimate | None]
+    calibration: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
+        accuracy = {name: None if own is None else own.as_dict() for name, own in self.accuracy.items()}
+        return {"loss": self.loss, "accuracy": accuracy, "calibration": self.calibration}
+
+
+def ensemble_votes(
+    build: Callable[[int], RewardNetwork],
+    data: RewardData,
+    objective: Objective,
+    fit: RewardFit,
+    settings: EnsembleVote,
+) -> PairVotes:
+    """Train an ensemble each of whose members sees half of the prompts, and let it vote on the pairs of the others.
+
+    Args:
+        build: Builds an untrained network of so many members.
+        data: Training judgments; nothing is held out.
+        objective: What is minimized.
+        fit: Epochs, batches and optimizer.
+        settings: Number of members.
+
+    Raises:
+        ValueError: The loss is not of pairs, or all pairs have one prompt.
+    """
+    pairs = data.training.pairs
+    if not isinstance(objective.loss, PairLoss):
+        raise ValueError(f"an ensemble votes on pairs, and {type(objective.loss).__name__} learns from grades")
+    prompt = prompt_numbers(data.training.items)[pairs.rows[:, 0]] if len(pairs) else torch.empty(0)
+    count = len(torch.unique(prompt))
+    if count < 2:
+        raise ValueError("an ensemble votes on pairs of prompts that a member has not seen: give two prompts or more")
+    places = torch.unique(prompt, return_inverse=True)[1]
+    seen = torch.zeros(settings.members, len(pairs), dtype=torch.bool)
+    for member in range(settings.members):
+        generator = torch.Generator().manual_seed(derived_seed(fit.seed, "voter", member))
+        seen[member] = (torch.randperm(count, generator=generator) < (count + 1) // 2)[places]
+    network = build(settings.members)
+    alone = RewardData(data.training, nothing_held_out(data.training), data.tokens)
+    training = RewardTraining(network, alone, objective, fit, [own.nonzero().squeeze(1) for own in seen])
+    for _ in training.run():
+        pass
+    outputs = training.scores(torch.arange(len(data.training.items)))
+    scores = outputs.sum(2, keepdim=True) if objective.disentangle else outputs
+    leads = (scores[pairs.rows[:, 0]] - scores[pairs.rows[:, 1]]).transpose(0, 1)
+    return count_votes(leads.masked_fill(seen[..., None], torch.nan), pairs)
+
+
+def nothing_held_out(training: Examples) -> Examples:
+    """Return examples of the same dimensions without items, pairs or grades."""
+    return Examples((), training.dimensions, training.pairs.select([]), training.grades.select([]))
+
+
+@torch.no_grad()
+def laplace_posteriors(training: RewardTraining, settings: LastLayerLaplace) -> list[LaplacePosterior]:
+    """Approximate the posterior of the last layer of a trained network with one member, for each dimension.
+
+    Raises ValueError for an ensemble, a loss of grades, or nuisances.
+    """
+    objective, data = training.objective, training.data
+    if len(training.members) > 1 or not isinstance(objective.loss, PairLoss) or objective.disentangle:
+        raise ValueError(
+            "LastLayerLaplace is of one member that learns from pairs, without nuisances: an ensemble has its deviation"
+        )
+    head, offset = training.members[0].head, len(data.training.items)
+    every = torch.arange(offset + len(data.held_out.items))
+    parts = [head.features(training.network.standardized(data.tokens.tokens(p))).cpu() for p in every.split(_CHUNK)]
+    features, posteriors = torch.cat(parts), list[LaplacePosterior]()
+    for column in range(len(data.training.dimensions)):
+        chosen = []
+        for examples, first in ((data.training, 0), (data.held_out, offset)):
+            preferred = examples.pairs.preferred[:, column]
+            judged = ~preferred.isnan()
+            left, right = (examples.pairs.rows[judged] + first).unbind(1)
+            chosen.append(PairFeatures(features[left] - features[right], preferred[judged]))
+        weights, center = head.last.weight[column].cpu(), features[:offset].mean(0)
+        posteriors.append(fit_laplace(settings, weights, center, *chosen))
+    return posteriors
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Remove the lines of a metrics.jsonl after ``step``, which are trained again."""
+    if path.is_file():
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

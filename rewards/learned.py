@@ -1,0 +1,113 @@
+"""Rewards that ``genalign reward train`` learned from preferences."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genalign.reward_learning.network import Head, Pool, RewardEncoder, RewardNetwork
+from genalign.reward_learning.reward_file import RewardFile
+from genalign.types import Prompt
+from rewards.learned_encoders import ClapTokens, ClipTokens, DinoTokens, SiglipTokens, YesTokenLogits
+
+_ENCODERS = {
+    f"{kind.__module__}.{kind.__qualname__}": kind
+    for kind in (ClipTokens, SiglipTokens, DinoTokens, ClapTokens, YesTokenLogits)
+}
+
+
+@dataclass(frozen=True)
+class LearnedReward:
+    """A reward that was trained on preferences: RUN/reward.safetensors, or the folder RUN.
+
+    It is opened at the first call, and the network then follows the samples' device. A file names classes of
+    ``rewards.learned_encoders`` and ``genalign.reward_learning.heads`` alone: no other code runs.
+
+    Args:
+        path: The file or its folder.
+        dimension: The dimension that is the score; None takes the first.
+        pool: How an ensemble's scores become one: their mean, the least, or their mean less their deviation.
+        encoder: The encoder, for one of your own class; None builds that of the file.
+    """
+
+    path: str | Path
+    dimension: str | None = None
+    pool: Pool = "mean"
+    encoder: RewardEncoder | None = None
+
+    @property
+    def sample_rate(self) -> int | None:
+        """The sample rate of the sound that it takes, in Hz; None for images."""
+        return self._file.description.sample_rate
+
+    def network(self) -> RewardNetwork:
+        """Return the network that scores samples, shared by all that ask for it."""
+        return self._network
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score samples (B, ...) as (B,) in float32, differentiable where the encoder is; NaN where one has NaN.
+
+        Raises ValueError for samples of the other modality.
+        """
+        complete, missing = self._complete(samples)
+        scores: Tensor = self._network.to(samples.device)(complete, prompts)
+        return scores.masked_fill(missing, torch.nan)
+
+    @torch.no_grad()
+    def uncertainty(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the standard deviation (B,) of each score; NaN where a sample has NaN.
+
+        It is that over the members of an ensemble, or that of the last layer's Laplace approximation, counted from the
+        mean training item. Raises ValueError for a reward that was trained with neither.
+        """
+        network, file = self._network.to(samples.device), self._file
+        if len(network.heads) < 2 and not file.posteriors:
+            raise ValueError(
+                f"{self.path} has one member and no posterior: train it with fit.members above 1, or with"
+                " genalign.reward_learning.uncertainty.LastLayerLaplace"
+            )
+        complete, missing = self._complete(samples)
+        tokens = network.encoder(complete, prompts)
+        if len(network.heads) > 1:
+            deviation = network.outputs(tokens)[..., network.output].std(1, correction=0)
+        else:
+            head = network.heads[0]
+            assert isinstance(head, Head)
+            features = head.features(network.standardized(tokens)).cpu()
+            deviation = file.posteriors[network.output].deviation(features).float().to(samples.device)
+        return deviation.masked_fill(missing, torch.nan)
+
+    def _complete(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples with those that have NaN blanked, and which they are (B,)."""
+        if samples.ndim != (4 if self.sample_rate is None else 3):
+            sound = self.sample_rate is not None
+            takes = f"waveforms (B, C, L) at {self.sample_rate} Hz" if sound else "images (B, 3, H, W)"
+            raise ValueError(f"{self.path} is a reward of {takes}, not of samples of shape {tuple(samples.shape)}")
+        missing = samples.flatten(1).isnan().any(1)
+        return samples.masked_fill(missing.view(-1, *[1] * (samples.ndim - 1)), 0.0), missing
+
+    @functools.cached_property
+    def _file(self) -> RewardFile:
+        return RewardFile.read(Path(self.path))
+
+    @functools.cached_property
+    def _network(self) -> RewardNetwork:
+        description = self._file.description
+        if self.dimension is not None and self.dimension not in description.dimensions:
+            names = ", ".join(description.dimensions)
+            raise ValueError(f"{self.path} has no dimension {self.dimension!r}: give one of {names}")
+        if self.encoder is None and description.encoder not in _ENCODERS:
+            raise ValueError(
+                f"{self.path} was trained on {description.encoder}, which is no encoder of rewards.learned_encoders:"
+                " give it as encoder"
+            )
+        encoder = self.encoder or _ENCODERS[description.encoder](**description.encoder_arguments)
+        output = 0 if self.dimension is None else description.dimensions.index(self.dimension)
+        network = description.build(encoder, output, self.pool)
+        self._file.load_into(network)
+        return network.requires_grad_(False).eval()

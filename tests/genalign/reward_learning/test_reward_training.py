@@ -1,0 +1,268 @@
+"""The training of reward networks: what it learns, its exact resumption, its votes and its uncertainty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_samples
+from genalign.reward_learning.fitting import FitSettings
+from genalign.reward_learning.heads import LinearHead, MLPHead
+from genalign.reward_learning.held_out import (
+    accuracy_of_grades,
+    accuracy_of_pairs,
+    expected_calibration_error,
+    prompt_numbers,
+)
+from genalign.reward_learning.label_noise import EnsembleVote, FlipRobust, Smoothing, apply_votes
+from genalign.reward_learning.losses import (
+    BradleyTerry,
+    CumulativeLogit,
+    LabelPool,
+    PreferenceLoss,
+    Regression,
+    TiedBradleyTerry,
+)
+from genalign.reward_learning.network import RewardNetwork
+from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
+from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation
+from genalign.reward_learning.training import (
+    Objective,
+    RewardData,
+    RewardFit,
+    RewardTraining,
+    build_network,
+    ensemble_votes,
+    laplace_posteriors,
+    nothing_held_out,
+    truncate_metrics,
+)
+from genalign.reward_learning.uncertainty import LastLayerLaplace
+from genalign.types import Prompt
+from tests.genalign.reward_learning.toy_rewards import PixelTokens, toy_data, write_judgments
+
+FAST = RewardFit(epochs=20, batch_size=16, optimizer=FitSettings(learning_rate=0.05))
+
+
+def trained(
+    data: RewardData, objective: Objective, fit: RewardFit = FAST, checkpoint: Path | None = None
+) -> tuple[RewardTraining, list[dict[str, Any]]]:
+    outputs = len(data.training.dimensions) + len(objective.nuisances)
+    network = build_network(PixelTokens(), LinearHead(), outputs, fit.members, fit.seed)
+    training = RewardTraining(network, data, objective, fit)
+    return training, list(training.run(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("pair", BradleyTerry()),
+        ("ranking", TiedBradleyTerry()),
+        ("rating", Regression()),
+        ("rating", CumulativeLogit()),
+        ("label", LabelPool()),
+    ],
+)
+def test_every_loss_learns_what_was_judged(kind: Kind, loss: PreferenceLoss, tmp_path: Path) -> None:
+    _, metrics = trained(toy_data(write_judgments(tmp_path, 120, kind)), Objective(loss))
+    held_out = metrics[-1]["held_out"]
+    assert held_out["accuracy"]["overall"]["mean"] > 0.9
+    assert held_out["loss"] < metrics[0]["held_out"]["loss"]
+    assert [line["epoch"] for line in metrics] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 60))
+    objective = Objective(BradleyTerry(), Smoothing(0.1), [Centering(), GradientPenalty(0.1)])
+    fit = replace(FAST, members=members, epochs=6, patience=3)
+    whole, metrics = trained(data, objective, fit, tmp_path / "whole.safetensors")
+    first = RewardTraining(build_network(PixelTokens(), LinearHead(), 1, members, 0), data, objective, fit)
+    steps = first.run(tmp_path / "part.safetensors")
+    before = [next(steps), next(steps)]
+    second, rest = trained(data, objective, fit, tmp_path / "part.safetensors")
+    assert [*before, *rest] == metrics
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, second.network.state_dict()[name]), name
+    if members > 1:
+        one, two = (head.last.weight for head in list(whole.network.heads)[:2])
+        assert not torch.allclose(one, two)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    trained(toy_data(write_judgments(tmp_path, 20)), Objective(BradleyTerry()), FAST, checkpoint)
+    with pytest.raises(ValueError, match="is of other judgments"):
+        trained(toy_data(write_judgments(tmp_path, 20, seed=7)), Objective(BradleyTerry()), FAST, checkpoint)
+
+
+def test_early_stopping_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 24, flips=0.4))
+    network = build_network(PixelTokens(), MLPHead(64), 1, 1, 0)
+    fit = RewardFit(epochs=60, batch_size=8, patience=4, optimizer=FitSettings(learning_rate=0.05, last=1.0))
+    training = RewardTraining(network, data, Objective(BradleyTerry()), fit)
+    losses = [line["held_out"]["loss"] for line in training.run()]
+    assert len(losses) < 60 and losses.index(min(losses)) == len(losses) - 5
+    held_out = training.held_out()
+    assert held_out is not None and held_out.loss == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_dimensions_that_were_not_judged_are_left_out(tmp_path: Path) -> None:
+    judgments = write_judgments(tmp_path, 80)
+    other = [
+        replace(judgment, scores={"overall": judgment.scores["overall"]} if number % 2 else {"blue": (1.0, 0.0)})
+        for number, judgment in enumerate(judgments)
+    ]
+    _, metrics = trained(toy_data(other), Objective(BradleyTerry()))
+    accuracy = metrics[-1]["held_out"]["accuracy"]
+    assert set(accuracy) == {"overall", "blue"} and accuracy["overall"]["mean"] > 0.9
+
+
+def test_nuisances_get_outputs_of_their_own(tmp_path: Path) -> None:
+    """Red wins, and blue, the nuisance, goes with it in the training data: the reward leaves it out."""
+    generator = torch.Generator().manual_seed(0)
+    judgments = write_judgments(tmp_path, 200)
+    data = toy_data(judgments, 0.2)
+    tokens = data.tokens
+    assert isinstance(tokens, StoredTokens) and isinstance(tokens.stored, Tensor)
+    stored = tokens.stored.clone()
+    blue = stored[..., 0] + 0.2 * torch.randn(len(stored), 1, generator=generator)
+    stored[..., 2] = blue
+    entangled = replace(data, tokens=StoredTokens(stored, blue[:, :1]))
+    plain, _ = trained(entangled, Objective(BradleyTerry()))
+    term = Disentangle({"blue": lambda samples, prompts: samples}, weight=2.0)
+    apart, _ = trained(entangled, Objective(BradleyTerry(), disentangle=term))
+    rows = torch.arange(len(data.training.items))
+
+    def with_blue(training: RewardTraining) -> float:
+        scores = training.scores(rows)[:, 0]
+        return float(correlation(blue[rows, 0], scores[:, 0]).abs())
+
+    assert with_blue(plain) > 0.8 and with_blue(apart) < 0.3
+
+
+def test_votes_find_planted_flips(tmp_path: Path) -> None:
+    clean, noisy = (toy_data(write_judgments(tmp_path, 200, flips=flips), 0.0) for flips in (0.0, 0.15))
+    wrong = (clean.training.pairs.preferred != noisy.training.pairs.preferred).squeeze(1)
+
+    def build(members: int) -> RewardNetwork:
+        return build_network(PixelTokens(), LinearHead(), 1, members, 0)
+
+    settings = EnsembleVote(members=4, share=float(wrong.float().mean()))
+    votes = ensemble_votes(build, noisy, Objective(BradleyTerry()), FAST, settings)
+    pairs, changed = apply_votes(noisy.training.pairs, votes, settings)
+    found = changed.squeeze(1)
+    assert int((found & wrong).sum()) > 0.7 * int(wrong.sum())
+    assert int((pairs.preferred.isnan()).sum()) == int(found.sum())
+    assert 1 <= float(votes.voters.float().mean()) <= 3
+    with pytest.raises(ValueError, match="an ensemble votes on pairs"):
+        ensemble_votes(build, noisy, Objective(Regression()), FAST, settings)
+
+
+def test_the_laplace_deviation_is_larger_far_from_the_data(tmp_path: Path) -> None:
+    training, _ = trained(toy_data(write_judgments(tmp_path, 80)), Objective(BradleyTerry()))
+    (posterior,) = laplace_posteriors(training, LastLayerLaplace())
+    near, far = posterior.deviation(torch.stack([posterior.center, posterior.center + 5]))
+    assert float(near) == pytest.approx(0, abs=1e-9) and float(far) > 0.1
+    ensemble, _ = trained(toy_data(write_judgments(tmp_path, 20)), Objective(BradleyTerry()), replace(FAST, members=2))
+    with pytest.raises(ValueError, match="is of one member"):
+        laplace_posteriors(ensemble, LastLayerLaplace())
+
+
+def test_a_trained_encoder_gets_a_gradient_and_no_ensemble(tmp_path: Path) -> None:
+    judgments = write_judgments(tmp_path, 16)
+    data = toy_data(judgments, 0.25)
+    encoder = PixelTokens(trainable=True)
+    items = [*data.training.items, *data.held_out.items]
+    live = replace(data, tokens=LiveTokens(encoder, items, torch.empty(len(items), 0)))
+    network = build_network(encoder, LinearHead(), 1, 1, 0)
+    before = encoder.scale.detach().clone()
+    list(RewardTraining(network, live, Objective(BradleyTerry()), replace(FAST, epochs=2)).run())
+    assert not torch.equal(encoder.scale.detach(), before)
+    assert set(network.trained()) == {"encoder.scale", "heads.0.last.weight", "heads.0.last.bias"}
+    with pytest.raises(ValueError, match="share one encoder, which must be frozen"):
+        build_network(encoder, LinearHead(), 1, 2, 0)
+
+
+def test_tokens_are_encoded_once_and_continued(tmp_path: Path) -> None:
+    judgments = write_judgments(tmp_path, 8)
+    data = toy_data(judgments, 0.0)
+    items, store = data.training.items, TokenFolder(tmp_path / "tokens")
+    red = {"red": lambda samples, prompts: samples[:, 0].mean((1, 2))}
+    counts: list[int] = []
+
+    class Killed(PixelTokens):
+        def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            counts.append(len(samples))
+            if len(counts) == 3:
+                raise KeyboardInterrupt
+            return super().forward(samples, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        store.encode(Killed(), items, red, batch_size=4)
+    done: list[int] = []
+    tokens = store.encode(Killed(), items, red, batch_size=4, advance=done.append)
+    assert done == [8, 4, 4] and counts == [4, 4, 4, 4, 4]
+    assert isinstance(data.tokens, StoredTokens)
+    torch.testing.assert_close(tokens.tokens(torch.arange(16)), data.tokens.tokens(torch.arange(16)))
+    expected = torch.stack([item.sample.read() for item in items])[:, 0].mean((1, 2))
+    torch.testing.assert_close(tokens.nuisances[:, 0], expected)
+    store.encode(Killed(), items, red, batch_size=4)
+    assert len(counts) == 5
+    store.encode(Killed(), items[::-1], red, batch_size=4)  # other items: all anew
+    assert len(counts) == 9
+
+
+def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 8))
+    with pytest.raises(ValueError, match="Regression learns from judgments of the kind rating, and there is none"):
+        trained(data, Objective(Regression()))
+    ratings = toy_data(write_judgments(tmp_path, 8, "rating"))
+    with pytest.raises(ValueError, match="FlipRobust corrects a loss of pairs, and Regression learns from grades"):
+        trained(ratings, Objective(Regression(), FlipRobust()))
+    two = replace(data.training, dimensions=("overall", "detail"))
+    with pytest.raises(ValueError, match="Disentangle is of one dimension"):
+        Objective(BradleyTerry(), disentangle=Disentangle({"a": len})).require_fit(two)
+    burst = replace(FAST, optimizer=FitSettings(learning_rate=1e30, clip=None))
+    with pytest.raises(ValueError, match="the loss is not finite at step"):
+        trained(data, Objective(BradleyTerry()), burst)
+    sound = tmp_path / "clip.wav"
+    sound.write_bytes(b"")
+    clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
+    item = replace(data.training.items[0], sample=clip.samples[0])
+    with pytest.raises(ValueError, match="PixelTokens is an encoder of images, and .*clip.wav is sound"):
+        read_samples([item], PixelTokens())
+    assert len(nothing_held_out(data.training).items) == 0
+
+
+def test_accuracies_and_calibration_by_hand() -> None:
+    prompt = torch.tensor([0, 0, 1, 1])
+    lead, preferred = torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 0.5])
+    estimate = accuracy_of_pairs(lead, preferred, prompt)
+    assert estimate is not None and estimate.mean == 0.5 and estimate.n == 2  # 1/2 of the first, half a win in the other
+    assert accuracy_of_pairs(lead[3:], preferred[3:], prompt[3:]) is None
+    grades = torch.tensor([1.0, 2.0, 3.0, 3.0])
+    within = accuracy_of_grades(torch.tensor([0.0, 1.0, 0.0, 5.0]), grades, prompt, within_prompts=True)
+    assert within is not None and within.mean == 1.0 and within.n == 1
+    across = accuracy_of_grades(torch.tensor([0.0, 1.0, 0.5, 5.0]), grades, torch.arange(4), within_prompts=True)
+    assert across is not None and across.mean == pytest.approx((1 + 2 / 3 + 1 / 2 + 1) / 4)
+    confident = torch.full((100,), 2.0)
+    right = (torch.arange(100) < 80).float()
+    expected = abs(float(torch.sigmoid(torch.tensor(2.0))) - 0.8)
+    assert expected_calibration_error(confident, right, bins=1) == pytest.approx(expected, abs=1e-6)
+    assert expected_calibration_error(confident, right.fill_(0.5)) is None
+    assert prompt_numbers([]).tolist() == []
+
+
+def test_metrics_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (5, 10, 15)))
+    truncate_metrics(file, 10)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [5, 10]
