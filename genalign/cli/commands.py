@@ -234,7 +234,7 @@ COMMANDS = {
 
 GROUPS = {
     "evaluate": "evaluate a model, or samples of another program",
-    "reward": "test a reward, or prepare one with samples before training",
+    "reward": "collect and label preferences, train, measure and test a reward",
 }
 """The first words that several commands share, with one line of help."""
 
