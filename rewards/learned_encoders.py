@@ -36,7 +36,9 @@ def _require_tokens(tokens: str) -> None:
 
 
 def mixed(features: Features, texts: Tensor, tokens: Tokens) -> Tensor:
-    """Compute tokens [u, t, u t, |u - t|] (B, n, 4 d) of unit features u of samples and unit features t of texts.
+    """Compute tokens [u, t, u t, (u - t)^2] (B, n, 4 d) of unit features u of samples and unit features t of texts.
+
+    All of it is smooth, unlike |u - t|, whose kinks leave gradients that finite differences do not confirm.
 
     Args:
         features: Features of samples.
@@ -47,7 +49,7 @@ def mixed(features: Features, texts: Tensor, tokens: Tokens) -> Tensor:
     if tokens == "parts":
         units = torch.cat([units, F.normalize(features.patches, dim=-1)], dim=1)
     t = texts[:, None].expand_as(units)
-    return torch.cat([units, t, units * t, (units - t).abs()], dim=-1)
+    return torch.cat([units, t, units * t, (units - t).square()], dim=-1)
 
 
 def trainable_copy(

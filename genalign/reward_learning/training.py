@@ -271,14 +271,14 @@ class RewardTraining:
         pairs = place if isinstance(loss, PairLoss) else None
         batch = ScoredBatch(tokens, outputs, pairs, self._moved(self.data.tokens.nuisances[items]), member.head)
         terms = [*self.objective.regularizers, *filter(None, [self.objective.disentangle])]
-        return sum((term(batch) for term in terms), start=value)
+        return sum((term.term(batch) for term in terms), start=value)
 
     def _pair_loss(self, loss: PairLoss, lead: Tensor, pairs: Pairs, rows: Tensor, plain: bool = False) -> Tensor:
         preferred, difference = pairs.preferred[rows], pairs.difference[rows]
         judged = self._moved(~preferred.isnan())
         targets = self._moved(preferred.nan_to_num(0.5)), self._moved(difference.nan_to_num())
         noise = None if plain else self.objective.noise
-        values = loss.per_pair(lead, *targets) if noise is None else noise(loss, lead, *targets)
+        values = loss.per_pair(lead, *targets) if noise is None else noise.per_pair(loss, lead, *targets)
         return masked_mean(values, judged)
 
     def _moved(self, tensor: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def test_pooled_tokens_mix_the_units_of_sample_and_text() -> None:
     u = torch.nn.functional.normalize(frozen(images), dim=-1)
     t = frozen.text(TEXTS[:2])
     tokens = ClipTokens("shapes-clip")(images, PROMPTS[:2])
-    torch.testing.assert_close(tokens, torch.cat([u, t, u * t, (u - t).abs()], 1)[:, None])
+    torch.testing.assert_close(tokens, torch.cat([u, t, u * t, (u - t).square()], 1)[:, None])
     parts = ClipTokens("shapes-clip", tokens="parts")(images, PROMPTS[:2])
     assert parts.shape == (2, 65, 512)
     torch.testing.assert_close(parts[:, :1], tokens)
@@ -274,7 +274,9 @@ def test_samples_that_cannot_be_scored(saved: Path) -> None:
     (gradient,) = torch.autograd.grad(scores[0] + scores[2], images)
     assert gradient[[0, 2]].abs().sum() > 0 and gradient.isfinite().all()
     assert reward.uncertainty(images.detach(), PROMPTS[:3]).isnan().tolist() == [False, True, False]
-    with pytest.raises(ValueError, match=r"is a reward of images \(B, 3, H, W\), not of samples of shape \(2, 1, 800\)"):
+    with pytest.raises(
+        ValueError, match=r"is a reward of images \(B, 3, H, W\), not of samples of shape \(2, 1, 800\)"
+    ):
         reward(torch.zeros(2, 1, 800), PROMPTS[:2])
 
 
@@ -305,7 +307,7 @@ def test_files_of_other_things_are_refused(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not a learned reward"):
             LearnedReward(tmp_path / "other.safetensors")(images, PROMPTS[:1])
     save_state(tmp_path / "other.safetensors", tensors, {**meta, "encoder": "os.system"})
-    with pytest.raises(ValueError, match="trained on os.system, which is no encoder of rewards.learned_encoders"):
+    with pytest.raises(ValueError, match=r"trained on os\.system, which is no encoder of rewards.learned_encoders"):
         LearnedReward(tmp_path / "other.safetensors")(images, PROMPTS[:1])
     save_state(tmp_path / "other.safetensors", {name: t for name, t in tensors.items() if "bias" not in name}, meta)
     with pytest.raises(ValueError, match="do not fit the encoder"):

@@ -237,7 +237,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     sound.write_bytes(b"")
     clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
     item = replace(data.training.items[0], sample=clip.samples[0])
-    with pytest.raises(ValueError, match="PixelTokens is an encoder of images, and .*clip.wav is sound"):
+    with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and .*clip.wav is sound"):
         read_samples([item], PixelTokens())
     assert len(nothing_held_out(data.training).items) == 0
 
@@ -246,7 +246,9 @@ def test_accuracies_and_calibration_by_hand() -> None:
     prompt = torch.tensor([0, 0, 1, 1])
     lead, preferred = torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 0.5])
     estimate = accuracy_of_pairs(lead, preferred, prompt)
-    assert estimate is not None and estimate.mean == 0.5 and estimate.n == 2  # 1/2 of the first, half a win in the other
+    assert (
+        estimate is not None and estimate.mean == 0.5 and estimate.n == 2
+    )  # 1/2 of the first, half a win in the other
     assert accuracy_of_pairs(lead[3:], preferred[3:], prompt[3:]) is None
     grades = torch.tensor([1.0, 2.0, 3.0, 3.0])
     within = accuracy_of_grades(torch.tensor([0.0, 1.0, 0.0, 5.0]), grades, prompt, within_prompts=True)

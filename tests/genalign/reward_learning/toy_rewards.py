@@ -49,7 +49,9 @@ def images(count: int, seed: int = 0) -> Tensor:
     return colors.expand(-1, -1, 8, 8)
 
 
-def write_judgments(folder: Path, prompts: int, kind: Kind = "pair", flips: float = 0.0, seed: int = 0) -> list[Judgment]:
+def write_judgments(
+    folder: Path, prompts: int, kind: Kind = "pair", flips: float = 0.0, seed: int = 0
+) -> list[Judgment]:
     """Judge two images of each prompt by their red, with a share of flipped pairs; ratings are 1 to 5."""
     pictures = images(2 * prompts, seed)
     paths = [folder / "images" / f"{seed}-{number:04d}.png" for number in range(2 * prompts)]
