@@ -178,8 +178,11 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
         )
     training, measured = examples(learned, settings.dimensions), _usable(held_out, "held-out", settings, loss)
     held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
-    if seen := {item.digest for item in training.items} & {item.digest for item in held.items}:
-        raise ValueError(f"{len(seen)} held-out samples are training samples as well: hold out other prompts")
+    seen = {item.digest for item in training.items} & {item.digest for item in held.items}
+    if seen and settings.held_out is not None:
+        raise ValueError(
+            f"{len(seen)} samples of {settings.held_out} are training samples as well, by their digests: give others"
+        )
     return training, held
 
 

@@ -152,7 +152,7 @@ def standardize(network: RewardNetwork, tokens: ItemTokens, count: int) -> None:
     rows = torch.linspace(0, count - 1, min(count, most)).round().long()
     sums = torch.zeros(2, network.encoder.width, dtype=torch.float64)
     total = 0
-    for part in rows.split(_CHUNK):
+    for part in torch.split(rows, _CHUNK):
         values = tokens.tokens(part).flatten(0, 1).double().cpu()
         sums += torch.stack([values.sum(0), values.square().sum(0)])
         total += len(values)
@@ -302,7 +302,7 @@ class RewardTraining:
     @torch.no_grad()
     def scores(self, rows: Tensor) -> Tensor:
         """Score items by their numbers in the tokens, as (N, M, K + J) on the CPU."""
-        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in rows.split(_CHUNK)]
+        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in torch.split(rows, _CHUNK)]
         return torch.cat(parts)
 
     def _evaluate(self, means: Sequence[float]) -> dict[str, Any]:
@@ -472,7 +472,9 @@ def laplace_posteriors(training: RewardTraining, settings: LastLayerLaplace) -> 
         )
     head, offset = training.members[0].head, len(data.training.items)
     every = torch.arange(offset + len(data.held_out.items))
-    parts = [head.features(training.network.standardized(data.tokens.tokens(p))).cpu() for p in every.split(_CHUNK)]
+    parts = [
+        head.features(training.network.standardized(data.tokens.tokens(p))).cpu() for p in torch.split(every, _CHUNK)
+    ]
     features, posteriors = torch.cat(parts), list[LaplacePosterior]()
     for column in range(len(data.training.dimensions)):
         chosen = []

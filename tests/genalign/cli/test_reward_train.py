@@ -77,8 +77,7 @@ def config(folder: Path, **settings: Any) -> str:
 
 def test_200_pairs_teach_shapes_clip_which_scene_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shapes_pairs(tmp_path / "pairs", 200)
-    laplace = {"class_path": "genalign.reward_learning.uncertainty.LastLayerLaplace"}
-    path = config(tmp_path, uncertainty=laplace)
+    path = config(tmp_path, uncertainty={"precision": "evidence"})
     assert main(["reward", "train", "--config", path]) == 0
     printed = capsys.readouterr().out
     assert "training: 150 of 150 judgments of 150 prompts" in printed and "held-out: 50 of 50" in printed
@@ -111,10 +110,12 @@ def test_200_pairs_teach_shapes_clip_which_scene_is_right(tmp_path: Path, capsys
 
 def test_an_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append_judgments(tmp_path / "pairs", write_judgments(tmp_path / "pairs", 24))
-    nuisance = {"class_path": "genalign.reward_learning.regularizers.Disentangle"}
-    nuisance |= {"init_args": {"nuisances": {"red": "tests.genalign.cli.test_reward_train.redness"}}}
-    votes = {"members": 2, "share": 0.2}
-    path = config(tmp_path, votes=votes, disentangle=nuisance["init_args"], fit={"epochs": 4, "members": 2})
+    parts: dict[str, Any] = {
+        "votes": {"members": 2, "share": 0.2},
+        "disentangle": {"nuisances": {"red": "tests.genalign.cli.test_reward_train.redness"}},
+        "fit": {"epochs": 4, "members": 2},
+    }
+    path = config(tmp_path, **parts)
     line, shown = reward_train._line, list[int]()
 
     def killed(metrics: Any, steps: int) -> str:
@@ -127,13 +128,7 @@ def test_an_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         main(["reward", "train", "--config", path])
     assert main(["reward", "train", "--config", path]) == 0
-    whole = config(
-        tmp_path,
-        votes=votes,
-        disentangle=nuisance["init_args"],
-        fit={"epochs": 4, "members": 2},
-        output=str(tmp_path / "whole"),
-    )
+    whole = config(tmp_path, **parts, output=str(tmp_path / "whole"))
     assert main(["reward", "train", "--config", whole]) == 0
     for name in ("reward.safetensors", "metrics.jsonl", "changed_pairs.jsonl", "training_items.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -181,7 +176,7 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     append_judgments(mixed, append)
     assert "the judgments mix ratings" in wrong(capsys, path, "--preferences", str(mixed), "--held_out_fraction", "0")
     assert "there is no" in wrong(capsys, path, "--preferences", str(tmp_path / "none"))
-    assert "held-out samples are training samples as well" in wrong(capsys, path, "--held_out", str(tmp_path / "pairs"))
+    assert "are training samples as well" in wrong(capsys, path, "--held_out", str(tmp_path / "pairs"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert "is not empty and holds no training" in wrong(capsys, path, "--output", str(tmp_path / "full"))

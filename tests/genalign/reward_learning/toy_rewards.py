@@ -78,7 +78,7 @@ def toy_data(judgments: Sequence[Judgment], fraction: float = 0.25) -> RewardDat
     training, held_out = split_by_prompt(judgments, fraction, 0)
     learned = examples(training)
     measured = examples(held_out).of_dimensions(learned.dimensions) if held_out else nothing_held_out(learned)
-    parts: list[Examples] = [learned, measured]
+    parts: tuple[Examples, Examples] = (learned, measured)
     samples = torch.stack([item.sample.read() for part in parts for item in part.items])
     with torch.no_grad():
         tokens = PixelTokens()(samples, [Prompt("")] * len(samples))
