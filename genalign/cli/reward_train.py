@@ -24,9 +24,9 @@ from genalign.reward_learning.preferences import Judgment, read_judgments
 from genalign.reward_learning.regularizers import Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
 from genalign.reward_learning.training import (
-    Objective,
     RewardData,
     RewardFit,
+    RewardObjective,
     RewardTraining,
     build_network,
     ensemble_votes,
@@ -98,9 +98,11 @@ class RewardTrain:
             raise ValueError("an ensemble's deviation is its uncertainty: leave uncertainty out, or train one member")
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> RewardObjective:
         """What is minimized."""
-        return Objective(self.loss or BradleyTerry(), self.label_noise, tuple(self.regularizers), self.disentangle)
+        return RewardObjective(
+            self.loss or BradleyTerry(), self.label_noise, tuple(self.regularizers), self.disentangle
+        )
 
 
 def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> int:

@@ -65,7 +65,7 @@ class RewardFit:
 
 
 @dataclass(frozen=True)
-class Objective:
+class RewardObjective:
     """What is minimized: a loss of preferences, as corrected for label noise, and terms beside it."""
 
     loss: PreferenceLoss
@@ -193,7 +193,7 @@ class RewardTraining:
         self,
         network: RewardNetwork,
         data: RewardData,
-        objective: Objective,
+        objective: RewardObjective,
         fit: RewardFit,
         subsets: Sequence[Tensor] | None = None,
     ) -> None:
@@ -415,7 +415,7 @@ class HeldOutMetrics:
 def ensemble_votes(
     build: Callable[[int], RewardNetwork],
     data: RewardData,
-    objective: Objective,
+    objective: RewardObjective,
     fit: RewardFit,
     settings: EnsembleVote,
 ) -> PairVotes:

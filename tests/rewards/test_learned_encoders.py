@@ -30,9 +30,9 @@ from genalign.reward_learning.network import HeadShape, RewardEncoder
 from genalign.reward_learning.preferences import JudgedSample
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, RewardFile, save_reward
 from genalign.reward_learning.training import (
-    Objective,
     RewardData,
     RewardFit,
+    RewardObjective,
     RewardTraining,
     build_network,
     laplace_posteriors,
@@ -128,7 +128,7 @@ def test_a_reward_on_every_encoder_is_trained_saved_and_reloaded(name: str, tmp_
     data = data_for(encoder, samples, tmp_path, dimensions)
     network = build_network(encoder, shape, len(dimensions), 1, 0)
     fit = RewardFit(epochs=3, batch_size=2, optimizer=FitSettings(learning_rate=0.01))
-    losses = [metrics["loss"] for metrics in RewardTraining(network, data, Objective(BradleyTerry()), fit).run()]
+    losses = [metrics["loss"] for metrics in RewardTraining(network, data, RewardObjective(BradleyTerry()), fit).run()]
     assert losses[-1] < losses[0]
     save_reward(tmp_path / REWARD, network, RewardDescription.of(network, shape, dimensions, ()), [])
     for network.output, dimension in enumerate(dimensions):
@@ -285,7 +285,7 @@ def test_a_reward_with_a_posterior_has_an_uncertainty(tmp_path: Path) -> None:
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     data = data_for(encoder, images, tmp_path, ("overall",))
     network = build_network(encoder, LinearHead(), 1, 1, 0)
-    training = RewardTraining(network, data, Objective(BradleyTerry()), RewardFit(epochs=2))
+    training = RewardTraining(network, data, RewardObjective(BradleyTerry()), RewardFit(epochs=2))
     list(training.run())
     description = RewardDescription.of(network, LinearHead(), ("overall",), ())
     save_reward(tmp_path / REWARD, network, description, [])

@@ -11,7 +11,7 @@ import torch
 from genalign.reward_learning.heads import IdentityHead
 from genalign.reward_learning.losses import BradleyTerry
 from genalign.reward_learning.regularizers import Centering
-from genalign.reward_learning.training import Objective, RewardFit, RewardTraining, build_network
+from genalign.reward_learning.training import RewardFit, RewardObjective, RewardTraining, build_network
 from rewards import vqa
 from rewards.learned_encoders import YesTokenLogits
 from tests.fake_cuda import FakeCuda
@@ -39,7 +39,9 @@ def test_a_step_of_a_vision_language_reward_waits_in_transformers_alone(tmp_path
         assert network.level.device.type == "cuda"
         object.__setattr__(data.tokens, "encoder", encoder)
         object.__setattr__(data.tokens, "device", "cuda")
-        training = RewardTraining(network, data, Objective(BradleyTerry(), regularizers=[Centering()]), RewardFit())
+        training = RewardTraining(
+            network, data, RewardObjective(BradleyTerry(), regularizers=[Centering()]), RewardFit()
+        )
         (member,), rows = training.members, torch.arange(2)
         member.fitter.step(training.loss(member, rows))
         cuda.waits.clear()
