@@ -36,7 +36,9 @@ def _require_tokens(tokens: str) -> None:
 
 
 def mixed(features: Features, texts: Tensor, tokens: Tokens) -> Tensor:
-    """Compute tokens [u, t, u t, |u - t|] (B, n, 4 d) of unit features u of samples and unit features t of texts.
+    """Compute tokens [u, t, u t, (u - t)^2] (B, n, 4 d) of unit features u of samples and unit features t of texts.
+
+    All of it is smooth, unlike |u - t|, whose kinks leave gradients that finite differences do not confirm.
 
     Args:
         features: Features of samples.
@@ -47,7 +49,7 @@ def mixed(features: Features, texts: Tensor, tokens: Tokens) -> Tensor:
     if tokens == "parts":
         units = torch.cat([units, F.normalize(features.patches, dim=-1)], dim=1)
     t = texts[:, None].expand_as(units)
-    return torch.cat([units, t, units * t, (units - t).abs()], dim=-1)
+    return torch.cat([units, t, units * t, (units - t).square()], dim=-1)
 
 
 def trainable_copy(
@@ -56,7 +58,7 @@ def trainable_copy(
     last_blocks: Callable[[Any], Sequence[nn.Module]],
     blocks: int,
     lora_rank: int,
-) -> nn.Module:
+) -> Any:
     """Copy a network that shares its frozen weights with the original, and add what is to be trained.
 
     Args:
@@ -87,7 +89,7 @@ def trainable_copy(
         available = last_blocks(own)
         if blocks > len(available):
             raise ValueError(f"blocks must be at most {len(available)}, the blocks of the encoder, not {blocks}")
-        for layer in (layer for block in list(available)[-blocks:] for layer in block.modules()):
+        for layer in (layer for block in available[-blocks:] for layer in block.modules()):
             for name, weight in layer.named_parameters(recurse=False):
                 setattr(layer, name, nn.Parameter(weight.detach().clone().float()))
     return own.eval()
@@ -208,9 +210,8 @@ def _tower(encoder: Any) -> tuple[nn.Module, ...]:
     return tower
 
 
-def _blocks(encoder: Any) -> nn.ModuleList:
-    blocks: nn.ModuleList = encoder.blocks
-    return blocks
+def _blocks(encoder: Any) -> list[nn.Module]:
+    return list(encoder.blocks)
 
 
 class DinoTokens(RewardEncoder):
@@ -248,7 +249,7 @@ class DinoTokens(RewardEncoder):
         }
         self.token_kind = tokens
         frozen = _load_dino(model)
-        self.network: Any = trainable_copy(frozen, lambda own: (own,), _dino_blocks, blocks, lora_rank)
+        self.network = trainable_copy(frozen, lambda own: (own,), _dino_blocks, blocks, lora_rank)
         config = self.network.config
         self.skipped = 1 + int(getattr(config, "num_register_tokens", 0))
         side, patch = int(size or config.image_size), int(config.patch_size)
@@ -292,9 +293,8 @@ def _load_dino(model: str) -> Any:
 
 
 def _dino_blocks(network: Any) -> Sequence[nn.Module]:
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    blocks: nn.ModuleList = max(lists, key=len)
-    return list(blocks)
+    lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 class YesTokenLogits(RewardEncoder):
@@ -311,6 +311,9 @@ class YesTokenLogits(RewardEncoder):
         dtype: Precision of the frozen weights.
     """
 
+    yes: Tensor
+    no: Tensor
+
     def __init__(
         self, model: str, questions: Sequence[str] = (VQASCORE,), lora_rank: int = 8, dtype: Precision = "float32"
     ) -> None:
@@ -320,7 +323,7 @@ class YesTokenLogits(RewardEncoder):
         self._arguments = {"model": model, "questions": list(questions), "lora_rank": lora_rank, "dtype": dtype}
         self.questions = tuple(questions)
         frozen, self.processor = load_model(model, dtype)
-        self.network: Any = trainable_copy(frozen, _language_layers, lambda own: (), 0, lora_rank)
+        self.network = trainable_copy(frozen, _language_layers, lambda own: (), 0, lora_rank)
         tokens = yes_no_tokens(model, self.processor.tokenizer)
         self.register_buffer("yes", torch.tensor(tokens["yes"]), persistent=False)
         self.register_buffer("no", torch.tensor(tokens["no"]), persistent=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +24,9 @@ from genalign.reward_learning.preferences import Judgment, read_judgments
 from genalign.reward_learning.regularizers import Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
 from genalign.reward_learning.training import (
-    Objective,
     RewardData,
     RewardFit,
+    RewardObjective,
     RewardTraining,
     build_network,
     ensemble_votes,
@@ -40,7 +39,7 @@ from genalign.runtime.files import load_state, save_state, write_json, write_tex
 from genalign.runtime.progress import Progress
 from genalign.runtime.text_files import read_json
 
-logger = logging.getLogger(__name__)
+_TOKENS = "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +98,11 @@ class RewardTrain:
             raise ValueError("an ensemble's deviation is its uncertainty: leave uncertainty out, or train one member")
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> RewardObjective:
         """What is minimized."""
-        return Objective(self.loss or BradleyTerry(), self.label_noise, tuple(self.regularizers), self.disentangle)
+        return RewardObjective(
+            self.loss or BradleyTerry(), self.label_noise, tuple(self.regularizers), self.disentangle
+        )
 
 
 def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -115,11 +116,11 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
     shape, outputs = settings.head or LinearHead(), len(names) + len(objective.nuisances)
     network = build_network(settings.encoder, shape, outputs, settings.fit.members, settings.fit.seed, settings.device)
     description = RewardDescription.of(network, shape, names, objective.nuisances)
-    write_json(folder / "config.json", plain)
     items = [*training.items, *held_out.items]
+    data = RewardData(training, held_out, _tokens(settings, network.encoder, items, folder, progress))
+    write_json(folder / "config.json", plain)
     listed = [{"digest": item.digest, "prompt": item.prompt.text} for item in training.items]
     write_json(folder / "training_items.json", listed)
-    data = RewardData(training, held_out, _tokens(settings, network.encoder, items, folder, progress))
 
     if settings.votes is not None:
         with progress.phase("voting on the training pairs"):
@@ -146,7 +147,7 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
 def require_same_configuration(folder: Path, plain: Mapping[str, Any]) -> None:
     """Raise ValueError where the folder is of a training with other settings, apart from the device and the path."""
     if not (folder / "config.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(entry.name != _TOKENS for entry in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no training of a reward: give another output")
         return
     before, now = read_json(folder / "config.json"), json.loads(json.dumps(plain))
@@ -179,14 +180,15 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
         )
     training, measured = examples(learned, settings.dimensions), _usable(held_out, "held-out", settings, loss)
     held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
-    if seen := {item.digest for item in training.items} & {item.digest for item in held.items}:
-        raise ValueError(f"{len(seen)} held-out samples are training samples as well: hold out other prompts")
+    seen = {item.digest for item in training.items} & {item.digest for item in held.items}
+    if seen and settings.held_out is not None:
+        raise ValueError(
+            f"{len(seen)} samples of {settings.held_out} are training samples as well, by their digests: give others"
+        )
     return training, held
 
 
-def _usable(
-    judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss
-) -> list[Judgment]:
+def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss) -> list[Judgment]:
     """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts."""
     kinds = {judgment.kind for judgment in judgments}
     if {"rating", "label"} <= kinds:
@@ -216,7 +218,7 @@ def _tokens(
     if any(weight.requires_grad for weight in encoder.parameters()):
         return LiveTokens(encoder, items, measured_nuisances(items, encoder, nuisances), settings.device)
     with progress.phase("encoding", len(items)) as advance:
-        store = TokenFolder(folder / "tokens")
+        store = TokenFolder(folder / _TOKENS)
         return store.encode(encoder, items, nuisances, settings.encode_batch, settings.device, advance)
 
 
@@ -281,7 +283,8 @@ def _card(
         + "".join(
             f", {type(term).__name__}" for term in [objective.noise, *objective.regularizers] if term is not None
         ),
-        f"- Judgments: {len(judged)} {kind} of {len(data.training.items)} samples by {annotators or 'unnamed'} annotators",
+        f"- Judgments: {len(judged)} {kind} of {len(data.training.items)} samples",
+        f"- Annotators: {annotators or 'not named'}",
         f"- Held out: {len(held)} {kind} of {len(data.held_out.items)} samples",
         f"- Samples: training_items.json; data {data.digest()[:16]}; {run.step} optimizer steps",
         "",

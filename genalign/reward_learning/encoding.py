@@ -25,8 +25,9 @@ from genalign.types import AnyCallable, Prompt
 class ItemTokens(Protocol):
     """The tokens of items by their numbers."""
 
-    nuisances: Tensor
-    """The measured nuisances (N, J) of all items, on the CPU."""
+    @property
+    def nuisances(self) -> Tensor:
+        """The measured nuisances (N, J) of all items, on the CPU."""
 
     def tokens(self, rows: Tensor) -> Tensor:
         """Return tokens (b, n, d) of the items ``rows`` (b,), on the device of training."""
@@ -86,7 +87,8 @@ class LiveTokens:
     def tokens(self, rows: Tensor) -> Tensor:
         items = [self.items[row] for row in rows.tolist()]
         samples = read_samples(items, self.encoder).to(self.device, non_blocking=True)
-        return self.encoder(samples, [item.prompt for item in items]).float()
+        tokens: Tensor = self.encoder(samples, [item.prompt for item in items])
+        return tokens.float()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class FitSettings:
         betas: Decay rates of AdamW's averages of gradients and of their squares.
         warmup: Number of steps in which the learning rate rises from 0.
         last: The learning rate after the last step, as a share of the largest; 1 leaves it constant.
-        clip: The largest norm of the gradient of all weights; None does not clip.
+        clip: The largest norm of the gradient of all weights; null does not clip.
     """
 
     learning_rate: float = 1e-3

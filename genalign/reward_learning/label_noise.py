@@ -18,7 +18,7 @@ Change = Literal["drop", "flip", "soften"]
 class NoiseCorrection(Protocol):
     """A loss of pairs whose labels may be flipped, made of a loss of pairs whose labels are right."""
 
-    def __call__(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
+    def per_pair(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
         """Compute the loss (N, K) of each pair; the arguments are those of ``PairLoss.per_pair``."""
 
 
@@ -40,7 +40,7 @@ class Smoothing:
     def __post_init__(self) -> None:
         _require_flips(self.flips)
 
-    def __call__(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
+    def per_pair(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
         as_labeled = loss.per_pair(lead, preferred, difference)
         return (1 - self.flips) * as_labeled + self.flips * loss.per_pair(lead, 1 - preferred, -difference)
 
@@ -61,7 +61,7 @@ class FlipRobust:
     def __post_init__(self) -> None:
         _require_flips(self.flips)
 
-    def __call__(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
+    def per_pair(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
         as_labeled = loss.per_pair(lead, preferred, difference)
         flipped = loss.per_pair(lead, 1 - preferred, -difference)
         return ((1 - self.flips) * as_labeled - self.flips * flipped) / (1 - 2 * self.flips)

@@ -35,7 +35,7 @@ class ScoredBatch:
 class Regularizer(Protocol):
     """A term that is added to the loss."""
 
-    def __call__(self, batch: ScoredBatch) -> Tensor:
+    def term(self, batch: ScoredBatch) -> Tensor:
         """Compute the term ()."""
 
 
@@ -51,7 +51,7 @@ class Centering:
 
     weight: float = 0.01
 
-    def __call__(self, batch: ScoredBatch) -> Tensor:
+    def term(self, batch: ScoredBatch) -> Tensor:
         """Compute the term. Raises ValueError for grades, which have an origin."""
         if batch.pairs is None:
             raise ValueError("Centering is of pairs, and this loss learns from grades: leave it out")
@@ -83,7 +83,7 @@ class GradientPenalty:
         if self.weight < 0 or self.target < 0:
             raise ValueError(f"weight and target must be at least 0, not {self.weight} and {self.target}")
 
-    def __call__(self, batch: ScoredBatch) -> Tensor:
+    def term(self, batch: ScoredBatch) -> Tensor:
         """Compute the term. Raises ValueError for ``between`` without pairs."""
         tokens = batch.tokens.detach()
         if self.between:
@@ -137,7 +137,7 @@ class Disentangle:
         if not self.nuisances or self.weight < 0 or self.orthogonality < 0:
             raise ValueError("Disentangle needs at least one nuisance, and weights of at least 0")
 
-    def __call__(self, batch: ScoredBatch) -> Tensor:
+    def term(self, batch: ScoredBatch) -> Tensor:
         """Compute the terms, summed over the nuisances."""
         quality, apart = batch.outputs[:, 0], batch.outputs[:, 1:]
         quality_weights, *weights = batch.head.last.weight

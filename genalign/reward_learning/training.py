@@ -65,7 +65,7 @@ class RewardFit:
 
 
 @dataclass(frozen=True)
-class Objective:
+class RewardObjective:
     """What is minimized: a loss of preferences, as corrected for label noise, and terms beside it."""
 
     loss: PreferenceLoss
@@ -152,7 +152,7 @@ def standardize(network: RewardNetwork, tokens: ItemTokens, count: int) -> None:
     rows = torch.linspace(0, count - 1, min(count, most)).round().long()
     sums = torch.zeros(2, network.encoder.width, dtype=torch.float64)
     total = 0
-    for part in rows.split(_CHUNK):
+    for part in torch.split(rows, _CHUNK):
         values = tokens.tokens(part).flatten(0, 1).double().cpu()
         sums += torch.stack([values.sum(0), values.square().sum(0)])
         total += len(values)
@@ -193,7 +193,7 @@ class RewardTraining:
         self,
         network: RewardNetwork,
         data: RewardData,
-        objective: Objective,
+        objective: RewardObjective,
         fit: RewardFit,
         subsets: Sequence[Tensor] | None = None,
     ) -> None:
@@ -271,14 +271,14 @@ class RewardTraining:
         pairs = place if isinstance(loss, PairLoss) else None
         batch = ScoredBatch(tokens, outputs, pairs, self._moved(self.data.tokens.nuisances[items]), member.head)
         terms = [*self.objective.regularizers, *filter(None, [self.objective.disentangle])]
-        return sum((term(batch) for term in terms), start=value)
+        return sum((term.term(batch) for term in terms), start=value)
 
     def _pair_loss(self, loss: PairLoss, lead: Tensor, pairs: Pairs, rows: Tensor, plain: bool = False) -> Tensor:
         preferred, difference = pairs.preferred[rows], pairs.difference[rows]
         judged = self._moved(~preferred.isnan())
         targets = self._moved(preferred.nan_to_num(0.5)), self._moved(difference.nan_to_num())
         noise = None if plain else self.objective.noise
-        values = loss.per_pair(lead, *targets) if noise is None else noise(loss, lead, *targets)
+        values = loss.per_pair(lead, *targets) if noise is None else noise.per_pair(loss, lead, *targets)
         return masked_mean(values, judged)
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class RewardTraining:
     @torch.no_grad()
     def scores(self, rows: Tensor) -> Tensor:
         """Score items by their numbers in the tokens, as (N, M, K + J) on the CPU."""
-        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in rows.split(_CHUNK)]
+        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in torch.split(rows, _CHUNK)]
         return torch.cat(parts)
 
     def _evaluate(self, means: Sequence[float]) -> dict[str, Any]:
@@ -415,7 +415,7 @@ class HeldOutMetrics:
 def ensemble_votes(
     build: Callable[[int], RewardNetwork],
     data: RewardData,
-    objective: Objective,
+    objective: RewardObjective,
     fit: RewardFit,
     settings: EnsembleVote,
 ) -> PairVotes:
@@ -472,7 +472,9 @@ def laplace_posteriors(training: RewardTraining, settings: LastLayerLaplace) -> 
         )
     head, offset = training.members[0].head, len(data.training.items)
     every = torch.arange(offset + len(data.held_out.items))
-    parts = [head.features(training.network.standardized(data.tokens.tokens(p))).cpu() for p in every.split(_CHUNK)]
+    parts = [
+        head.features(training.network.standardized(data.tokens.tokens(p))).cpu() for p in torch.split(every, _CHUNK)
+    ]
     features, posteriors = torch.cat(parts), list[LaplacePosterior]()
     for column in range(len(data.training.dimensions)):
         chosen = []

@@ -85,8 +85,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def save_qwen(folder: Path) -> Path:
     """A tiny random Qwen2-VL, whose images have as many tokens as their size asks for."""
-    folder: Path = tmp_path_factory.mktemp("qwen")
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     words = [*WORDS, *marks]
     Qwen2VLProcessor(

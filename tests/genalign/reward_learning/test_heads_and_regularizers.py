@@ -104,18 +104,18 @@ def test_the_gradient_penalty_of_a_linear_head_is_that_of_its_weights() -> None:
     torch.testing.assert_close(gradient, 2 * (norm - 0.1) * head.last.weight / norm, rtol=1e-4, atol=1e-5)
     pairs = torch.tensor([[0, 1], [1, 2]])
     scored = batch(head(tokens), head, tokens, torch.empty(3, 0), pairs)
-    torch.testing.assert_close(GradientPenalty(2.0, 1.0, between=True)(scored), 2 * (norm - 1).square())
+    torch.testing.assert_close(GradientPenalty(2.0, 1.0, between=True).term(scored), 2 * (norm - 1).square())
     with pytest.raises(ValueError, match="is of pairs"):
-        GradientPenalty(between=True)(batch(head(tokens), head, tokens, torch.empty(3, 0), None))
+        GradientPenalty(between=True).term(batch(head(tokens), head, tokens, torch.empty(3, 0), None))
 
 
 def test_centering_is_of_the_sum_of_a_pair() -> None:
     outputs = torch.tensor([[1.0], [2.0], [-4.0]])
     head, tokens = LinearHead().build(4, 1), torch.zeros(3, 1, 4)
     scored = batch(outputs, head, tokens, torch.empty(3, 0), torch.tensor([[0, 1], [1, 2]]))
-    assert float(Centering(0.1)(scored)) == pytest.approx(0.1 * (9 + 4) / 2)
+    assert float(Centering(0.1).term(scored)) == pytest.approx(0.1 * (9 + 4) / 2)
     with pytest.raises(ValueError, match="Centering is of pairs"):
-        Centering()(batch(outputs, head, tokens, torch.empty(3, 0), None))
+        Centering().term(batch(outputs, head, tokens, torch.empty(3, 0), None))
 
 
 def test_odin_terms() -> None:
@@ -124,8 +124,8 @@ def test_odin_terms() -> None:
     assert float(odin_correlations(length, own, quality)) == pytest.approx(0.008088756 + 0.6, abs=1e-8)
     head, tokens = LinearHead().build(4, 2), torch.zeros(4, 1, 4)
     scored = batch(torch.stack([quality, own], 1), head, tokens, length[:, None], None)
-    term = Disentangle({"length": lambda samples, prompts: samples}, weight=2.0, orthogonality=3.0)
+    apart = Disentangle({"length": lambda samples, prompts: samples}, weight=2.0, orthogonality=3.0)
     overlap = (head.last.weight[0] @ head.last.weight[1]).abs().item()
-    assert term(scored).item() == pytest.approx(2 * 0.608088756 + 3 * overlap, abs=1e-6)
+    assert apart.term(scored).item() == pytest.approx(2 * 0.608088756 + 3 * overlap, abs=1e-6)
     with pytest.raises(ValueError, match="at least one nuisance"):
         Disentangle({})

@@ -34,9 +34,9 @@ from genalign.reward_learning.network import RewardNetwork
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
 from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation
 from genalign.reward_learning.training import (
-    Objective,
     RewardData,
     RewardFit,
+    RewardObjective,
     RewardTraining,
     build_network,
     ensemble_votes,
@@ -52,7 +52,7 @@ FAST = RewardFit(epochs=20, batch_size=16, optimizer=FitSettings(learning_rate=0
 
 
 def trained(
-    data: RewardData, objective: Objective, fit: RewardFit = FAST, checkpoint: Path | None = None
+    data: RewardData, objective: RewardObjective, fit: RewardFit = FAST, checkpoint: Path | None = None
 ) -> tuple[RewardTraining, list[dict[str, Any]]]:
     outputs = len(data.training.dimensions) + len(objective.nuisances)
     network = build_network(PixelTokens(), LinearHead(), outputs, fit.members, fit.seed)
@@ -71,7 +71,7 @@ def trained(
     ],
 )
 def test_every_loss_learns_what_was_judged(kind: Kind, loss: PreferenceLoss, tmp_path: Path) -> None:
-    _, metrics = trained(toy_data(write_judgments(tmp_path, 120, kind)), Objective(loss))
+    _, metrics = trained(toy_data(write_judgments(tmp_path, 120, kind)), RewardObjective(loss))
     held_out = metrics[-1]["held_out"]
     assert held_out["accuracy"]["overall"]["mean"] > 0.9
     assert held_out["loss"] < metrics[0]["held_out"]["loss"]
@@ -81,7 +81,7 @@ def test_every_loss_learns_what_was_judged(kind: Kind, loss: PreferenceLoss, tmp
 @pytest.mark.parametrize("members", [1, 3])
 def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Path) -> None:
     data = toy_data(write_judgments(tmp_path, 60))
-    objective = Objective(BradleyTerry(), Smoothing(0.1), [Centering(), GradientPenalty(0.1)])
+    objective = RewardObjective(BradleyTerry(), Smoothing(0.1), [Centering(), GradientPenalty(0.1)])
     fit = replace(FAST, members=members, epochs=6, patience=3)
     whole, metrics = trained(data, objective, fit, tmp_path / "whole.safetensors")
     first = RewardTraining(build_network(PixelTokens(), LinearHead(), 1, members, 0), data, objective, fit)
@@ -98,16 +98,16 @@ def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Pat
 
 def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.safetensors"
-    trained(toy_data(write_judgments(tmp_path, 20)), Objective(BradleyTerry()), FAST, checkpoint)
+    trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerry()), FAST, checkpoint)
     with pytest.raises(ValueError, match="is of other judgments"):
-        trained(toy_data(write_judgments(tmp_path, 20, seed=7)), Objective(BradleyTerry()), FAST, checkpoint)
+        trained(toy_data(write_judgments(tmp_path, 20, seed=7)), RewardObjective(BradleyTerry()), FAST, checkpoint)
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path: Path) -> None:
     data = toy_data(write_judgments(tmp_path, 24, flips=0.4))
     network = build_network(PixelTokens(), MLPHead(64), 1, 1, 0)
     fit = RewardFit(epochs=60, batch_size=8, patience=4, optimizer=FitSettings(learning_rate=0.05, last=1.0))
-    training = RewardTraining(network, data, Objective(BradleyTerry()), fit)
+    training = RewardTraining(network, data, RewardObjective(BradleyTerry()), fit)
     losses = [line["held_out"]["loss"] for line in training.run()]
     assert len(losses) < 60 and losses.index(min(losses)) == len(losses) - 5
     held_out = training.held_out()
@@ -120,7 +120,7 @@ def test_dimensions_that_were_not_judged_are_left_out(tmp_path: Path) -> None:
         replace(judgment, scores={"overall": judgment.scores["overall"]} if number % 2 else {"blue": (1.0, 0.0)})
         for number, judgment in enumerate(judgments)
     ]
-    _, metrics = trained(toy_data(other), Objective(BradleyTerry()))
+    _, metrics = trained(toy_data(other), RewardObjective(BradleyTerry()))
     accuracy = metrics[-1]["held_out"]["accuracy"]
     assert set(accuracy) == {"overall", "blue"} and accuracy["overall"]["mean"] > 0.9
 
@@ -136,9 +136,9 @@ def test_nuisances_get_outputs_of_their_own(tmp_path: Path) -> None:
     blue = stored[..., 0] + 0.2 * torch.randn(len(stored), 1, generator=generator)
     stored[..., 2] = blue
     entangled = replace(data, tokens=StoredTokens(stored, blue[:, :1]))
-    plain, _ = trained(entangled, Objective(BradleyTerry()))
+    plain, _ = trained(entangled, RewardObjective(BradleyTerry()))
     term = Disentangle({"blue": lambda samples, prompts: samples}, weight=2.0)
-    apart, _ = trained(entangled, Objective(BradleyTerry(), disentangle=term))
+    apart, _ = trained(entangled, RewardObjective(BradleyTerry(), disentangle=term))
     rows = torch.arange(len(data.training.items))
 
     def with_blue(training: RewardTraining) -> float:
@@ -156,22 +156,24 @@ def test_votes_find_planted_flips(tmp_path: Path) -> None:
         return build_network(PixelTokens(), LinearHead(), 1, members, 0)
 
     settings = EnsembleVote(members=4, share=float(wrong.float().mean()))
-    votes = ensemble_votes(build, noisy, Objective(BradleyTerry()), FAST, settings)
+    votes = ensemble_votes(build, noisy, RewardObjective(BradleyTerry()), FAST, settings)
     pairs, changed = apply_votes(noisy.training.pairs, votes, settings)
     found = changed.squeeze(1)
     assert int((found & wrong).sum()) > 0.7 * int(wrong.sum())
     assert int((pairs.preferred.isnan()).sum()) == int(found.sum())
     assert 1 <= float(votes.voters.float().mean()) <= 3
     with pytest.raises(ValueError, match="an ensemble votes on pairs"):
-        ensemble_votes(build, noisy, Objective(Regression()), FAST, settings)
+        ensemble_votes(build, noisy, RewardObjective(Regression()), FAST, settings)
 
 
 def test_the_laplace_deviation_is_larger_far_from_the_data(tmp_path: Path) -> None:
-    training, _ = trained(toy_data(write_judgments(tmp_path, 80)), Objective(BradleyTerry()))
+    training, _ = trained(toy_data(write_judgments(tmp_path, 80)), RewardObjective(BradleyTerry()))
     (posterior,) = laplace_posteriors(training, LastLayerLaplace())
     near, far = posterior.deviation(torch.stack([posterior.center, posterior.center + 5]))
     assert float(near) == pytest.approx(0, abs=1e-9) and float(far) > 0.1
-    ensemble, _ = trained(toy_data(write_judgments(tmp_path, 20)), Objective(BradleyTerry()), replace(FAST, members=2))
+    ensemble, _ = trained(
+        toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerry()), replace(FAST, members=2)
+    )
     with pytest.raises(ValueError, match="is of one member"):
         laplace_posteriors(ensemble, LastLayerLaplace())
 
@@ -184,7 +186,7 @@ def test_a_trained_encoder_gets_a_gradient_and_no_ensemble(tmp_path: Path) -> No
     live = replace(data, tokens=LiveTokens(encoder, items, torch.empty(len(items), 0)))
     network = build_network(encoder, LinearHead(), 1, 1, 0)
     before = encoder.scale.detach().clone()
-    list(RewardTraining(network, live, Objective(BradleyTerry()), replace(FAST, epochs=2)).run())
+    list(RewardTraining(network, live, RewardObjective(BradleyTerry()), replace(FAST, epochs=2)).run())
     assert not torch.equal(encoder.scale.detach(), before)
     assert set(network.trained()) == {"encoder.scale", "heads.0.last.weight", "heads.0.last.bias"}
     with pytest.raises(ValueError, match="share one encoder, which must be frozen"):
@@ -223,21 +225,21 @@ def test_tokens_are_encoded_once_and_continued(tmp_path: Path) -> None:
 def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     data = toy_data(write_judgments(tmp_path, 8))
     with pytest.raises(ValueError, match="Regression learns from judgments of the kind rating, and there is none"):
-        trained(data, Objective(Regression()))
+        trained(data, RewardObjective(Regression()))
     ratings = toy_data(write_judgments(tmp_path, 8, "rating"))
     with pytest.raises(ValueError, match="FlipRobust corrects a loss of pairs, and Regression learns from grades"):
-        trained(ratings, Objective(Regression(), FlipRobust()))
+        trained(ratings, RewardObjective(Regression(), FlipRobust()))
     two = replace(data.training, dimensions=("overall", "detail"))
     with pytest.raises(ValueError, match="Disentangle is of one dimension"):
-        Objective(BradleyTerry(), disentangle=Disentangle({"a": len})).require_fit(two)
+        RewardObjective(BradleyTerry(), disentangle=Disentangle({"a": len})).require_fit(two)
     burst = replace(FAST, optimizer=FitSettings(learning_rate=1e30, clip=None))
     with pytest.raises(ValueError, match="the loss is not finite at step"):
-        trained(data, Objective(BradleyTerry()), burst)
+        trained(data, RewardObjective(BradleyTerry()), burst)
     sound = tmp_path / "clip.wav"
     sound.write_bytes(b"")
     clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
     item = replace(data.training.items[0], sample=clip.samples[0])
-    with pytest.raises(ValueError, match="PixelTokens is an encoder of images, and .*clip.wav is sound"):
+    with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and .*clip.wav is sound"):
         read_samples([item], PixelTokens())
     assert len(nothing_held_out(data.training).items) == 0
 
@@ -246,7 +248,9 @@ def test_accuracies_and_calibration_by_hand() -> None:
     prompt = torch.tensor([0, 0, 1, 1])
     lead, preferred = torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 0.5])
     estimate = accuracy_of_pairs(lead, preferred, prompt)
-    assert estimate is not None and estimate.mean == 0.5 and estimate.n == 2  # 1/2 of the first, half a win in the other
+    assert (
+        estimate is not None and estimate.mean == 0.5 and estimate.n == 2
+    )  # 1/2 of the first, half a win in the other
     assert accuracy_of_pairs(lead[3:], preferred[3:], prompt[3:]) is None
     grades = torch.tensor([1.0, 2.0, 3.0, 3.0])
     within = accuracy_of_grades(torch.tensor([0.0, 1.0, 0.0, 5.0]), grades, prompt, within_prompts=True)

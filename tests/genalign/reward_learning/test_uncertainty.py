@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.uncertainty import (
-    LastLayerLaplace,
     LaplacePosterior,
+    LastLayerLaplace,
     PairFeatures,
     bradley_terry_hessian,
     fit_laplace,
@@ -34,7 +34,9 @@ def maximum(pairs: PairFeatures, precision: float) -> Tensor:
     for _ in range(30):
         residual = (pairs.differences @ weights).sigmoid() - pairs.preferred
         gradient = pairs.differences.T @ residual + precision * weights
-        weights = weights - torch.linalg.solve(bradley_terry_hessian(weights, pairs.differences) + precision * eye, gradient)
+        weights = weights - torch.linalg.solve(
+            bradley_terry_hessian(weights, pairs.differences) + precision * eye, gradient
+        )
     return weights
 
 

@@ -49,7 +49,9 @@ def images(count: int, seed: int = 0) -> Tensor:
     return colors.expand(-1, -1, 8, 8)
 
 
-def write_judgments(folder: Path, prompts: int, kind: Kind = "pair", flips: float = 0.0, seed: int = 0) -> list[Judgment]:
+def write_judgments(
+    folder: Path, prompts: int, kind: Kind = "pair", flips: float = 0.0, seed: int = 0
+) -> list[Judgment]:
     """Judge two images of each prompt by their red, with a share of flipped pairs; ratings are 1 to 5."""
     pictures = images(2 * prompts, seed)
     paths = [folder / "images" / f"{seed}-{number:04d}.png" for number in range(2 * prompts)]
@@ -76,7 +78,7 @@ def toy_data(judgments: Sequence[Judgment], fraction: float = 0.25) -> RewardDat
     training, held_out = split_by_prompt(judgments, fraction, 0)
     learned = examples(training)
     measured = examples(held_out).of_dimensions(learned.dimensions) if held_out else nothing_held_out(learned)
-    parts: list[Examples] = [learned, measured]
+    parts: tuple[Examples, Examples] = (learned, measured)
     samples = torch.stack([item.sample.read() for part in parts for item in part.items])
     with torch.no_grad():
         tokens = PixelTokens()(samples, [Prompt("")] * len(samples))
