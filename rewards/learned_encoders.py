@@ -8,7 +8,6 @@ layers, both in float32 with all else frozen.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -21,13 +20,12 @@ from genalign.types import Precision, Prompt
 from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
 from rewards.backbones.encoders import Features
+from rewards.backbones.image_features import load_dinov2, load_dinov3, of_size
 from rewards.backbones.siglip_encoder import load_siglip
 from rewards.vqa import VQASCORE, load_model, yes_no_tokens
 
 Tokens = Literal["pooled", "parts"]
 """One token of the whole sample, or after it one of each part: an image's patches, a clip's frames."""
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _require_tokens(tokens: str) -> None:
@@ -248,15 +246,11 @@ class DinoTokens(RewardEncoder):
             "lora_rank": lora_rank,
         }
         self.token_kind = tokens
-        frozen = _load_dino(model)
+        frozen, prepare = _load_dino(model)
         self.network = trainable_copy(frozen, lambda own: (own,), _dino_blocks, blocks, lora_rank)
         config = self.network.config
         self.skipped = 1 + int(getattr(config, "num_register_tokens", 0))
-        side, patch = int(size or config.image_size), int(config.patch_size)
-        if side % patch:
-            nearest = max(1, side // patch) * patch
-            raise ValueError(f"size {side} is not a multiple of the patch size {patch}: try {nearest}")
-        self.prepare = ImagePreprocessor((side, side), *_IMAGENET)
+        self.prepare = of_size(prepare, size, int(config.patch_size))
         with torch.random.fork_rng(devices=[]):
             self.text = None if text is None else load_clip(text)
 
@@ -282,14 +276,14 @@ class DinoTokens(RewardEncoder):
         return torch.cat([found, texts[:, None].expand(-1, found.shape[1], -1)], dim=-1)
 
 
-@functools.cache
-def _load_dino(model: str) -> Any:
-    from transformers import AutoConfig, AutoModel
+def _load_dino(model: str) -> tuple[Any, ImagePreprocessor]:
+    from transformers import AutoConfig
 
+    loaders = {"dinov2": load_dinov2, "dinov3_vit": load_dinov3}
     kind = AutoConfig.from_pretrained(model).model_type
-    if kind not in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
+    if kind not in loaders:
         raise ValueError(f"{model} is a {kind} checkpoint: give a DINOv2 or DINOv3 vision transformer")
-    return AutoModel.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval()
+    return loaders[kind](model)
 
 
 def _dino_blocks(network: Any) -> Sequence[nn.Module]:

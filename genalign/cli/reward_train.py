@@ -14,13 +14,15 @@ from genalign.cli import parsing
 from genalign.cli.context import CommandContext
 from genalign.cli.generation_settings import require_positive
 from genalign.metrics.intervals import Estimate
+from genalign.reward_learning.annotators import side_choices
 from genalign.reward_learning.encoding import ItemTokens, LiveTokens, TokenFolder, measured_nuisances
 from genalign.reward_learning.examples import Examples, examples, split_by_prompt
 from genalign.reward_learning.heads import LinearHead
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, apply_votes, changed_lines
-from genalign.reward_learning.losses import BradleyTerry, PairLoss, PreferenceLoss
+from genalign.reward_learning.losses import BradleyTerryLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
-from genalign.reward_learning.preferences import Judgment, read_judgments
+from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.preferences import Judgment
 from genalign.reward_learning.regularizers import Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
 from genalign.reward_learning.training import (
@@ -50,15 +52,16 @@ class RewardTrain:
 
     Args:
         output: Folder of the reward, with its configuration, metrics and card.
-        preferences: Folder or .jsonl file of judgments.
-        held_out: Folder or .jsonl file of judgments that are measured on and not trained on; null holds out a fraction
+        preferences: Folder or file of judgments, in our own format or a published one.
+        held_out: Folder or file of judgments that are measured on and not trained on; null holds out a fraction
             of the prompts.
         held_out_fraction: Fraction of the prompts that are held out without held_out; 0 holds out none.
         dimensions: Dimensions to learn; by default all.
         exclude_annotators: Annotators whose judgments are left out.
         encoder: What is read of samples and prompts, as in rewards.learned_encoders.ClipTokens.
         head: Head on the encoder's tokens, as in genalign.reward_learning.heads.MLPHead; null takes LinearHead.
-        loss: Loss of the preferences, as in genalign.reward_learning.losses.TiedBradleyTerry; null takes BradleyTerry.
+        loss: Loss of the preferences, as in genalign.reward_learning.losses.TiedBradleyTerryLoss; null takes that of
+            Bradley and Terry.
         label_noise: Correction of the loss for flipped labels, as in genalign.reward_learning.label_noise.FlipRobust;
             null takes labels as they are.
         votes: Vote of an ensemble on the training pairs, after which the worst are changed; null leaves them.
@@ -101,7 +104,7 @@ class RewardTrain:
     def objective(self) -> RewardObjective:
         """What is minimized."""
         return RewardObjective(
-            self.loss or BradleyTerry(), self.label_noise, tuple(self.regularizers), self.disentangle
+            self.loss or BradleyTerryLoss(), self.label_noise, tuple(self.regularizers), self.disentangle
         )
 
 
@@ -164,8 +167,8 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
 
     Raises ValueError where there is none, or ratings are mixed with labels.
     """
-    judgments = read_judgments(Path(settings.preferences))
-    held_out = None if settings.held_out is None else read_judgments(Path(settings.held_out))
+    judgments = read_preferences(Path(settings.preferences))
+    held_out = None if settings.held_out is None else read_preferences(Path(settings.held_out))
     if held_out is None:
         judgments, held_out = split_by_prompt(judgments, settings.held_out_fraction, settings.fit.seed)
     known = {judgment.annotator for judgment in [*judgments, *held_out]}
@@ -189,7 +192,10 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
 
 
 def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss) -> list[Judgment]:
-    """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts."""
+    """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts.
+
+    Raises ValueError for ratings beside labels, and for an annotator who always chose the same side.
+    """
     kinds = {judgment.kind for judgment in judgments}
     if {"rating", "label"} <= kinds:
         raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
@@ -204,6 +210,8 @@ def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, los
             skipped["without a score"] += 1
         else:
             chosen.append(judgment)
+    if one_sided := [choices for choices in side_choices(chosen) if choices.one_sided]:
+        raise ValueError(f"{one_sided[0]}; exclude_annotators leaves them out")
     rest = "".join(f", {count} {why} left out" for why, count in skipped.items() if count)
     prompts = len({judgment.prompt.text for judgment in chosen})
     print(f"{what}: {len(chosen)} of {len(judgments)} judgments of {prompts} prompts{rest}")

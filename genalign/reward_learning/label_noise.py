@@ -80,7 +80,7 @@ class EnsembleVote:
         share: Largest share of the pairs to change.
         change: "drop" leaves a pair out, "flip" turns it, and "soften" makes its target the probability by the vote.
         adaptive_margin: Whether the votes for the other pairs, where positive, become their margins in
-            ``MarginBradleyTerry``.
+            ``MarginBradleyTerryLoss``.
     """
 
     members: int = 6

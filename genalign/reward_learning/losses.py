@@ -70,7 +70,7 @@ class GradeObjective(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class BradleyTerry(PairLoss):
+class BradleyTerryLoss(PairLoss):
     """-log sigmoid(d) for the preferred item; a tie counts as half a win of each (Bradley and Terry, 1952)."""
 
     def per_pair(self, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class BradleyTerry(PairLoss):
 
 
 @dataclass(frozen=True)
-class MarginBradleyTerry(PairLoss):
+class MarginBradleyTerryLoss(PairLoss):
     """-log sigmoid(d - m): the preferred item leads by a margin m that grows with how much better it was judged.
 
     The margin of a pair is ``scale`` times the absolute difference of its scores; with
@@ -101,7 +101,7 @@ class MarginBradleyTerry(PairLoss):
 
 
 @dataclass(frozen=True)
-class TiedBradleyTerry(PairLoss):
+class TiedBradleyTerryLoss(PairLoss):
     """Bradley-Terry with ties (Rao and Kupper, 1967): P(win) = sigmoid(d - m), P(loss) = sigmoid(-d - m).
 
     The loss of a tie is -log P(tie) = -log sigmoid(d - m) - log sigmoid(-d - m) - log(exp(2 m) - 1). The default
@@ -120,7 +120,7 @@ class TiedBradleyTerry(PairLoss):
         if self.margin < 0 or (self.constant and self.margin == 0):
             raise ValueError(
                 f"a margin of {self.margin:g} gives ties no probability, whose log is infinite: take a positive one, or"
-                " BradleyTerry"
+                " BradleyTerryLoss"
             )
 
     def per_pair(self, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:

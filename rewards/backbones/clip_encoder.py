@@ -70,6 +70,17 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation =
     return F.interpolate(images, size=size, mode=interpolation, antialias=True).clamp(0, 1)
 
 
+def read_preprocessor(model: str) -> ImagePreprocessor:
+    """Read the preprocessing of a checkpoint whose image processor resizes to a fixed height and width."""
+    from PIL.Image import Resampling
+    from transformers import AutoImageProcessor
+
+    images = AutoImageProcessor.from_pretrained(model)
+    size = int(images.size["height"]), int(images.size["width"])
+    interpolation: Interpolation = "bilinear" if int(images.resample) == Resampling.BILINEAR else "bicubic"
+    return ImagePreprocessor(size, tuple(images.image_mean), tuple(images.image_std), "squash", interpolation)
+
+
 class ClipEncoder(DualEncoder):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.types import AnyCallable, Precision
-from rewards.backbones.clip_encoder import ImagePreprocessor, Interpolation, load_clip
+from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip, read_preprocessor
 from rewards.backbones.encoders import Features, PatchFeatures, read_config
 from rewards.backbones.reference_images import ReferenceSamples
 
@@ -62,11 +62,9 @@ class Dinov2Features(PatchFeatures):
 
     def features(self, samples: Tensor) -> Features:
         """Compute class tokens (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
-        network = _load_dinov2(self.model, self.dtype).to(samples.device)
-        size = self.size or int(network.config.image_size)
-        _require_whole_patches((size, size), int(network.config.patch_size))
-        pixels = ImagePreprocessor((size, size), *_IMAGENET)(samples)
-        tokens = network(pixels.to(network.dtype)).last_hidden_state.float()
+        network, prepare = load_dinov2(self.model, self.dtype)
+        prepare = of_size(prepare, self.size, int(network.config.patch_size))
+        tokens = network.to(samples.device)(prepare(samples).to(network.dtype)).last_hidden_state.float()
         return Features(tokens[:, 0], tokens[:, 1:])
 
 
@@ -86,12 +84,9 @@ class Dinov3Features(PatchFeatures):
 
     def features(self, samples: Tensor) -> Features:
         """Compute class tokens (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
-        network, prepare = _load_dinov3(self.model, self.dtype)
-        network = network.to(samples.device)
-        if self.size:
-            prepare = replace(prepare, size=(self.size, self.size))
-        _require_whole_patches(prepare.size, int(network.config.patch_size))
-        tokens = network(prepare(samples).to(network.dtype)).last_hidden_state.float()
+        network, prepare = load_dinov3(self.model, self.dtype)
+        prepare = of_size(prepare, self.size, int(network.config.patch_size))
+        tokens = network.to(samples.device)(prepare(samples).to(network.dtype)).last_hidden_state.float()
         return Features(tokens[:, 0], tokens[:, 1 + int(network.config.num_register_tokens) :])
 
 
@@ -147,29 +142,38 @@ def extract_text_features(texts: list[str], model: str) -> Tensor:
     return load_clip(model).text(texts)
 
 
-def _require_whole_patches(size: tuple[int, int], patch: int) -> None:
-    """Raise ValueError where a side of an image of ``size`` is not a multiple of the patch size."""
-    for side in size:
-        if side % patch:
-            nearest = max(1, side // patch) * patch
-            raise ValueError(f"size {side} is not a multiple of the patch size {patch}: try {nearest}")
+def of_size(prepare: ImagePreprocessor, side: int | None, patch: int) -> ImagePreprocessor:
+    """Return a preprocessing to images of another ``side``, or the same for None.
+
+    Raises ValueError where a side of its images is not a multiple of the patch size.
+    """
+    resized = replace(prepare, size=(side, side)) if side else prepare
+    for length in resized.size:
+        if length % patch:
+            nearest = max(1, length // patch) * patch
+            raise ValueError(f"size {length} is not a multiple of the patch size {patch}: try {nearest}")
+    return resized
 
 
 @functools.cache
-def _load_dinov2(model: str, dtype: Precision) -> Any:
+def load_dinov2(model: str, dtype: Precision = "float32") -> tuple[Any, ImagePreprocessor]:
+    """Load a DINOv2 checkpoint, frozen, and its preprocessing, once per process and ``dtype``."""
     from transformers import Dinov2Model
 
     read_config(model, "DINOv2")
-    return Dinov2Model.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    network = Dinov2Model.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    side = int(network.config.image_size)
+    return network, ImagePreprocessor((side, side), *_IMAGENET)
 
 
 @functools.cache
-def _load_dinov3(model: str, dtype: Precision) -> tuple[Any, ImagePreprocessor]:
+def load_dinov3(model: str, dtype: Precision = "float32") -> tuple[Any, ImagePreprocessor]:
+    """Load a DINOv3 vision transformer, frozen, and its preprocessing, once per process and ``dtype``."""
     from transformers import DINOv3ViTModel
 
     read_config(model, "DINOv3", "dinov3_vit")
     network = DINOv3ViTModel.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
-    return network, _preprocessor(model)
+    return network, read_preprocessor(model)
 
 
 @functools.cache
@@ -180,15 +184,4 @@ def _load_siglip(model: str, dtype: Precision) -> tuple[Any, ImagePreprocessor]:
     if not config.vision_use_head:
         raise ValueError(f"{model} has no pooling head, so that it gives no embedding: take another SigLIP checkpoint")
     network = SiglipVisionModel.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
-    return network, _preprocessor(model)
-
-
-def _preprocessor(model: str) -> ImagePreprocessor:
-    """Read the preprocessing of a checkpoint whose image processor resizes to a fixed height and width."""
-    from PIL.Image import Resampling
-    from transformers import AutoImageProcessor
-
-    images = AutoImageProcessor.from_pretrained(model)
-    size = int(images.size["height"]), int(images.size["width"])
-    interpolation: Interpolation = "bilinear" if int(images.resample) == Resampling.BILINEAR else "bicubic"
-    return ImagePreprocessor(size, tuple(images.image_mean), tuple(images.image_std), "squash", interpolation)
+    return network, read_preprocessor(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.types import Precision
-from rewards.backbones.clip_encoder import ImagePreprocessor
+from rewards.backbones.clip_encoder import read_preprocessor
 from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 
@@ -23,13 +23,11 @@ class SiglipEncoder(DualEncoder):
     """
 
     def __init__(self, model: str, dtype: Precision = "float32") -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
+        from transformers import AutoTokenizer, SiglipModel
 
         config = read_config(model, "SigLIP")
         super().__init__(SiglipModel.from_pretrained(model, dtype=torch.float32), dtype)
-        images = AutoImageProcessor.from_pretrained(model)
-        size = int(images.size["height"]), int(images.size["width"])
-        self.prepare = ImagePreprocessor(size, tuple(images.image_mean), tuple(images.image_std), "squash")
+        self.prepare = read_preprocessor(model)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.context = int(config.text_config.max_position_embeddings)
 

@@ -25,7 +25,7 @@ from genalign.reward_learning.encoding import ItemTokens, LiveTokens, StoredToke
 from genalign.reward_learning.examples import Examples, Grades, Item, Pairs
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import AttentionHead, IdentityHead, LinearHead, MLPHead
-from genalign.reward_learning.losses import BradleyTerry
+from genalign.reward_learning.losses import BradleyTerryLoss
 from genalign.reward_learning.network import HeadShape, RewardEncoder
 from genalign.reward_learning.preferences import JudgedSample
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, RewardFile, save_reward
@@ -128,7 +128,9 @@ def test_a_reward_on_every_encoder_is_trained_saved_and_reloaded(name: str, tmp_
     data = data_for(encoder, samples, tmp_path, dimensions)
     network = build_network(encoder, shape, len(dimensions), 1, 0)
     fit = RewardFit(epochs=3, batch_size=2, optimizer=FitSettings(learning_rate=0.01))
-    losses = [metrics["loss"] for metrics in RewardTraining(network, data, RewardObjective(BradleyTerry()), fit).run()]
+    losses = [
+        metrics["loss"] for metrics in RewardTraining(network, data, RewardObjective(BradleyTerryLoss()), fit).run()
+    ]
     assert losses[-1] < losses[0]
     save_reward(tmp_path / REWARD, network, RewardDescription.of(network, shape, dimensions, ()), [])
     for network.output, dimension in enumerate(dimensions):
@@ -285,7 +287,7 @@ def test_a_reward_with_a_posterior_has_an_uncertainty(tmp_path: Path) -> None:
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     data = data_for(encoder, images, tmp_path, ("overall",))
     network = build_network(encoder, LinearHead(), 1, 1, 0)
-    training = RewardTraining(network, data, RewardObjective(BradleyTerry()), RewardFit(epochs=2))
+    training = RewardTraining(network, data, RewardObjective(BradleyTerryLoss()), RewardFit(epochs=2))
     list(training.run())
     description = RewardDescription.of(network, LinearHead(), ("overall",), ())
     save_reward(tmp_path / REWARD, network, description, [])

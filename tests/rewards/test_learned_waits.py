@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genalign.reward_learning.heads import IdentityHead
-from genalign.reward_learning.losses import BradleyTerry
+from genalign.reward_learning.losses import BradleyTerryLoss
 from genalign.reward_learning.regularizers import Centering
 from genalign.reward_learning.training import RewardFit, RewardObjective, RewardTraining, build_network
 from rewards import vqa
@@ -40,7 +40,7 @@ def test_a_step_of_a_vision_language_reward_waits_in_transformers_alone(tmp_path
         object.__setattr__(data.tokens, "encoder", encoder)
         object.__setattr__(data.tokens, "device", "cuda")
         training = RewardTraining(
-            network, data, RewardObjective(BradleyTerry(), regularizers=[Centering()]), RewardFit()
+            network, data, RewardObjective(BradleyTerryLoss(), regularizers=[Centering()]), RewardFit()
         )
         (member,), rows = training.members, torch.arange(2)
         member.fitter.step(training.loss(member, rows))

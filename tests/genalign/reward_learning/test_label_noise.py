@@ -18,7 +18,7 @@ from genalign.reward_learning.label_noise import (
     changed_lines,
     count_votes,
 )
-from genalign.reward_learning.losses import BradleyTerry, TiedBradleyTerry
+from genalign.reward_learning.losses import BradleyTerryLoss, TiedBradleyTerryLoss
 from genalign.reward_learning.preferences import JudgedSample
 from genalign.types import Prompt
 
@@ -32,7 +32,7 @@ def pairs(preferred: list[float]) -> Pairs:
 def test_the_robust_loss_is_unbiased_under_flips() -> None:
     lead = torch.tensor([[0.7], [-1.3]], dtype=torch.float64)
     right = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    for loss in (BradleyTerry(), TiedBradleyTerry()):
+    for loss in (BradleyTerryLoss(), TiedBradleyTerryLoss()):
         robust = FlipRobust(0.3)
         kept, flipped = (robust.per_pair(loss, lead, label, 2 * label - 1) for label in (right, 1 - right))
         torch.testing.assert_close(0.7 * kept + 0.3 * flipped, loss.per_pair(lead, right, 2 * right - 1))
@@ -41,16 +41,18 @@ def test_the_robust_loss_is_unbiased_under_flips() -> None:
 def test_smoothing_moves_the_optimum_to_the_log_odds_of_a_flip() -> None:
     lead = torch.tensor([[math.log(0.9 / 0.1)]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(Smoothing(0.1).per_pair(BradleyTerry(), lead, one, one).sum(), lead)
+    (gradient,) = torch.autograd.grad(Smoothing(0.1).per_pair(BradleyTerryLoss(), lead, one, one).sum(), lead)
     assert float(gradient) == pytest.approx(0, abs=1e-12)
-    assert torch.equal(Smoothing(0.0).per_pair(BradleyTerry(), lead, one, one), BradleyTerry().per_pair(lead, one, one))
+    assert torch.equal(
+        Smoothing(0.0).per_pair(BradleyTerryLoss(), lead, one, one), BradleyTerryLoss().per_pair(lead, one, one)
+    )
 
 
 def slope_of(noise: NoiseCorrection | None, x: Tensor, preferred: Tensor) -> float:
     """The slope of the linear scorer with the least loss, by a fine grid."""
     slopes = torch.linspace(0, 6, 601, dtype=torch.float64)
     lead = (x[:, None] * slopes)[..., None]
-    target, loss = preferred[:, None, None].expand_as(lead), BradleyTerry()
+    target, loss = preferred[:, None, None].expand_as(lead), BradleyTerryLoss()
     values = (
         loss.per_pair(lead, target, target) if noise is None else noise.per_pair(loss, lead, target, 2 * target - 1)
     )

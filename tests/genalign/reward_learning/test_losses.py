@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.reward_learning.losses import (
-    BradleyTerry,
+    BradleyTerryLoss,
     CumulativeLogit,
     LabelPool,
-    MarginBradleyTerry,
+    MarginBradleyTerryLoss,
     PairLoss,
     Regression,
-    TiedBradleyTerry,
+    TiedBradleyTerryLoss,
     masked_mean,
 )
 
@@ -37,7 +37,7 @@ def of_one(loss: PairLoss, lead: float, preferred: float, difference: float = 0.
     ],
 )
 def test_ties_by_rao_and_kupper(lead: float, margin: float, strict: float, tie: float, constant: float) -> None:
-    with_constant, without = TiedBradleyTerry(margin), TiedBradleyTerry(margin, constant=False)
+    with_constant, without = TiedBradleyTerryLoss(margin), TiedBradleyTerryLoss(margin, constant=False)
     for loss in (with_constant, without):
         assert of_one(loss, lead, 1.0) == pytest.approx(strict, abs=1e-8)
         assert of_one(loss, -lead, 0.0) == pytest.approx(strict, abs=1e-8)
@@ -48,18 +48,18 @@ def test_ties_by_rao_and_kupper(lead: float, margin: float, strict: float, tie: 
 
 
 def test_the_margin_of_videoreward_is_log_five_and_a_margin_of_zero_is_bradley_terry() -> None:
-    assert TiedBradleyTerry().margin == math.log(5)
-    zero = TiedBradleyTerry(0.0, constant=False)
-    assert of_one(zero, 0.7, 1.0) == of_one(BradleyTerry(), 0.7, 1.0)
+    assert TiedBradleyTerryLoss().margin == math.log(5)
+    zero = TiedBradleyTerryLoss(0.0, constant=False)
+    assert of_one(zero, 0.7, 1.0) == of_one(BradleyTerryLoss(), 0.7, 1.0)
     with pytest.raises(ValueError, match="gives ties no probability"):
-        TiedBradleyTerry(0.0)
+        TiedBradleyTerryLoss(0.0)
 
 
 def test_margins_grow_with_the_difference_and_spare_ties() -> None:
-    loss = MarginBradleyTerry(0.5)
+    loss = MarginBradleyTerryLoss(0.5)
     assert of_one(loss, 1.0, 1.0, 3.0) == pytest.approx(math.log1p(math.exp(0.5)))
     assert of_one(loss, 1.0, 0.0, -3.0) == pytest.approx(math.log1p(math.exp(2.5)))
-    assert of_one(loss, 1.0, 0.5, 0.0) == of_one(BradleyTerry(), 1.0, 0.5)
+    assert of_one(loss, 1.0, 0.5, 0.0) == of_one(BradleyTerryLoss(), 1.0, 0.5)
 
 
 def fitted_slope(loss: PairLoss, differences: Tensor, preferred: Tensor) -> float:
@@ -76,7 +76,7 @@ def fitted_slope(loss: PairLoss, differences: Tensor, preferred: Tensor) -> floa
 def test_a_linear_scorer_recovers_its_slope_from_500_pairs_with_ties() -> None:
     """Outcomes are drawn by a sequence of low discrepancy, so that chance has little part in the result."""
     slope, count = 1.5, 500
-    loss = TiedBradleyTerry()
+    loss = TiedBradleyTerryLoss()
     generator = torch.Generator().manual_seed(1)
     differences = 2.2 * torch.randn(count, generator=generator, dtype=torch.float64)
     win = torch.sigmoid(slope * differences - loss.margin)
@@ -89,7 +89,7 @@ def test_a_linear_scorer_recovers_its_slope_from_500_pairs_with_ties() -> None:
     assert fitted_slope(loss, differences, preferred) == pytest.approx(slope, rel=0.05)
     coin = (torch.rand(count, generator=generator) < 0.5).double()
     guessed = torch.where(preferred == 0.5, coin, preferred)
-    assert fitted_slope(BradleyTerry(), differences, guessed) < 0.7 * slope
+    assert fitted_slope(BradleyTerryLoss(), differences, guessed) < 0.7 * slope
 
 
 def test_ordinal_regression_has_the_probabilities_of_the_cumulative_logit() -> None:

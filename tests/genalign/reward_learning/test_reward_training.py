@@ -23,12 +23,12 @@ from genalign.reward_learning.held_out import (
 )
 from genalign.reward_learning.label_noise import EnsembleVote, FlipRobust, Smoothing, apply_votes
 from genalign.reward_learning.losses import (
-    BradleyTerry,
+    BradleyTerryLoss,
     CumulativeLogit,
     LabelPool,
     PreferenceLoss,
     Regression,
-    TiedBradleyTerry,
+    TiedBradleyTerryLoss,
 )
 from genalign.reward_learning.network import RewardNetwork
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
@@ -63,8 +63,8 @@ def trained(
 @pytest.mark.parametrize(
     ("kind", "loss"),
     [
-        ("pair", BradleyTerry()),
-        ("ranking", TiedBradleyTerry()),
+        ("pair", BradleyTerryLoss()),
+        ("ranking", TiedBradleyTerryLoss()),
         ("rating", Regression()),
         ("rating", CumulativeLogit()),
         ("label", LabelPool()),
@@ -81,7 +81,7 @@ def test_every_loss_learns_what_was_judged(kind: Kind, loss: PreferenceLoss, tmp
 @pytest.mark.parametrize("members", [1, 3])
 def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Path) -> None:
     data = toy_data(write_judgments(tmp_path, 60))
-    objective = RewardObjective(BradleyTerry(), Smoothing(0.1), [Centering(), GradientPenalty(0.1)])
+    objective = RewardObjective(BradleyTerryLoss(), Smoothing(0.1), [Centering(), GradientPenalty(0.1)])
     fit = replace(FAST, members=members, epochs=6, patience=3)
     whole, metrics = trained(data, objective, fit, tmp_path / "whole.safetensors")
     first = RewardTraining(build_network(PixelTokens(), LinearHead(), 1, members, 0), data, objective, fit)
@@ -98,16 +98,16 @@ def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Pat
 
 def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.safetensors"
-    trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerry()), FAST, checkpoint)
+    trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
     with pytest.raises(ValueError, match="is of other judgments"):
-        trained(toy_data(write_judgments(tmp_path, 20, seed=7)), RewardObjective(BradleyTerry()), FAST, checkpoint)
+        trained(toy_data(write_judgments(tmp_path, 20, seed=7)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path: Path) -> None:
     data = toy_data(write_judgments(tmp_path, 24, flips=0.4))
     network = build_network(PixelTokens(), MLPHead(64), 1, 1, 0)
     fit = RewardFit(epochs=60, batch_size=8, patience=4, optimizer=FitSettings(learning_rate=0.05, last=1.0))
-    training = RewardTraining(network, data, RewardObjective(BradleyTerry()), fit)
+    training = RewardTraining(network, data, RewardObjective(BradleyTerryLoss()), fit)
     losses = [line["held_out"]["loss"] for line in training.run()]
     assert len(losses) < 60 and losses.index(min(losses)) == len(losses) - 5
     held_out = training.held_out()
@@ -120,7 +120,7 @@ def test_dimensions_that_were_not_judged_are_left_out(tmp_path: Path) -> None:
         replace(judgment, scores={"overall": judgment.scores["overall"]} if number % 2 else {"blue": (1.0, 0.0)})
         for number, judgment in enumerate(judgments)
     ]
-    _, metrics = trained(toy_data(other), RewardObjective(BradleyTerry()))
+    _, metrics = trained(toy_data(other), RewardObjective(BradleyTerryLoss()))
     accuracy = metrics[-1]["held_out"]["accuracy"]
     assert set(accuracy) == {"overall", "blue"} and accuracy["overall"]["mean"] > 0.9
 
@@ -136,9 +136,9 @@ def test_nuisances_get_outputs_of_their_own(tmp_path: Path) -> None:
     blue = stored[..., 0] + 0.2 * torch.randn(len(stored), 1, generator=generator)
     stored[..., 2] = blue
     entangled = replace(data, tokens=StoredTokens(stored, blue[:, :1]))
-    plain, _ = trained(entangled, RewardObjective(BradleyTerry()))
+    plain, _ = trained(entangled, RewardObjective(BradleyTerryLoss()))
     term = Disentangle({"blue": lambda samples, prompts: samples}, weight=2.0)
-    apart, _ = trained(entangled, RewardObjective(BradleyTerry(), disentangle=term))
+    apart, _ = trained(entangled, RewardObjective(BradleyTerryLoss(), disentangle=term))
     rows = torch.arange(len(data.training.items))
 
     def with_blue(training: RewardTraining) -> float:
@@ -156,7 +156,7 @@ def test_votes_find_planted_flips(tmp_path: Path) -> None:
         return build_network(PixelTokens(), LinearHead(), 1, members, 0)
 
     settings = EnsembleVote(members=4, share=float(wrong.float().mean()))
-    votes = ensemble_votes(build, noisy, RewardObjective(BradleyTerry()), FAST, settings)
+    votes = ensemble_votes(build, noisy, RewardObjective(BradleyTerryLoss()), FAST, settings)
     pairs, changed = apply_votes(noisy.training.pairs, votes, settings)
     found = changed.squeeze(1)
     assert int((found & wrong).sum()) > 0.7 * int(wrong.sum())
@@ -167,12 +167,12 @@ def test_votes_find_planted_flips(tmp_path: Path) -> None:
 
 
 def test_the_laplace_deviation_is_larger_far_from_the_data(tmp_path: Path) -> None:
-    training, _ = trained(toy_data(write_judgments(tmp_path, 80)), RewardObjective(BradleyTerry()))
+    training, _ = trained(toy_data(write_judgments(tmp_path, 80)), RewardObjective(BradleyTerryLoss()))
     (posterior,) = laplace_posteriors(training, LastLayerLaplace())
     near, far = posterior.deviation(torch.stack([posterior.center, posterior.center + 5]))
     assert float(near) == pytest.approx(0, abs=1e-9) and float(far) > 0.1
     ensemble, _ = trained(
-        toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerry()), replace(FAST, members=2)
+        toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), replace(FAST, members=2)
     )
     with pytest.raises(ValueError, match="is of one member"):
         laplace_posteriors(ensemble, LastLayerLaplace())
@@ -186,7 +186,7 @@ def test_a_trained_encoder_gets_a_gradient_and_no_ensemble(tmp_path: Path) -> No
     live = replace(data, tokens=LiveTokens(encoder, items, torch.empty(len(items), 0)))
     network = build_network(encoder, LinearHead(), 1, 1, 0)
     before = encoder.scale.detach().clone()
-    list(RewardTraining(network, live, RewardObjective(BradleyTerry()), replace(FAST, epochs=2)).run())
+    list(RewardTraining(network, live, RewardObjective(BradleyTerryLoss()), replace(FAST, epochs=2)).run())
     assert not torch.equal(encoder.scale.detach(), before)
     assert set(network.trained()) == {"encoder.scale", "heads.0.last.weight", "heads.0.last.bias"}
     with pytest.raises(ValueError, match="share one encoder, which must be frozen"):
@@ -231,10 +231,10 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
         trained(ratings, RewardObjective(Regression(), FlipRobust()))
     two = replace(data.training, dimensions=("overall", "detail"))
     with pytest.raises(ValueError, match="Disentangle is of one dimension"):
-        RewardObjective(BradleyTerry(), disentangle=Disentangle({"a": len})).require_fit(two)
+        RewardObjective(BradleyTerryLoss(), disentangle=Disentangle({"a": len})).require_fit(two)
     burst = replace(FAST, optimizer=FitSettings(learning_rate=1e30, clip=None))
     with pytest.raises(ValueError, match="the loss is not finite at step"):
-        trained(data, RewardObjective(BradleyTerry()), burst)
+        trained(data, RewardObjective(BradleyTerryLoss()), burst)
     sound = tmp_path / "clip.wav"
     sound.write_bytes(b"")
     clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
