@@ -13,6 +13,7 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     DINOv3ViTConfig,
+    DINOv3ViTImageProcessor,
     DINOv3ViTModel,
     SiglipConfig,
     SiglipImageProcessor,
@@ -76,6 +77,7 @@ def save_dino(folder: Path, version: int) -> Path:
     else:
         config = DINOv3ViTConfig(image_size=32, patch_size=16, num_register_tokens=3, **sizes)
         DINOv3ViTModel(config).save_pretrained(folder)
+        DINOv3ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 

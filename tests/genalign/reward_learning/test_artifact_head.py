@@ -16,7 +16,7 @@ from genalign.reward_learning.heads import AttentionHead
 from genalign.reward_learning.losses import LabelPool
 from genalign.reward_learning.network import RewardEncoder
 from genalign.reward_learning.preferences import JudgedSample, Judgment, append_judgments, read_judgments
-from genalign.reward_learning.training import Objective, RewardData, RewardFit, RewardTraining, build_network
+from genalign.reward_learning.training import RewardObjective, RewardData, RewardFit, RewardTraining, build_network
 from genalign.runtime.media import write_samples
 from genalign.types import Prompt
 
@@ -66,7 +66,7 @@ def test_a_head_on_patches_learns_artifacts_from_labels(tmp_path: Path) -> None:
     data = RewardData(training, held_out, LiveTokens(encoder, items, torch.empty(len(items), 0)))
     network = build_network(encoder, AttentionHead(2, 8), 1, 1, seed=0)
     fit = RewardFit(epochs=40, batch_size=22, optimizer=FitSettings(learning_rate=2e-2), evaluate_every=40)
-    (metrics,) = RewardTraining(network, data, Objective(LabelPool()), fit).run()
+    (metrics,) = RewardTraining(network, data, RewardObjective(LabelPool()), fit).run()
     assert metrics["held_out"]["loss"] < 0.3
 
     def scores(grades: Grades, first: int) -> Tensor:
