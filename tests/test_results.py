@@ -11,6 +11,7 @@ import pytest
 from genalign.evaluation.records import PromptRecord, gain_row
 from genalign.runtime.files import without_infinities
 from scripts.benchmarks.method_comparisons import arrivals, at_equal_cost
+from scripts.benchmarks.overoptimization import predictors
 from scripts.benchmarks.published_results import Measurement, median_row, read_records, result_rows
 from scripts.benchmarks.steering_table import level_of
 from tests.packages import ROOT
@@ -36,6 +37,8 @@ def test_published_rows_are_recomputed_from_records(path: Path) -> None:
         assert result["equal"] == at_equal_cost(result["evaluations"])
     if "arrivals" in result:
         assert result["arrivals"] == arrivals(result["evaluations"])
+    if "predictors" in result.get("measures", {}):
+        assert result["measures"]["predictors"] == predictors(result["measures"]["rewards"])
     recomputed = result_rows(records)
     assert {row.name for row in recomputed} == published.keys()
     for row in recomputed:

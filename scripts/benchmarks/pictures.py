@@ -5,6 +5,7 @@
     python scripts/benchmarks/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
     python scripts/benchmarks/pictures.py docs/results/benchmark_compare.json docs/images  accuracy against seconds
     python scripts/benchmarks/pictures.py docs/results/methods_shapes.json docs/images         a curve for each method
+    python scripts/benchmarks/pictures.py docs/results/overoptimization_shapes.json docs/images  learned rewards
 
 Figures are read from the files that are named; nothing is measured.
 """
@@ -143,7 +144,33 @@ def method_curves(result: Path, output: Path) -> None:
         plt.close(figure)
 
 
+def overoptimization(result: Path, output: Path) -> None:
+    """The truth against the distance from the base model while learned rewards are optimized, means over seeds."""
+    content = json.loads(result.read_text(encoding="utf-8"))
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, by_seed in content["best_of_n"].items():
+        runs = list(by_seed.values())
+        distances = [point["kl"] ** 0.5 for point in runs[0]]
+        truths = [[point["truth"]["mean"] for point in run] for run in runs]
+        means = [sum(column) / len(column) for column in zip(*truths, strict=True)]
+        panels[0].plot(distances, means, label=name.replace("_", " "))
+    guards = set(content["curves"]) - set(content["best_of_n"])
+    for name, by_seed in content["curves"].items():
+        panel = panels[2] if name in guards else panels[1]
+        for place, run in enumerate(by_seed.values()):
+            label = name.replace("_", " ") if place == 0 else None
+            color = f"C{list(content['curves']).index(name) % 10}"
+            panel.plot([point[0] for point in run], [point[2] for point in run], color=color, label=label)
+    titles = ("best of n", "Flow-GRPO, by the reward", "guards, DRAGON and the verifier")
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set(xlabel="square root of the KL", ylabel="strict accuracy", title=title)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.savefig(output / "overoptimization.png", dpi=110)
+
+
 OF_RESULTS = {
+    "overoptimization_shapes": overoptimization,
     "methods_shapes": method_curves,
     "search_shapes": search_curves,
     "benchmark_scale": scale,

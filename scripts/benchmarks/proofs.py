@@ -23,12 +23,13 @@ from genalign.evaluation.records import PromptRecord
 from genalign.metrics.image import saturation
 from rewards.ratings import RatingReward
 from rewards.shapes import recolored, rendered
-from scripts.benchmarks import method_comparisons, offline_learning, reward_gradients
+from scripts.benchmarks import method_comparisons, offline_learning, put_to_use, reward_gradients
 from scripts.benchmarks.audio_measures import Measure as Measurable
 from scripts.benchmarks.audio_measures import TrainedRun, dragon_measures, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
 from scripts.benchmarks.few_steps import few_step_base, few_step_rewards, few_steps
 from scripts.benchmarks.guards import credits_part, guards_part
+from scripts.benchmarks.overoptimization import overoptimization
 from scripts.benchmarks.planted_ratings import rated_scenes, warmth
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.set_measures import (
@@ -257,6 +258,10 @@ PARTS = {
     "offline": offline_learning.offline,
     "soup": reward_gradients.soup,
     "users": users_part,
+    "overoptimization": overoptimization,
+    "learned_rewards": put_to_use.learned_rewards,
+    "overrated": put_to_use.overrated,
+    "references": put_to_use.references,
     "audio_demo": audio_demo,
     "audio": audio,
     "audio_dragon": audio_dragon,
