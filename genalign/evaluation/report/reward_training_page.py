@@ -168,12 +168,13 @@ def _notes(run: RewardRun, folder: Path) -> list[str]:
     """Say in sentences what is not finished, which weights are saved, and what could not be measured."""
     patience, epoch = run.fit.get("patience"), count(run.saved.get("epoch", 0))
     unmeasured = [name for name, own in run.held_out.get("accuracy", {}).items() if not own]
+    waited = f"{patience} evaluation{'' if patience == 1 else 's'}"
     early = bool(run.rows) and run.rows[-1]["epoch"] < run.fit.get("epochs", 0)
     sentences = {
         f"The training is not finished: {run.epochs} epochs are recorded. It was interrupted, or is still running. "
         f"Continue an interrupted one with: genalign reward train --config {folder / 'config.json'}": not run.finished,
         "No epoch is recorded yet.": not run.rows,
-        f"Training stopped early: the held-out loss was not lower in {patience} evaluations.": run.finished and early,
+        f"Training stopped early: the held-out loss was not lower in {waited}.": run.finished and early,
         f"The numbers are of the weights after epoch {epoch}, whose held-out loss is the lowest"
         f"{' and which are saved' if run.finished else ' so far'}.": run.held_out and patience is not None,
         "Nothing was held out: accuracy and calibration are not measured.": run.rows and not run.held_out,
@@ -278,9 +279,8 @@ def _votes(run: RewardRun) -> str:
     settings = run.config.get("votes") or {}
     done = _CHANGES.get(settings.get("change", ""), "changed")
     share = f" ({percent(votes['changed'] / votes['labels'])})" if votes["labels"] else ""
-    return (
-        f"{settings.get('members')} members voted on {votes['labels']} labels: {votes['changed']}{share} were {done}."
-    )
+    voters, labels = settings.get("members"), votes["labels"]
+    return f"Labels {done} by the vote of {voters} members: {votes['changed']} of {labels}{share}."
 
 
 def _changed_pair(folder: Path, line: Row) -> ChangedPair:
@@ -290,7 +290,7 @@ def _changed_pair(folder: Path, line: Row) -> ChangedPair:
     drawn = [(caption, drawing(folder, file, folder)) for caption, file in zip(captions, files, strict=True)]
     drawn.sort(key=lambda one: one[0] != "preferred")
     votes = f"{plain(line['dimension'])}: lead of the preferred sample {number(line['mean'])}"
-    votes += f", deviation {number(line['deviation'])}, {line['voters']} voters"
+    votes += f", deviation {number(line['deviation'])}, {line['voters']} voter{'' if line['voters'] == 1 else 's'}"
     return ChangedPair(line["prompt"], tuple(drawn), f"{votes}; {line['annotator']}" if line["annotator"] else votes)
 
 
