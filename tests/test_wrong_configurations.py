@@ -267,7 +267,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("no run named", ("report",),
      "run is missing, as in genalign report runs/mine"),
     ("no run to report", ("report", "none"),
-     "none is not a run folder: it has no config.json. Give the output of genalign train"),
+     "none is not a run folder: it has no config.json. Give the output of genalign train or genalign reward train"),
     ("no GenEval prompts", (*GENEVAL, "--prompts", "mine.txt"),
      "mine.txt, prompt 1: the prompt 'a circle' has no metadata: GenEval needs its tag and include clauses"),
     ("calibration", ("calibrate", "--config", "run.json", "--calibration.iterations", "1"),

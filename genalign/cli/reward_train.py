@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext
 from genalign.cli.generation_settings import require_positive
+from genalign.evaluation.report.reward_training_page import write_reward_training
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.annotators import side_choices
 from genalign.reward_learning.encoding import ItemTokens, LiveTokens, TokenFolder, measured_nuisances
 from genalign.reward_learning.examples import Examples, examples, split_by_prompt
 from genalign.reward_learning.heads import LinearHead
+from genalign.reward_learning.judged_pairs import TRAINING_ITEMS
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, apply_votes, changed_lines
 from genalign.reward_learning.losses import BradleyTerryLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
@@ -37,11 +40,12 @@ from genalign.reward_learning.training import (
     truncate_metrics,
 )
 from genalign.reward_learning.uncertainty import LastLayerLaplace
-from genalign.runtime.files import load_state, save_state, write_json, write_text
+from genalign.runtime.files import load_state, save_state, without_infinities, write_json, write_text
 from genalign.runtime.progress import Progress
 from genalign.runtime.text_files import read_json
 
 _TOKENS = "tokens"
+_SAVED_PAIRS = 8  # of the changed pairs, whose samples are copied for the report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +113,11 @@ class RewardTrain:
 
 
 def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign reward train``: encode the samples, train, measure on held-out judgments, and save the reward."""
+    """Run ``genalign reward train``: encode the samples, train, measure, save the reward and write its page."""
     settings, plain = parsing.parse(RewardTrain, arguments, "reward train")
     folder, progress, objective = Path(settings.output), Progress(), settings.objective
     require_same_configuration(folder, plain)
-    training, held_out = read_examples(settings, objective.loss)
+    training, held_out, counts = read_examples(settings, objective.loss)
     objective.require_fit(training)
     names = tuple(training.dimensions)
     shape, outputs = settings.head or LinearHead(), len(names) + len(objective.nuisances)
@@ -123,11 +127,13 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
     data = RewardData(training, held_out, _tokens(settings, network.encoder, items, folder, progress))
     write_json(folder / "config.json", plain)
     listed = [{"digest": item.digest, "prompt": item.prompt.text} for item in training.items]
-    write_json(folder / "training_items.json", listed)
+    write_json(folder / TRAINING_ITEMS, listed)
+    write_json(folder / "data.json", counts)
 
     if settings.votes is not None:
         with progress.phase("voting on the training pairs"):
-            data = _voted(settings, settings.votes, shape, outputs, data, folder)
+            data, votes = _voted(settings, settings.votes, shape, outputs, data, folder)
+        write_json(folder / "data.json", counts | {"votes": votes})
     run = RewardTraining(network, data, objective, settings.fit)
     checkpoint, metrics_file = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
     done = load_state(checkpoint)[1]["step"] if checkpoint.is_file() else 0
@@ -136,13 +142,14 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
         print(f"continuing at step {done} of {run.steps}")
     for metrics in run.run(checkpoint):
         with metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(without_infinities(metrics)) + "\n")
         print(_line(metrics, run.steps), flush=True)
 
     with progress.phase("measuring"):
         posteriors = [] if settings.uncertainty is None else laplace_posteriors(run, settings.uncertainty)
         save_reward(folder / REWARD, network, description, posteriors)
         write_text(folder / "card.md", _card(settings, description, run, [p.precision for p in posteriors]))
+    print(f"report: {write_reward_training(folder)}")
     print(f"reward: {folder / REWARD}")
     return 0
 
@@ -162,8 +169,28 @@ def require_same_configuration(folder: Path, plain: Mapping[str, Any]) -> None:
         )
 
 
-def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples, Examples]:
+@dataclass(frozen=True)
+class JudgmentCounts:
+    """How many judgments were read, and which of them are used: by kind, by annotator ("" is unnamed), of prompts.
+
+    ``left_out`` counts the others by the reason.
+    """
+
+    read: int
+    left_out: Mapping[str, int]
+    kinds: Mapping[str, int]
+    annotators: Mapping[str, int]
+    prompts: int
+
+    def __str__(self) -> str:
+        rest = "".join(f", {count} {why} left out" for why, count in self.left_out.items())
+        return f"{sum(self.kinds.values())} of {self.read} judgments of {self.prompts} prompts{rest}"
+
+
+def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples, Examples, dict[str, Any]]:
     """Read the training and held-out judgments that a loss learns from, and print how many there are of each.
+
+    The counts are returned as well, as JSON types.
 
     Raises ValueError where there is none, or ratings are mixed with labels.
     """
@@ -174,24 +201,28 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
     known = {judgment.annotator for judgment in [*judgments, *held_out]}
     if unknown := sorted(set(settings.exclude_annotators) - known):
         raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {settings.preferences}")
-    learned = _usable(judgments, "training", settings, loss)
+    learned, counts = _usable(judgments, "training", settings, loss)
     if not learned:
         kinds = ", ".join(sorted({judgment.kind for judgment in judgments})) or "none"
         raise ValueError(
             f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left,"
             f" and the training judgments are of the kind {kinds}: take another loss"
         )
-    training, measured = examples(learned, settings.dimensions), _usable(held_out, "held-out", settings, loss)
+    training = examples(learned, settings.dimensions)
+    measured, held_out_counts = _usable(held_out, "held-out", settings, loss)
     held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
     seen = {item.digest for item in training.items} & {item.digest for item in held.items}
     if seen and settings.held_out is not None:
         raise ValueError(
             f"{len(seen)} samples of {settings.held_out} are training samples as well, by their digests: give others"
         )
-    return training, held
+    counted = {"training": (counts, training), "held_out": (held_out_counts, held)}
+    return training, held, {name: asdict(own) | {"samples": len(part.items)} for name, (own, part) in counted.items()}
 
 
-def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss) -> list[Judgment]:
+def _usable(
+    judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss
+) -> tuple[list[Judgment], JudgmentCounts]:
     """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts.
 
     Raises ValueError for ratings beside labels, and for an annotator who always chose the same side.
@@ -212,10 +243,15 @@ def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, los
             chosen.append(judgment)
     if one_sided := [choices for choices in side_choices(chosen) if choices.one_sided]:
         raise ValueError(f"{one_sided[0]}; exclude_annotators leaves them out")
-    rest = "".join(f", {count} {why} left out" for why, count in skipped.items() if count)
-    prompts = len({judgment.prompt.text for judgment in chosen})
-    print(f"{what}: {len(chosen)} of {len(judgments)} judgments of {prompts} prompts{rest}")
-    return chosen
+    counts = JudgmentCounts(
+        len(judgments),
+        {why: count for why, count in skipped.items() if count},
+        dict(Counter(judgment.kind for judgment in chosen)),
+        dict(Counter(judgment.annotator or "" for judgment in chosen)),
+        len({judgment.prompt.text for judgment in chosen}),
+    )
+    print(f"{what}: {counts}")
+    return chosen, counts
 
 
 def _tokens(
@@ -232,8 +268,11 @@ def _tokens(
 
 def _voted(
     settings: RewardTrain, votes: EnsembleVote, shape: HeadShape, outputs: int, data: RewardData, folder: Path
-) -> RewardData:
-    """Let an ensemble vote, once, and change the training pairs that it votes against most; list them in a file."""
+) -> tuple[RewardData, dict[str, int]]:
+    """Let an ensemble vote, once, and change the training pairs that it votes against most; list them in a file.
+
+    The numbers of labels that were voted on and that were changed are returned as well.
+    """
     file, training = folder / "votes.safetensors", data.training
 
     def build(members: int) -> RewardNetwork:
@@ -250,9 +289,14 @@ def _voted(
         save_state(file, tensors, {"data": data.digest()})
     pairs, changed = apply_votes(training.pairs, cast, votes)
     lines = changed_lines(training.pairs, cast, changed, training.items, training.dimensions)
+    samples = {item.digest: item.sample for item in training.items}
+    for line in sorted(lines, key=lambda line: float(line["mean"]))[:_SAVED_PAIRS]:
+        paths = [samples[digest].copy_to(folder / "changed_pairs", digest[:16]) for digest in line["digests"]]
+        line["files"] = [path.relative_to(folder).as_posix() for path in paths]
     write_text(folder / "changed_pairs.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"votes: {votes.change} {len(lines)} of {int((~cast.mean.isnan()).sum())} labels: changed_pairs.jsonl")
-    return replace(data, training=replace(training, pairs=pairs))
+    counts = {"labels": int((~cast.mean.isnan()).sum()), "changed": len(lines)}
+    print(f"votes: {votes.change} {counts['changed']} of {counts['labels']} labels: changed_pairs.jsonl")
+    return replace(data, training=replace(training, pairs=pairs)), counts
 
 
 def _line(metrics: Mapping[str, Any], steps: int) -> str:

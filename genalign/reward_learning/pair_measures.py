@@ -8,8 +8,9 @@ a tie. ``prompt`` (N,) is the number of the prompt. A pair with a NaN is left ou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -103,6 +104,15 @@ class CalibrationBin:
     confidence: float
     accuracy: Estimate
     pairs: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
+        return {"confidence": self.confidence, "accuracy": self.accuracy.as_dict(), "pairs": self.pairs}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Restore a bin from ``as_dict``."""
+        return cls(value["confidence"], Estimate.from_dict(value["accuracy"]), value["pairs"])
 
 
 @dataclass(frozen=True)

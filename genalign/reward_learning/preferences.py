@@ -83,6 +83,18 @@ class JudgedSample:
         with self.content.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def copy_to(self, folder: Path, stem: str) -> Path:
+        """Copy the file as it is to ``folder / stem`` with its own suffix, and return the path."""
+        if isinstance(self.content, Path):
+            content, suffix = self.content.read_bytes(), self.content.suffix
+        else:
+            with Image.open(io.BytesIO(self.content), formats=("JPEG", "PNG", "WEBP")) as file:
+                content, suffix = self.content, f".{str(file.format).lower()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{stem}{suffix}"
+        path.write_bytes(content)
+        return path
+
 
 @dataclass(frozen=True)
 class Judgment:

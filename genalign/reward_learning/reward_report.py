@@ -106,10 +106,7 @@ class RewardEvaluation:
                 {"n": n, "kl": kl, "truth": truth.as_dict(), "gain": gain.as_dict(), "score": score.as_dict()}
                 for n, (kl, truth, gain, score) in enumerate(points, start=1)
             ],
-            "calibration_bins": [
-                {"confidence": one.confidence, "accuracy": one.accuracy.as_dict(), "pairs": one.pairs}
-                for one in self.bins
-            ],
+            "calibration_bins": [one.as_dict() for one in self.bins],
             "counts": self.counts,
             "notes": self.notes,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,19 @@ from genalign.reward_learning.encoding import ItemTokens, StoredTokens
 from genalign.reward_learning.examples import Examples, Pairs
 from genalign.reward_learning.fitting import FitSettings, Fitter
 from genalign.reward_learning.held_out import (
+    HeldOutMetrics,
+    NuisanceCorrelations,
     accuracy_of_grades,
     accuracy_of_pairs,
+    calibration_bins,
     expected_calibration_error,
     prompt_numbers,
 )
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, count_votes
 from genalign.reward_learning.losses import GradeLoss, PairLoss, PreferenceLoss, masked_mean
 from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, RewardNetwork
-from genalign.reward_learning.regularizers import Disentangle, Regularizer, ScoredBatch
+from genalign.reward_learning.pair_measures import CalibrationBin
+from genalign.reward_learning.regularizers import Disentangle, Regularizer, ScoredBatch, correlation
 from genalign.reward_learning.uncertainty import LaplacePosterior, LastLayerLaplace, PairFeatures, fit_laplace
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
 
@@ -331,26 +335,56 @@ class RewardTraining:
         if not len(held.pairs if isinstance(loss, PairLoss) else held.grades):
             return None
         offset, count = len(self.data.training.items), len(held.dimensions)
-        outputs = self.scores(torch.arange(offset, offset + len(held.items)))
+        rows = torch.arange(offset, offset + len(held.items))
+        outputs = self.scores(rows)
         scores, prompts = outputs.mean(1)[:, :count], prompt_numbers(held.items)
         sums = outputs.sum(2, keepdim=True) if self.objective.disentangle else outputs
+        calibration, bins = None, tuple[CalibrationBin, ...]()
         if isinstance(loss, PairLoss):
             first, second = held.pairs.rows.unbind(1)
-            lead, everything = scores[first] - scores[second], torch.arange(len(held.pairs))
-            leads = self._moved((sums[first] - sums[second]).mean(1))
+            everything, leads = torch.arange(len(held.pairs)), self._moved((sums[first] - sums[second]).mean(1))
             value = self._pair_loss(loss, leads, held.pairs, everything, plain=True)
-            by_dimension = zip(lead.unbind(1), held.pairs.preferred.unbind(1), strict=True)
-            accuracies = [accuracy_of_pairs(*columns, prompts[first]) for columns in by_dimension]
-            calibration = expected_calibration_error(lead.flatten(), held.pairs.preferred.flatten())
+            lead, preferred = (scores[first] - scores[second]).flatten(), held.pairs.preferred.flatten()
+            calibration = expected_calibration_error(lead, preferred)
+            bins = calibration_bins(lead, preferred, prompts[first].repeat_interleave(count))
         else:
-            rows, values, calibration = held.grades.rows, held.grades.values, None
-            objective = self.members[0].grades
+            graded, objective = held.grades.rows, self.members[0].grades
             assert objective is not None
-            own = self._moved(sums.mean(1)[rows]), self._moved(values), self._moved(prompts[rows])
-            value = objective(*own)
-            within, columns = "rating" in loss.kinds, zip(scores[rows].unbind(1), values.unbind(1), strict=True)
-            accuracies = [accuracy_of_grades(*own, prompts[rows], within) for own in columns]
-        return HeldOutMetrics(float(value), dict(zip(held.dimensions, accuracies, strict=True)), calibration)
+            own = sums.mean(1)[graded], held.grades.values, prompts[graded]
+            value = objective(*map(self._moved, own))
+        ensemble = outputs[..., :count].unbind(1) if len(self.members) > 1 else ()
+        members = [self._accuracy(own, prompts) for own in ensemble]
+        return HeldOutMetrics(
+            float(value),
+            self._accuracy(scores, prompts),
+            calibration,
+            bins,
+            {name: [member[name] for member in members] for name in held.dimensions} if members else {},
+            self._nuisances(rows, outputs.mean(1), count),
+        )
+
+    def _accuracy(self, scores: Tensor, prompts: Tensor) -> dict[str, Estimate | None]:
+        """Measure the accuracy of scores (N, K) of the held-out items, whose prompts' numbers are (N,)."""
+        held, loss = self.data.held_out, self.objective.loss
+        if isinstance(loss, PairLoss):
+            first, second = held.pairs.rows.unbind(1)
+            columns = zip((scores[first] - scores[second]).unbind(1), held.pairs.preferred.unbind(1), strict=True)
+            accuracies = [accuracy_of_pairs(*own, prompts[first]) for own in columns]
+        else:
+            graded, within = held.grades.rows, "rating" in loss.kinds
+            columns = zip(scores[graded].unbind(1), held.grades.values.unbind(1), strict=True)
+            accuracies = [accuracy_of_grades(*own, prompts[graded], within) for own in columns]
+        return dict(zip(held.dimensions, accuracies, strict=True))
+
+    def _nuisances(self, rows: Tensor, outputs: Tensor, count: int) -> dict[str, NuisanceCorrelations]:
+        """Correlate the nuisances of items ``rows`` with their outputs (N, K + J), of which ``count`` are scores."""
+        found = dict[str, NuisanceCorrelations]()
+        for place, name in enumerate(self.objective.nuisances):
+            values, own = self.data.tokens.nuisances[rows, place], outputs[:, count + place]
+            found[name] = NuisanceCorrelations(
+                float(correlation(values, outputs[:, 0])), float(correlation(values, own))
+            )
+        return found
 
     # The end, and checkpoints
 
@@ -390,26 +424,6 @@ class RewardTraining:
         self.best_weights = without_prefix("best.", tensors)
         self.step, self.stale, self.stopped = meta["step"], meta["stale"], meta["stopped"]
         self.best = math.inf if meta["best"] is None else meta["best"]
-
-
-@dataclass(frozen=True)
-class HeldOutMetrics:
-    """Measures on held-out judgments.
-
-    Attributes:
-        loss: The loss without a correction of label noise and without other terms.
-        accuracy: The share of pairs that are ordered right, over prompts, by dimension; None where nothing is decided.
-        calibration: The expected calibration error of sigmoid(lead); None for grades.
-    """
-
-    loss: float
-    accuracy: Mapping[str, Estimate | None]
-    calibration: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        accuracy = {name: None if own is None else own.as_dict() for name, own in self.accuracy.items()}
-        return {"loss": self.loss, "accuracy": accuracy, "calibration": self.calibration}
 
 
 def ensemble_votes(

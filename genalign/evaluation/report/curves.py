@@ -65,6 +65,11 @@ class _Scale:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start), 1)
 
 
+def interval_of(estimate: Estimate) -> tuple[float, float] | None:
+    """The interval of an estimate as a point has it."""
+    return (estimate.low, estimate.high) if estimate.has_interval else None
+
+
 def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) -> Markup:
     """Draw points, at least one, as a line over its band; many become means of neighbors over a faint line."""
     x, y = _scales(points, y_axis)

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from genalign.evaluation.report.curves import Axis, Point, crosses_chart, line_chart
+from genalign.evaluation.report.curves import Axis, Point, crosses_chart, interval_of, line_chart
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.words import SHARES, number, percent, plain, possible
 from genalign.metrics.intervals import Estimate
@@ -56,20 +56,16 @@ def write_front(path: Path, points: Sequence[FrontPoint], adapters: Sequence[str
 
 def _against_share(name: str, estimates: Sequence[Estimate], points: Sequence[FrontPoint]) -> Markup:
     """Draw a score against the share of the second adapter."""
-    marks = [Point(p.share, one.mean, _interval(one)) for p, one in zip(points, estimates, strict=True)]
+    marks = [Point(p.share, one.mean, interval_of(one)) for p, one in zip(points, estimates, strict=True)]
     return line_chart(marks, Axis("share of the second adapter", number), _axis(name), f"{plain(name)} score")
 
 
 def _against_each_other(first: str, second: str, estimates: Mapping[str, Sequence[Estimate]]) -> Markup:
     """Draw two scores of all mixtures with both intervals."""
-    across = [_interval(one) for one in estimates[first]]
+    across = [interval_of(one) for one in estimates[first]]
     both = zip(estimates[first], estimates[second], strict=True)
-    points = [Point(one.mean, other.mean, _interval(other)) for one, other in both]
+    points = [Point(one.mean, other.mean, interval_of(other)) for one, other in both]
     return crosses_chart(points, across, _axis(first), _axis(second))
-
-
-def _interval(estimate: Estimate) -> tuple[float, float] | None:
-    return (estimate.low, estimate.high) if estimate.has_interval else None
 
 
 def _axis(name: str) -> Axis:

@@ -83,7 +83,7 @@ def read_run(folder: Path) -> Run:
             after/.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or holds no part of a run.
+        FileNotFoundError: the folder does not exist, holds no part of a run, or is of another command.
         json.JSONDecodeError: a file is damaged, other than in the last line of metrics.jsonl.
     """
     parts = ("config.json", "metrics.jsonl", "before/summary.json", "after/summary.json")
@@ -92,18 +92,17 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds a comparison of runs, not a run: open {folder / 'comparison.html'}, or give one of its"
             " runs, as in genalign report FOLDER/RECIPE/seed-1"
         )
-    if not any((folder / part).is_file() for part in parts):
-        message = "is not a run folder: it has no config.json. Give the output of genalign train"
-        raise FileNotFoundError(f"{folder} {message}")
+    config, environment, prompts = (read_object(folder / f"{n}.json") for n in ("config", "environment", "prompts"))
+    recorded = [part for part in parts if (folder / part).is_file()]
+    if not recorded or (recorded == ["config.json"] and "training" not in config):
+        reason = "its config.json is of another command" if recorded else "it has no config.json"
+        give = "Give the output of genalign train or genalign reward train"
+        raise FileNotFoundError(f"{folder} is not a run folder: {reason}. {give}")
     before, after = (
         load_evaluation(folder / name) if (folder / name / "summary.json").is_file() else None
         for name in ("before", "after")
     )
-    rows: tuple[Row, ...] = ()
-    if (folder / "metrics.jsonl").is_file():
-        # the last line has no end if the run was interrupted while it was written
-        *lines, _ = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        rows = tuple(json.loads(line) for line in lines if line.strip())
+    rows = read_rows(folder / "metrics.jsonl")
     comparison, incomparable = None, ""
     if before and after:
         try:
@@ -112,11 +111,19 @@ def read_run(folder: Path) -> Run:
             comparison = Comparison(*gains, pairs, effect_sizes(before, after))
         except ValueError as error:
             incomparable = str(error)
-    config, environment, prompts = (_read_json(folder / f"{n}.json") for n in ("config", "environment", "prompts"))
     best = BestRound.read(folder / "after")
     return Run(folder, rows, config, environment, before, after, comparison, prompts, incomparable, best)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """Read the complete lines of a .jsonl file; none if there is no file."""
+    if not path.is_file():
+        return ()
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last has no end if its writing was interrupted
+    return tuple(json.loads(line) for line in lines if line.strip())
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object; an empty one if there is no file."""
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content

@@ -14,6 +14,7 @@ import yaml
 from genalign.cli import reward_train
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
+from genalign.evaluation.report.words import number, percent
 from genalign.reward_learning.label_noise import EnsembleVote, Smoothing
 from genalign.reward_learning.preferences import PREFERENCES, JudgedSample, Judgment, append_judgments
 from genalign.runtime.media import read_image, save_images
@@ -21,6 +22,7 @@ from genalign.types import Prompt
 from genalign.worlds.shapes.prompts import prompts as shapes_prompts
 from genalign.worlds.shapes.scenes import render_metadata
 from rewards.learned import LearnedReward
+from tests.genalign.evaluation.report.pages import Page
 from tests.genalign.reward_learning.toy_rewards import write_judgments
 from tests.packages import folder_of
 
@@ -90,6 +92,19 @@ def test_200_pairs_teach_shapes_clip_which_scene_is_right(tmp_path: Path, capsys
     assert "Expected calibration error" in card and "Prior precision" in card
     listed = json.loads((run / "training_items.json").read_text())
     assert len(listed) == 300 and set(listed[0]) == {"digest", "prompt"}
+    data = json.loads((run / "data.json").read_text())
+    whole = {"read": 50, "left_out": {}, "kinds": {"pair": 50}, "annotators": {"verifier": 50}, "prompts": 50}
+    assert data["held_out"] == whole | {"samples": 100} and data["training"]["kinds"] == {"pair": 150}
+    assert f"report: {run / 'report.html'}" in printed
+    page, held_out = page_text(run), lines[-1]["held_out"]
+    assert f"held-out accuracy {percent(accuracy['mean'])} calibration error {percent(held_out['calibration'])}" in page
+    low, high = percent(accuracy["low"]), percent(accuracy["high"])
+    assert f"overall {percent(accuracy['mean'])} {low} to {high} 50" in page and "Used, of the kind pair 150 50" in page
+    for line in lines:
+        assert f"{percent(line['held_out']['calibration'])} at {line['epoch']:g} epochs" in page
+    assert "Expected calibration error of sigmoid" in page and "not finished" not in page
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0 and page_text(run) == page
     reward = LearnedReward(run)
     images = torch.stack([read_image(tmp_path / "pairs/images" / f"0000{number}.png") for number in (0, 1)])
     text = json.loads((tmp_path / "pairs" / PREFERENCES).read_text().splitlines()[0])["prompt"]
@@ -106,6 +121,12 @@ def test_200_pairs_teach_shapes_clip_which_scene_is_right(tmp_path: Path, capsys
         main(["reward", "check", "rewards.learned:LearnedReward", "--args.path", str(run), "--samples", "shapes:val"])
         == 0
     )
+
+
+def page_text(run: Path) -> str:
+    """The text of a page, without the date on which it was written."""
+    text = Page((run / "report.html").read_text()).text.replace("\N{NO-BREAK SPACE}", " ")
+    return text.partition("Page written")[0]
 
 
 def test_an_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +148,27 @@ def test_an_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(reward_train, "_line", killed)
     with pytest.raises(KeyboardInterrupt):
         main(["reward", "train", "--config", path])
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "not finished: 2 of 4 epochs" in page_text(tmp_path / "run")
     assert main(["reward", "train", "--config", path]) == 0
     whole = config(tmp_path, **parts, output=str(tmp_path / "whole"))
     assert main(["reward", "train", "--config", whole]) == 0
     for name in ("reward.safetensors", "metrics.jsonl", "changed_pairs.jsonl", "training_items.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert "| red | " in (tmp_path / "run/card.md").read_text()
+    run = tmp_path / "run"
+    held_out = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]
+    listed = [json.loads(line) for line in (run / "changed_pairs.jsonl").read_text().splitlines()]
+    text, votes = page_text(run), json.loads((run / "data.json").read_text())["votes"]
+    assert votes["changed"] == len(listed) > 0
+    assert f"Labels dropped by the vote of 2 members: {len(listed)} of {votes['labels']} " in text
+    for line in listed:
+        assert [JudgedSample(run / name).digest() for name in line["files"]] == line["digests"]
+        assert line["prompt"] in text
+    for place, one in enumerate(held_out["members"]["overall"], start=1):
+        assert f"member {place} {percent(one['mean'])} {percent(one['low'])} to" in text
+    own = held_out["nuisances"]["red"]
+    assert f"score {number(own['score'])}, its own output {number(own['own'])}" in text
 
 
 def redness(samples: torch.Tensor, prompts: Any) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from genalign.reward_learning.examples import examples
 from genalign.reward_learning.preferences import (
@@ -98,3 +100,12 @@ def test_what_a_killed_process_left_incomplete_is_removed(folder: Path, caplog: 
     assert read_judgments(folder) == [judgment] * 3 and read_judgments(folder)[0].prompt.metadata == {"tag": "dots"}
     append_judgments(folder, [Judgment(Prompt("a"), samples)], COMPARISONS)
     assert not read_judgments(folder / COMPARISONS)[0].scores
+
+
+def test_samples_are_copied_as_they_are_with_the_suffix_of_their_format(folder: Path) -> None:
+    sample = JudgedSample(folder / "0.png")
+    assert sample.copy_to(folder / "copies", "a").read_bytes() == (folder / "0.png").read_bytes()
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "JPEG")
+    path = JudgedSample(buffer.getvalue()).copy_to(folder / "copies", "b")
+    assert path == folder / "copies" / "b.jpeg" and path.read_bytes() == buffer.getvalue()

@@ -18,6 +18,7 @@ from genalign.reward_learning.heads import LinearHead, MLPHead
 from genalign.reward_learning.held_out import (
     accuracy_of_grades,
     accuracy_of_pairs,
+    calibration_bins,
     expected_calibration_error,
     prompt_numbers,
 )
@@ -31,6 +32,7 @@ from genalign.reward_learning.losses import (
     TiedBradleyTerryLoss,
 )
 from genalign.reward_learning.network import RewardNetwork
+from genalign.reward_learning.pair_measures import CalibrationBin
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
 from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation
 from genalign.reward_learning.training import (
@@ -146,6 +148,27 @@ def test_nuisances_get_outputs_of_their_own(tmp_path: Path) -> None:
         return float(correlation(blue[rows, 0], scores[:, 0]).abs())
 
     assert with_blue(plain) > 0.8 and with_blue(apart) < 0.3
+    held_out = apart.held_out()
+    assert held_out is not None and plain.held_out().nuisances == {}  # type: ignore[union-attr]
+    correlations = held_out.as_dict()["nuisances"]["blue"]
+    others = torch.arange(len(rows), len(blue))
+    outputs = apart.scores(others)[:, 0]
+    wanted = [float(correlation(blue[others, 0], column)) for column in outputs.unbind(1)]
+    assert [correlations["score"], correlations["own"]] == pytest.approx(wanted) and wanted[1] > 0.8
+
+
+def test_held_out_measures_of_the_members_of_an_ensemble(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 40, flips=0.3))
+    fit = replace(FAST, epochs=1, members=2, optimizer=FitSettings(learning_rate=0.005))
+    training, metrics = trained(data, RewardObjective(BradleyTerryLoss()), fit)
+    held, offset = data.held_out, len(data.training.items)
+    scores = training.scores(torch.arange(offset, offset + len(held.items)))[..., 0]
+    first, second = held.pairs.rows.unbind(1)
+    right = ((scores[first] - scores[second]).sign() == (held.pairs.preferred - 0.5).sign()).double().mean(0)
+    members = metrics[-1]["held_out"]["members"]["overall"]
+    assert [one["mean"] for one in members] == pytest.approx(right.tolist())
+    single, _ = trained(data, RewardObjective(BradleyTerryLoss()), replace(fit, members=1))
+    assert "members" not in single.held_out().as_dict()  # type: ignore[union-attr]
 
 
 def test_votes_find_planted_flips(tmp_path: Path) -> None:
@@ -261,6 +284,13 @@ def test_accuracies_and_calibration_by_hand() -> None:
     right = (torch.arange(100) < 80).float()
     expected = abs(float(torch.sigmoid(torch.tensor(2.0))) - 0.8)
     assert expected_calibration_error(confident, right, bins=1) == pytest.approx(expected, abs=1e-6)
+    (one,) = calibration_bins(confident, right, torch.arange(100), bins=1)
+    assert one.pairs == 100 and one.accuracy.mean == pytest.approx(0.8) and one.accuracy.n == 100
+    assert one.confidence - one.accuracy.mean == pytest.approx(expected, abs=1e-6)
+    by_prompt = calibration_bins(confident, right, torch.arange(100) // 50, bins=1)[0].accuracy
+    assert by_prompt.mean == pytest.approx((1 + 30 / 50) / 2) and by_prompt.n == 2
+    assert CalibrationBin.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+    assert calibration_bins(confident, torch.full((100,), 0.5), torch.arange(100)) == ()
     assert expected_calibration_error(confident, right.fill_(0.5)) is None
     assert prompt_numbers([]).tolist() == []
 

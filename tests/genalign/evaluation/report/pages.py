@@ -1,6 +1,11 @@
 """What the tests of all pages share: a parser, saved evaluations of one sample, and texts that contain HTML."""
 
+import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
+
+import pytest
 
 from genalign.evaluation.evaluate import Evaluation, SampleRecord
 from tests.genalign.evaluation.still_pipeline import PROTOCOL
@@ -11,6 +16,29 @@ HOSTILE = '"><script>document.title="run"</script><img src=x onerror=document.ti
 def save(folder, scores, prompt="a circle", task="single", file=None, protocol=PROTOCOL):
     """Save the evaluation of one sample."""
     Evaluation(protocol, (SampleRecord(prompt, task, 0, 0, file, scores),)).save(folder)
+
+
+def reward_training(folder, rows, data, changed=(), **config):
+    """Write the folder of a reward's training without its weights, and return it."""
+    folder.mkdir(exist_ok=True)
+    for name, lines in {"metrics": rows, "changed_pairs": changed}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "data.json").write_text(json.dumps(data))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "training_items.json").write_text("[]")
+    return folder
+
+
+def chromium(folder, *arguments):
+    """Output and console messages of a headless browser that stays off the network."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("needs the program chromium (apt-get install chromium)")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    headless = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command = [program, *headless, *quiet, f"--user-data-dir={folder}/profile", "--window-size=1100,2400", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 class Page(HTMLParser):

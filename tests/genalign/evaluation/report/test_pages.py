@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +13,11 @@ from PIL import Image
 from genalign.evaluation.compare_runs import RecipeSummary
 from genalign.evaluation.evaluate import EXTERNAL, Evaluation, SampleRecord, SetValue
 from genalign.evaluation.report import write_comparison, write_evaluation, write_report, write_search
+from genalign.evaluation.report.reward_training_page import write_reward_training
 from genalign.evaluation.report.search_page import tree
 from genalign.evaluation.standings import Look, standings
 from genalign.runtime.media import writer
-from tests.genalign.evaluation.report.pages import HOSTILE, PROTOCOL, Page, save
-
-CHROMIUM = shutil.which("chromium")
+from tests.genalign.evaluation.report.pages import HOSTILE, PROTOCOL, Page, chromium, reward_training, save
 
 
 def candidate(ended, score, parent=None, born=0):
@@ -238,25 +235,39 @@ def evaluated_alone(folder):
     return write_evaluation(folder)
 
 
-@pytest.mark.parametrize("make", [trained, searched, evaluated, evaluated_alone])
+def reward_trained(folder):
+    """The page of a reward's training whose texts are all hostile."""
+    accuracy = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    held_out = {"loss": 0.5, "accuracy": {HOSTILE: accuracy}, "calibration": 0.25, "members": {HOSTILE: [accuracy] * 2}}
+    held_out["nuisances"] = {HOSTILE: {"score": 0.0, "own": 0.5}}
+    counts = {"read": 3, "left_out": {HOSTILE: 1}, "kinds": {HOSTILE: 2}, "annotators": {HOSTILE: 2}}
+    counts |= {"prompts": 1, "samples": 2}
+    changed = {"prompt": HOSTILE, "dimension": HOSTILE, "annotator": HOSTILE, "preferred": 1.0, "mean": -1.0}
+    changed |= {"deviation": 0.5, "voters": 2, "files": ["a.png", "a.png"]}
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "card.md").write_text(HOSTILE)
+    return write_reward_training(
+        reward_training(
+            folder,
+            [{"step": 1, "epoch": 1.0, "loss": 0.5, "held_out": held_out}],
+            {"training": counts, "held_out": counts, "votes": {"labels": 2, "changed": 1}},
+            [changed],
+            preferences=HOSTILE,
+            encoder={"class_path": HOSTILE},
+            votes={"change": HOSTILE, "members": HOSTILE},
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [trained, searched, evaluated, evaluated_alone, reward_trained])
 def test_html_in_a_text_is_text(make, tmp_path):
     page = Page(make(tmp_path / "run").read_text())
-    assert "p" in page.tags and not {"script", "img"} & set(page.tags)
+    assert "p" in page.tags and "script" not in page.tags and "x" not in page.addresses  # the picture in the text
     assert page.text.count(HOSTILE) >= 2
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
-
-
-def chromium(folder, *arguments):
-    """Output and console messages of a headless browser that stays off the network."""
-    if CHROMIUM is None:
-        pytest.skip("needs the program chromium (apt-get install chromium)")
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    headless = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    command = [CHROMIUM, *headless, *quiet, f"--user-data-dir={folder}/profile", "--window-size=1100,2400", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.slow
@@ -294,7 +305,7 @@ def test_clips_are_decoded_and_painted(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [trained, searched, evaluated, evaluated_alone])
+@pytest.mark.parametrize("make", [trained, searched, evaluated, evaluated_alone, reward_trained])
 def test_the_browser_does_not_run_html_in_a_text(make, tmp_path):
     page = make(tmp_path / "run")
     policy = '<meta http-equiv="Content-Security-Policy"'
