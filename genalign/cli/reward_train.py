@@ -23,7 +23,7 @@ from genalign.reward_learning.losses import BradleyTerryLoss, PairLoss, Preferen
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
 from genalign.reward_learning.preference_formats import read_preferences
 from genalign.reward_learning.preferences import Judgment
-from genalign.reward_learning.regularizers import Disentangle, Regularizer, correlation
+from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
 from genalign.reward_learning.training import (
     RewardData,
@@ -34,6 +34,7 @@ from genalign.reward_learning.training import (
     ensemble_votes,
     laplace_posteriors,
     nothing_held_out,
+    require_laplace,
     truncate_metrics,
 )
 from genalign.reward_learning.uncertainty import LastLayerLaplace
@@ -65,7 +66,8 @@ class RewardTrain:
         label_noise: Correction of the loss for flipped labels, as in genalign.reward_learning.label_noise.FlipRobust;
             null takes labels as they are.
         votes: Vote of an ensemble on the training pairs, after which the worst are changed; null leaves them.
-        regularizers: Terms beside the loss, as in genalign.reward_learning.regularizers.GradientPenalty.
+        regularizers: Terms beside the loss, as in genalign.reward_learning.regularizers.GradientPenalty; null takes
+            Centering for an ensemble that learns from pairs, and none otherwise.
         disentangle: Nuisances whose share of the preference is kept out of the reward; null keeps none out.
         uncertainty: Laplace approximation of the last layer, for a single member; null takes none.
         fit: Epochs, batches, members and optimizer.
@@ -84,7 +86,7 @@ class RewardTrain:
     loss: PreferenceLoss | None = None
     label_noise: NoiseCorrection | None = None
     votes: EnsembleVote | None = None
-    regularizers: list[Regularizer] = field(default_factory=list)
+    regularizers: list[Regularizer] | None = None
     disentangle: Disentangle | None = None
     uncertainty: LastLayerLaplace | None = None
     fit: RewardFit = field(default_factory=RewardFit)
@@ -103,9 +105,10 @@ class RewardTrain:
     @property
     def objective(self) -> RewardObjective:
         """What is minimized."""
-        return RewardObjective(
-            self.loss or BradleyTerryLoss(), self.label_noise, tuple(self.regularizers), self.disentangle
-        )
+        loss = self.loss or BradleyTerryLoss()
+        default = [Centering()] if self.fit.members > 1 and isinstance(loss, PairLoss) else []
+        terms = default if self.regularizers is None else self.regularizers
+        return RewardObjective(loss, self.label_noise, tuple(terms), self.disentangle)
 
 
 def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -115,10 +118,14 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
     require_same_configuration(folder, plain)
     training, held_out = read_examples(settings, objective.loss)
     objective.require_fit(training)
+    if settings.votes is not None:
+        settings.votes.require_pairs(objective.loss)
+    if settings.uncertainty is not None:
+        require_laplace(settings.uncertainty, objective, held_out, settings.fit.members)
     names = tuple(training.dimensions)
     shape, outputs = settings.head or LinearHead(), len(names) + len(objective.nuisances)
     network = build_network(settings.encoder, shape, outputs, settings.fit.members, settings.fit.seed, settings.device)
-    description = RewardDescription.of(network, shape, names, objective.nuisances)
+    description = RewardDescription.of(network, shape, names, objective.nuisances, objective.centered)
     items = [*training.items, *held_out.items]
     data = RewardData(training, held_out, _tokens(settings, network.encoder, items, folder, progress))
     write_json(folder / "config.json", plain)
@@ -242,7 +249,7 @@ def _voted(
     if file.is_file():
         tensors, meta = load_state(file)
         if meta["data"] != data.digest():
-            raise ValueError(f"{file} is of other judgments: train them into another output folder")
+            raise ValueError(f"{file} is of other judgments: train into another output folder")
         cast = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
     else:
         cast = ensemble_votes(build, data, settings.objective, settings.fit, votes)
@@ -280,7 +287,7 @@ def _card(
         "```python",
         "from rewards.learned import LearnedReward",
         "",
-        f'reward = LearnedReward("{settings.output}")  # of {", ".join(description.dimensions)}',
+        f'reward = LearnedReward("{settings.output}")',
         "```",
         "",
         "## Training",

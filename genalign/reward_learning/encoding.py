@@ -126,7 +126,7 @@ class TokenFolder:
     """Tokens of items in a folder: tokens.npy (N, n, d), nuisances.npy (N, J), and items.json, which says what is done.
 
     A killed run continues after the last complete batch. Items are known by the digest of their file and their prompt,
-    so that a folder of other items, or of another encoder, is written anew.
+    so that a folder of other items, of other nuisances, or of an encoder with other weights is written anew.
     """
 
     folder: Path
@@ -155,9 +155,16 @@ class TokenFolder:
             ValueError: A sample cannot be read or encoded, or the samples have different numbers of tokens.
         """
         measures = dict(nuisances or {})
-        identity = {"encoder": type(encoder).__qualname__, "arguments": encoder.arguments, "nuisances": list(measures)}
+        read_by = {"encoder": type(encoder).__qualname__, "arguments": encoder.arguments}
+        identity = {
+            **read_by,
+            "weights": encoder.fingerprint(),
+            "nuisances": {n: _name(f) for n, f in measures.items()},
+        }
         listed = {**identity, "batch_size": batch_size, "items": [_key(item) for item in items]}
         done = self._done(listed)
+        if not done:
+            (self.folder / "items.json").unlink(missing_ok=True)  # before the files that it is about are overwritten
         advance(done)
         tokens = None if done == 0 else np.load(self.folder / "tokens.npy", mmap_mode="r+")
         values = None if done == 0 else np.load(self.folder / "nuisances.npy", mmap_mode="r+")
@@ -205,6 +212,12 @@ class TokenFolder:
         before = read_json(self.folder / "items.json")
         done = before.pop("done", 0) if isinstance(before, dict) else 0
         return int(done) if before == json.loads(json.dumps(listed)) else 0
+
+
+def _name(function: AnyCallable) -> str:
+    """Return the import path of a function, or how an object with settings prints."""
+    path = getattr(function, "__qualname__", None)
+    return f"{function.__module__}.{path}" if path else repr(function)
 
 
 def _key(item: Item) -> str:

@@ -174,10 +174,12 @@ def _matrix(rows: Iterable[Sequence[float]], width: int) -> Tensor:
 def split_by_prompt(judgments: Sequence[Judgment], fraction: float, seed: int) -> tuple[list[Judgment], list[Judgment]]:
     """Hold out the judgments of a ``fraction`` of the prompts, drawn by ``seed``: (the rest, these).
 
-    All judgments of a prompt are on one side, so that no sample is on both.
+    All judgments of a prompt are on one side. Where there are two prompts or more, at least one is on each, unless the
+    fraction is 0.
     """
     texts = list(dict.fromkeys(judgment.prompt.text for judgment in judgments))
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(derived_seed(seed, "held-out prompts")))
-    held_out = {texts[place] for place in order[: round(fraction * len(texts))].tolist()}
+    count = min(max(1, round(fraction * len(texts))), len(texts) - 1) if fraction else 0
+    held_out = {texts[place] for place in order[:count].tolist()}
     rest = [judgment for judgment in judgments if judgment.prompt.text not in held_out]
     return rest, [judgment for judgment in judgments if judgment.prompt.text in held_out]

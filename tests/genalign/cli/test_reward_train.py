@@ -147,6 +147,20 @@ def test_the_example_configuration_is_read() -> None:
     assert settings.votes == EnsembleVote(share=0.2)
 
 
+def test_an_ensemble_on_pairs_is_centered_by_default(tmp_path: Path) -> None:
+    path = config(tmp_path)
+
+    def terms(*arguments: str) -> list[str]:
+        settings, _ = parse(reward_train.RewardTrain, ["--config", path, *arguments], "reward train")
+        assert settings.objective.centered == bool(settings.objective.regularizers or settings.loss)
+        return [type(term).__name__ for term in settings.objective.regularizers]
+
+    ensemble = ("--fit.members", "2")
+    assert terms() == [] and terms(*ensemble) == ["Centering"]
+    assert terms(*ensemble, "--regularizers", "[]") == []
+    assert terms(*ensemble, "--loss", "genalign.reward_learning.losses.Regression") == []
+
+
 def wrong(capsys: pytest.CaptureFixture[str], path: str, *more: str) -> str:
     assert main(["reward", "train", "--config", path, *more]) == 2
     return capsys.readouterr().err

@@ -16,7 +16,7 @@ from genalign.reward_learning.heads import AttentionHead
 from genalign.reward_learning.losses import LabelPool
 from genalign.reward_learning.network import RewardEncoder
 from genalign.reward_learning.preferences import JudgedSample, Judgment, append_judgments, read_judgments
-from genalign.reward_learning.training import RewardObjective, RewardData, RewardFit, RewardTraining, build_network
+from genalign.reward_learning.training import RewardData, RewardFit, RewardObjective, RewardTraining, build_network
 from genalign.runtime.media import write_samples
 from genalign.types import Prompt
 

@@ -45,6 +45,7 @@ from genalign.reward_learning.training import (
     truncate_metrics,
 )
 from genalign.reward_learning.uncertainty import LastLayerLaplace
+from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt
 from tests.genalign.reward_learning.toy_rewards import PixelTokens, toy_data, write_judgments
 
@@ -101,6 +102,10 @@ def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
     trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
     with pytest.raises(ValueError, match="is of other judgments"):
         trained(toy_data(write_judgments(tmp_path, 20, seed=7)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
+    tensors, meta = load_state(checkpoint)
+    save_state(checkpoint, tensors, {**meta, "encoder": "another"})
+    with pytest.raises(ValueError, match="is of other weights of the frozen encoder"):
+        trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path: Path) -> None:
@@ -220,6 +225,48 @@ def test_tokens_are_encoded_once_and_continued(tmp_path: Path) -> None:
     assert len(counts) == 5
     store.encode(Killed(), items[::-1], red, batch_size=4)  # other items: all anew
     assert len(counts) == 9
+    other = Killed()
+    other.scale.data.mul_(2)  # a checkpoint that changed on the disk: all anew
+    assert len(counts) == 9 and torch.equal(
+        store.encode(other, items[::-1], red, batch_size=4).tokens(torch.arange(16)),
+        2 * data.tokens.tokens(torch.arange(16).flip(0)),
+    )
+    assert len(counts) == 13
+
+
+def test_tokens_of_an_encoding_that_another_one_overwrote_are_not_taken(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 4), 0.0)
+    items, store = data.training.items, TokenFolder(tmp_path / "tokens")
+    store.encode(PixelTokens(), items)
+
+    class Overwrites(PixelTokens):
+        def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            return torch.zeros(len(samples), 4, 3)
+
+    def killed(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("genalign.reward_learning.encoding.write_json", killed)
+        store.encode(Overwrites(), items)
+    assert torch.equal(store.encode(PixelTokens(), items).tokens(torch.arange(8)), data.tokens.tokens(torch.arange(8)))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 8))
+    assert isinstance(data.tokens, StoredTokens) and isinstance(data.tokens.stored, Tensor)
+    data.tokens.stored[-1] = torch.nan
+    with pytest.raises(ValueError, match="the held-out loss is not finite at step"):
+        trained(data, RewardObjective(BradleyTerryLoss()))
+
+
+def test_a_grade_that_no_training_item_has_is_left_out_of_the_held_out_loss() -> None:
+    values, scores = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0.3], [0.1], [0.2]])
+    objective = CumulativeLogit().prepare(values)
+    whole = objective(scores[:2], values[:2], torch.zeros(2))
+    for unseen in (3.0, 5.0, 0.0):
+        more = torch.tensor([[1.0], [2.0], [unseen]])
+        torch.testing.assert_close(objective(scores, more, torch.zeros(3)), whole)
 
 
 def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
@@ -227,13 +274,22 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Regression learns from judgments of the kind rating, and there is none"):
         trained(data, RewardObjective(Regression()))
     ratings = toy_data(write_judgments(tmp_path, 8, "rating"))
-    with pytest.raises(ValueError, match="FlipRobust corrects a loss of pairs, and Regression learns from grades"):
+    with pytest.raises(ValueError, match="FlipRobust is of pairs, and Regression learns from grades"):
         trained(ratings, RewardObjective(Regression(), FlipRobust()))
+    for term in (Centering(), GradientPenalty(between=True)):
+        with pytest.raises(ValueError, match=f"{type(term).__name__} is of pairs, and Regression learns from grades"):
+            trained(ratings, RewardObjective(Regression(), regularizers=[GradientPenalty(), term]))
+    with pytest.raises(ValueError, match=r"fit\.patience needs held-out judgments of the kind rating"):
+        trained(
+            toy_data(write_judgments(tmp_path, 8, "rating"), 0.0),
+            RewardObjective(Regression()),
+            replace(FAST, patience=1),
+        )
     two = replace(data.training, dimensions=("overall", "detail"))
     with pytest.raises(ValueError, match="Disentangle is of one dimension"):
         RewardObjective(BradleyTerryLoss(), disentangle=Disentangle({"a": len})).require_fit(two)
     burst = replace(FAST, optimizer=FitSettings(learning_rate=1e30, clip=None))
-    with pytest.raises(ValueError, match="the loss is not finite at step"):
+    with pytest.raises(ValueError, match="loss is not finite at step"):
         trained(data, RewardObjective(BradleyTerryLoss()), burst)
     sound = tmp_path / "clip.wav"
     sound.write_bytes(b"")
