@@ -31,6 +31,7 @@ from genalign.runtime.prompt_files import read_listing
 from genalign.scoring.score import NamedReward
 from genalign.types import AnyCallable
 
+_SCORES = "scores.jsonl"
 _NAMES = frozenset({"reward", "truth", "ratings", "rankings"})
 
 
@@ -92,7 +93,7 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
     judgments = read_preferences(Path(settings.preferences)) if settings.preferences else []
     samples = _listed_items(Path(settings.samples)) if settings.samples else []
     _require_same(output, plain, version)
-    scorer = ItemScorer(_reader(settings, judgments, samples), ScoreFile(output / "scores.jsonl"), settings.batch_size)
+    scorer = ItemScorer(_reader(settings, judgments, samples), ScoreFile(output / _SCORES), settings.batch_size)
     trained_on = _trained_on(settings, plain["reward"])
     if settings.pairwise:
         report = evaluate_judge(scorer, settings.reward, "reward", judgments, trained_on, settings.measure)
@@ -149,8 +150,8 @@ def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
     """Record what the output is of, for which the scores in it hold. Raises ValueError for an output of another."""
     whole = json.dumps([plain, version], sort_keys=True)
     identity = {"settings": plain, "version": version, "hash": hashlib.sha256(whole.encode()).hexdigest()[:12]}
-    path = output / "settings.json"
-    if not path.is_file():
+    path, scores = output / "settings.json", output / _SCORES
+    if not path.is_file() or not (scores.is_file() and scores.stat().st_size):
         write_json(path, identity)
     elif json.loads(path.read_text("utf-8"))["hash"] != identity["hash"]:
         raise ValueError(

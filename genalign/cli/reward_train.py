@@ -183,11 +183,7 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
         raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {settings.preferences}")
     learned = _usable(judgments, "training", settings, loss)
     if not learned:
-        kinds = ", ".join(sorted({judgment.kind for judgment in judgments})) or "none"
-        raise ValueError(
-            f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left,"
-            f" and the training judgments are of the kind {kinds}: take another loss"
-        )
+        raise ValueError(_why_nothing_is_left(judgments, settings, loss))
     training, measured = examples(learned, settings.dimensions), _usable(held_out, "held-out", settings, loss)
     held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
     seen = {item.digest for item in training.items} & {item.digest for item in held.items}
@@ -196,6 +192,19 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
             f"{len(seen)} samples of {settings.held_out} are training samples as well, by their digests: give others"
         )
     return training, held
+
+
+def _why_nothing_is_left(judgments: Sequence[Judgment], settings: RewardTrain, loss: PreferenceLoss) -> str:
+    scored, kinds = {name for judgment in judgments for name in judgment.scores}, {one.kind for one in judgments}
+    if not scored:
+        return f"the judgments of {settings.preferences} have no scores: make them with genalign reward label"
+    if settings.dimensions and not scored & set(settings.dimensions):
+        return f"no judgment has the dimension {settings.dimensions[0]!r}: there are {', '.join(sorted(scored))}"
+    return (
+        f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left, and"
+        f" the training judgments are of the kind {', '.join(sorted(kinds)) or 'none'}: take another loss, or exclude"
+        " fewer annotators"
+    )
 
 
 def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss) -> list[Judgment]:
@@ -218,7 +227,7 @@ def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, los
         else:
             chosen.append(judgment)
     if one_sided := [choices for choices in side_choices(chosen) if choices.one_sided]:
-        raise ValueError(f"{one_sided[0]}; exclude_annotators leaves them out")
+        raise ValueError(str(one_sided[0]))
     rest = "".join(f", {count} {why} left out" for why, count in skipped.items() if count)
     prompts = len({judgment.prompt.text for judgment in chosen})
     print(f"{what}: {len(chosen)} of {len(judgments)} judgments of {prompts} prompts{rest}")

@@ -50,7 +50,8 @@ class SideChoices:
         side, count = ("left", self.first.mean) if self.first.mean >= 0.5 else ("right", 1 - self.first.mean)
         return (
             f"annotator {self.annotator!r} chose the {side} sample in {round(count * self.first.n)} of {self.first.n}"
-            f" decided pairs (p = {self.p_value:.1g}): leave these judgments out, or shuffle the sides and ask again"
+            f" decided pairs (p = {self.p_value:.1g}): leave these judgments out of training with"
+            " exclude_annotators, or shuffle the sides and ask again"
         )
 
 

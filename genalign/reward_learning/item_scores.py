@@ -18,7 +18,7 @@ from genalign.reward_learning.examples import Item
 from genalign.reward_learning.perturbations import NUISANCES, Perturbation
 from genalign.runtime.media import AUDIO_SUFFIXES, medium_of, read_waveform
 from genalign.runtime.progress import Progress
-from genalign.scoring.score import NamedReward, RewardError, score
+from genalign.scoring.score import NamedReward, RewardError, described, score
 from genalign.types import PairwiseReward, Prompt
 
 Key = tuple[str, ...]
@@ -191,12 +191,31 @@ class ItemScorer:
         return torch.tensor([self.file.values[key] for key in keys], dtype=torch.float64)
 
     def _score(self, reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> list[float]:
-        values = score([reward], samples, prompts)[:, 0]
+        values = None if reward.name in self.started else _first_scores(reward, samples, prompts)
+        values = score([reward], samples, prompts)[:, 0] if values is None else values
         if reward.name not in self.started and bool(values.isnan().all()):
-            raise RewardError(f"{reward.name} scored none of the first {len(values)} samples: see the warnings above")
+            raise RewardError(f"{reward.name} scored none of the first {len(values)} samples: all are NaN")
         self.started.add(reward.name)
         listed: list[float] = values.tolist()
         return listed
+
+
+@torch.no_grad()
+def _first_scores(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor | None:
+    """Score a first batch (B,), NaN where a score is not finite; None where the reward raises on some of it.
+
+    Raises RewardError where it also raises on the first and on the last sample alone.
+    """
+    for place in (slice(None), slice(0, 1), slice(len(samples) - 1, None)):
+        try:
+            scores = reward(samples[place], prompts[place]).float().cpu()
+        except RewardError:
+            raise
+        except Exception as error:
+            failure = described(error)
+        else:
+            return scores.masked_fill(~scores.isfinite(), torch.nan) if place == slice(None) else None
+    raise RewardError(f"{reward.name} failed on a first batch: {failure}")
 
 
 def _of_one_shape(

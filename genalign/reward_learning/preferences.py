@@ -199,6 +199,8 @@ def read_judgments(path: Path) -> list[Judgment]:
         ValueError: a line cannot be used, which is named, or there is none.
     """
     file = path / PREFERENCES if path.is_dir() else path
+    if not file.is_file() and (file.parent / COMPARISONS).is_file():
+        raise FileNotFoundError(f"there is no {file}: judge the comparisons with genalign reward label {file.parent}")
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: give a folder with a {PREFERENCES}, or a file of judgments")
     judgments = list[Judgment]()
@@ -243,5 +245,7 @@ def mend(file: Path) -> None:
 def append_judgments(folder: Path, judgments: Sequence[Judgment], name: str = PREFERENCES) -> None:
     """Append judgments of samples in ``folder`` to one of its files."""
     lines = [json.dumps(judgment.as_dict(folder), ensure_ascii=False) + "\n" for judgment in judgments]
+    if not lines:
+        return
     with (folder / name).open("a", encoding="utf-8") as file:
         file.writelines(lines)

@@ -333,7 +333,7 @@ class RewardTraining:
             if not math.isfinite(held_out.loss):
                 raise ValueError(
                     f"the held-out loss is not finite at step {self.step} of {self.steps}: lower"
-                    " fit.optimizer.learning_rate, or leave out held-out samples that the encoder has no finite tokens of"
+                    " fit.optimizer.learning_rate, or leave out samples whose tokens are not finite"
                 )
             metrics["held_out"] = held_out.as_dict()
             self.stale = 0 if held_out.loss < self.best else self.stale + 1

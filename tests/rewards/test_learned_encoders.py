@@ -273,7 +273,7 @@ def test_pools_that_compare_members_warn_where_their_prompts_have_no_common_orig
     LearnedReward(saved, pool="mean")(images, PROMPTS[:1])
     assert not caplog.records
     for pool in ("min", "mean_minus_std"):
-        LearnedReward(saved, pool=pool)(images, PROMPTS[:1])  # type: ignore[arg-type]
+        LearnedReward(saved, pool=pool)(images, PROMPTS[:1])
         assert "was trained without Centering" in caplog.records.pop().getMessage()
     tensors, meta = load_state(saved / REWARD)
     save_state(tmp_path / "centered.safetensors", tensors, {**meta, "centered": True})
