@@ -19,7 +19,7 @@ from genalign.cli.reward import named_settings, reward_version
 from genalign.evaluation.report.reward_page import write_reward
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.examples import Item
-from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile, read_item
+from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS, training_items
 from genalign.reward_learning.preference_formats import read_preferences
 from genalign.reward_learning.preferences import JudgedSample, Judgment
@@ -128,8 +128,7 @@ def _listed_items(folder: Path) -> list[Item]:
 
 def _reader(settings: RewardEvaluate, judgments: Sequence[Judgment], samples: Sequence[Item]) -> ItemReader:
     """Return a reader of samples like the first one, whose sample rate the rewards must take."""
-    first = samples[0] if samples else Item(judgments[0].prompt, judgments[0].samples[0], "")
-    _, rate = read_item(first)
+    _, rate = (samples[0].sample if samples else judgments[0].samples[0]).read_with_rate()
     require_rate({"reward": settings.reward, "truth": settings.truth, "others": settings.others}, rate)
     return ItemReader(settings.size, settings.device, rate)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.network import RewardEncoder
 from genalign.runtime.files import write_json
-from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
 from genalign.runtime.text_files import read_json
 from genalign.types import AnyCallable, Prompt
 
@@ -47,25 +46,20 @@ def read_samples(items: Sequence[Item], encoder: RewardEncoder) -> Tensor:
 
 
 def _read(item: Item, encoder: RewardEncoder) -> Tensor:
-    content, name, rate = item.sample.content, type(encoder).__name__, encoder.sample_rate
-    if not (isinstance(content, Path) and content.suffix.lower() in AUDIO_SUFFIXES):
-        if rate is not None:
-            raise ValueError(
-                f"{name} is an encoder of sound, and a sample of {item.prompt.text!r} is an image: take an encoder of"
-                " images, such as ClipTokens"
-            )
-        return item.sample.read()
+    sample, rate = item.sample.read_with_rate()
+    if rate == encoder.sample_rate:
+        return sample
+    name, what = type(encoder).__name__, f"a sample of {item.prompt.text!r}"
     if rate is None:
         raise ValueError(
-            f"{name} is an encoder of images, and {content} is sound: take an encoder of sound, such as ClapTokens"
+            f"{name} is an encoder of sound, and {what} is an image: take an encoder of images, such as ClipTokens"
         )
-    clip = read_waveform(content)
-    if clip.sample_rate != rate:
-        raise ValueError(
-            f"{content} is at {clip.sample_rate} Hz, and the encoder takes {rate}: set its sample_rate, or resample the"
-            " clips"
-        )
-    return clip.waveform
+    if encoder.sample_rate is None:
+        raise ValueError(f"{name} is an encoder of images, and {what} is sound: take one of sound, such as ClapTokens")
+    raise ValueError(
+        f"{what} is at {rate} Hz, and the encoder takes {encoder.sample_rate}: set its sample_rate, or resample the"
+        " clips"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ class Item:
     digest: str
 
 
+def prompt_numbers(items: Sequence[Item]) -> Tensor:
+    """Number the prompts (n,) of items in order of first appearance; prompts are the same if their texts are."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(item.prompt.text, len(numbers)) for item in items], dtype=torch.long)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """N pairs of items, judged in K dimensions.

@@ -16,7 +16,7 @@ from torch import Tensor
 from genalign.diffusion.noise import derived_seed
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.perturbations import NUISANCES, Perturbation
-from genalign.runtime.media import AUDIO_SUFFIXES, medium_of, read_waveform
+from genalign.runtime.media import medium_of
 from genalign.runtime.progress import Progress
 from genalign.scoring.score import NamedReward, RewardError, described, score
 from genalign.types import PairwiseReward, Prompt
@@ -67,7 +67,7 @@ class ItemReader:
 
     def __call__(self, item: Item) -> Tensor:
         """Read a sample (3, H, W) or (C, L). Raises ValueError for a clip at another rate, or among images."""
-        sample, rate = read_item(item)
+        sample, rate = item.sample.read_with_rate()
         if rate != self.sample_rate:
             raise ValueError(
                 f"{item.sample.content!s:.200} is at {rate or 'no'} Hz, but the first sample at"
@@ -77,15 +77,6 @@ class ItemReader:
             side = (self.size, self.size)
             sample = F.interpolate(sample[None], size=side, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return sample.to(self.device)
-
-
-def read_item(item: Item) -> tuple[Tensor, int | None]:
-    """Read the sample (3, H, W) or (C, L) of an item, and its sample rate in Hz; None for an image."""
-    content = item.sample.content
-    if isinstance(content, Path) and content.suffix.lower() in AUDIO_SUFFIXES:
-        clip = read_waveform(content)
-        return clip.waveform, clip.sample_rate
-    return item.sample.read(), None
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from genalign.metrics.intervals import Estimate, mean_over_tasks
-from genalign.reward_learning.examples import Examples, Item
-from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, item_prompts, judged_pairs
+from genalign.reward_learning.examples import Examples, Item, prompt_numbers
+from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, judged_pairs
 from genalign.reward_learning.measures import UnmeasurableError, prompt_means
 from genalign.reward_learning.pair_measures import (
     annotator_agreement,
@@ -60,7 +60,7 @@ def measure_judgments(
 ) -> EvaluatedPairs:
     """Measure the predictions of judgments, and return the pairs of the main dimension."""
     main = main_dimension(data, options)
-    prompt, seen = item_prompts(data.items), items_seen(data.items, trained_on)
+    prompt, seen = prompt_numbers(data.items), items_seen(data.items, trained_on)
     pairs = judged_pairs(data, main)
     report.counts |= {"judgments": len(judgments), "prompts": int(prompt.max()) + 1}
     difference = measure_pairs(report, data.items, pairs, predictions.of(pairs.rows), seen, options)
@@ -124,7 +124,7 @@ def measure_pairs(
     Pairs with an item that was trained on count nowhere but in the section "training data", unless all pairs have one.
     Returns the differences (N,) that count, NaN for the others.
     """
-    prompt, every = item_prompts(items), difference
+    prompt, every = prompt_numbers(items), difference
     of_pairs = prompt[pairs.rows[:, 0]]
     missing = int(difference.isnan().sum())
     report.counts |= {"pairs": len(pairs), "pairs without a score": missing}
@@ -251,7 +251,7 @@ def _measure_annotators(
     report: RewardEvaluation, data: Examples, dimension: str, pairs: EvaluatedPairs, difference: Tensor
 ) -> None:
     """Measure the position bias of the annotators, and their agreement with the reward and with each other."""
-    prompt = item_prompts(data.items)
+    prompt = prompt_numbers(data.items)
     column = data.dimensions.index(dimension)
     shown = data.pairs.preferred[:, column].masked_fill(data.pairs.difference[:, column].isnan(), torch.nan)
     if not bool(shown.isnan().all()):

@@ -16,17 +16,13 @@ from torch import Tensor, nn
 from genalign.diffusion.noise import derived_seed
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.encoding import ItemTokens, StoredTokens
-from genalign.reward_learning.examples import Examples, Pairs
+from genalign.reward_learning.examples import Examples, Pairs, prompt_numbers
 from genalign.reward_learning.fitting import FitSettings, Fitter
-from genalign.reward_learning.held_out import (
-    accuracy_of_grades,
-    accuracy_of_pairs,
-    expected_calibration_error,
-    prompt_numbers,
-)
+from genalign.reward_learning.held_out import accuracy_of_grades, accuracy_of_pairs
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, count_votes
 from genalign.reward_learning.losses import GradeLoss, PairLoss, PreferenceLoss, masked_mean
 from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, RewardNetwork
+from genalign.reward_learning.pair_measures import expected_calibration_error
 from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, ScoredBatch, needs_pairs
 from genalign.reward_learning.uncertainty import LaplacePosterior, LastLayerLaplace, PairFeatures, fit_laplace
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
@@ -330,11 +326,6 @@ class RewardTraining:
         metrics |= dict(zip(("loss", "gradient_norm"), means, strict=True)) | {"learning_rate": rate}
         held_out = self.held_out()
         if held_out is not None:
-            if not math.isfinite(held_out.loss):
-                raise ValueError(
-                    f"the held-out loss is not finite at step {self.step} of {self.steps}: lower"
-                    " fit.optimizer.learning_rate, or leave out samples whose tokens are not finite"
-                )
             metrics["held_out"] = held_out.as_dict()
             self.stale = 0 if held_out.loss < self.best else self.stale + 1
             if self.fit.patience is not None:
@@ -346,12 +337,20 @@ class RewardTraining:
 
     @torch.no_grad()
     def held_out(self) -> HeldOutMetrics | None:
-        """Measure the network on the held-out judgments; None where none is of the loss's kind."""
+        """Measure the network on the held-out judgments; None where none is of the loss's kind.
+
+        Raises ValueError for scores that are not finite.
+        """
         held, loss = self.data.held_out, self.objective.loss
         if not self.data.has_held_out(loss):
             return None
         offset, count = len(self.data.training.items), len(held.dimensions)
         outputs = self.scores(torch.arange(offset, offset + len(held.items)))
+        if not bool(outputs.isfinite().all()):
+            raise ValueError(
+                f"scores of held-out samples are not finite at step {self.step} of {self.steps}: lower"
+                " fit.optimizer.learning_rate, or leave out samples whose tokens are not finite"
+            )
         scores, prompts = outputs.mean(1)[:, :count], prompt_numbers(held.items)
         sums = outputs.sum(2, keepdim=True) if self.objective.disentangle else outputs
         if isinstance(loss, PairLoss):
@@ -361,7 +360,8 @@ class RewardTraining:
             value = self._pair_loss(loss, leads, held.pairs, everything, plain=True)
             by_dimension = zip(lead.unbind(1), held.pairs.preferred.unbind(1), strict=True)
             accuracies = [accuracy_of_pairs(*columns, prompts[first]) for columns in by_dimension]
-            calibration = expected_calibration_error(lead.flatten(), held.pairs.preferred.flatten())
+            repeated = prompts[first].repeat_interleave(count)
+            calibration = expected_calibration_error(lead.flatten(), held.pairs.preferred.flatten(), repeated)
         else:
             rows, values, calibration = held.grades.rows, held.grades.values, None
             objective = self.members[0].grades
@@ -424,7 +424,7 @@ class HeldOutMetrics:
     Attributes:
         loss: The loss without a correction of label noise and without other terms.
         accuracy: The share of pairs that are ordered right, over prompts, by dimension; None where nothing is decided.
-        calibration: The expected calibration error of sigmoid(lead); None for grades.
+        calibration: The expected calibration error of sigmoid(lead), as in an evaluation; None for grades.
     """
 
     loss: float

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_samples
+from genalign.reward_learning.examples import prompt_numbers
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import LinearHead, MLPHead
-from genalign.reward_learning.held_out import (
-    accuracy_of_grades,
-    accuracy_of_pairs,
-    expected_calibration_error,
-    prompt_numbers,
-)
+from genalign.reward_learning.held_out import accuracy_of_grades, accuracy_of_pairs
 from genalign.reward_learning.label_noise import EnsembleVote, FlipRobust, Smoothing, apply_votes
 from genalign.reward_learning.losses import (
     BradleyTerryLoss,
@@ -31,6 +27,7 @@ from genalign.reward_learning.losses import (
     TiedBradleyTerryLoss,
 )
 from genalign.reward_learning.network import RewardNetwork
+from genalign.reward_learning.pair_measures import calibration, expected_calibration_error
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
 from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation
 from genalign.reward_learning.training import (
@@ -46,6 +43,7 @@ from genalign.reward_learning.training import (
 )
 from genalign.reward_learning.uncertainty import LastLayerLaplace
 from genalign.runtime.files import load_state, save_state
+from genalign.runtime.media import AudioMedium
 from genalign.types import Prompt
 from tests.genalign.reward_learning.toy_rewards import PixelTokens, toy_data, write_judgments
 
@@ -252,11 +250,11 @@ def test_tokens_of_an_encoding_that_another_one_overwrote_are_not_taken(tmp_path
     assert torch.equal(store.encode(PixelTokens(), items).tokens(torch.arange(8)), data.tokens.tokens(torch.arange(8)))
 
 
-def test_a_held_out_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_held_out_scores_that_are_not_finite_are_named(tmp_path: Path) -> None:
     data = toy_data(write_judgments(tmp_path, 8))
     assert isinstance(data.tokens, StoredTokens) and isinstance(data.tokens.stored, Tensor)
     data.tokens.stored[-1] = torch.nan
-    with pytest.raises(ValueError, match="the held-out loss is not finite at step"):
+    with pytest.raises(ValueError, match="scores of held-out samples are not finite at step"):
         trained(data, RewardObjective(BradleyTerryLoss()))
 
 
@@ -289,13 +287,13 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Disentangle is of one dimension"):
         RewardObjective(BradleyTerryLoss(), disentangle=Disentangle({"a": len})).require_fit(two)
     burst = replace(FAST, optimizer=FitSettings(learning_rate=1e30, clip=None))
-    with pytest.raises(ValueError, match="loss is not finite at step"):
+    with pytest.raises(ValueError, match="not finite at step"):
         trained(data, RewardObjective(BradleyTerryLoss()), burst)
     sound = tmp_path / "clip.wav"
-    sound.write_bytes(b"")
+    sound.write_bytes(AudioMedium(8000).encode(torch.zeros(1, 100)))
     clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
     item = replace(data.training.items[0], sample=clip.samples[0])
-    with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and .*clip.wav is sound"):
+    with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and a sample of .* is sound"):
         read_samples([item], PixelTokens())
     assert len(nothing_held_out(data.training).items) == 0
 
@@ -316,8 +314,10 @@ def test_accuracies_and_calibration_by_hand() -> None:
     confident = torch.full((100,), 2.0)
     right = (torch.arange(100) < 80).float()
     expected = abs(float(torch.sigmoid(torch.tensor(2.0))) - 0.8)
-    assert expected_calibration_error(confident, right, bins=1) == pytest.approx(expected, abs=1e-6)
-    assert expected_calibration_error(confident, right.fill_(0.5)) is None
+    assert expected_calibration_error(confident, right, torch.arange(100)) == pytest.approx(expected, abs=1e-6)
+    lead, prompts = torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.arange(100) // 3
+    error = expected_calibration_error(lead, right, prompts)
+    assert error == pytest.approx(calibration(lead, right, prompts).ece.mean, abs=1e-12)  # that of an evaluation
     assert prompt_numbers([]).tolist() == []
 
 
