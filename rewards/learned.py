@@ -68,8 +68,9 @@ class LearnedReward:
     def uncertainty(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return the standard deviation (B,) of each score; NaN where a sample has NaN.
 
-        It is that over the members of an ensemble, or that of the last layer's Laplace approximation, counted from the
-        mean training item. Raises ValueError for a reward that was trained with neither.
+        It is that over the members of an ensemble, which compares them as ``pool`` does, or that of the last layer's
+        Laplace approximation, counted from the mean training item. Raises ValueError for a reward that was trained with
+        neither.
         """
         network, file = self._network.to(samples.device), self._file
         if len(network.heads) < 2 and not file.posteriors:

@@ -56,7 +56,7 @@ class RewardTrain:
         preferences: Folder or file of judgments, in our own format or a published one.
         held_out: Folder or file of judgments that are measured on and not trained on; null holds out a fraction
             of the prompts.
-        held_out_fraction: Fraction of the prompts that are held out without held_out; 0 holds out none.
+        held_out_fraction: Fraction of the prompts that are held out without held_out, one at least; 0 holds out none.
         dimensions: Dimensions to learn; by default all.
         exclude_annotators: Annotators whose judgments are left out.
         encoder: What is read of samples and prompts, as in rewards.learned_encoders.ClipTokens.
@@ -189,8 +189,11 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
     seen = {item.digest for item in training.items} & {item.digest for item in held.items}
     if seen and settings.held_out is not None:
         raise ValueError(
-            f"{len(seen)} samples of {settings.held_out} are training samples as well, by their digests: give others"
+            f"{len(seen)} samples of {settings.held_out} are training samples as well, by the hash of their files: give"
+            " others"
         )
+    if seen:
+        print(f"{len(seen)} held-out samples are training samples as well, of another prompt")
     return training, held
 
 
@@ -210,7 +213,7 @@ def _why_nothing_is_left(judgments: Sequence[Judgment], settings: RewardTrain, l
 def _usable(judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss) -> list[Judgment]:
     """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts.
 
-    Raises ValueError for ratings beside labels, and for an annotator who always chose the same side.
+    Raises ValueError for ratings beside labels, and for an annotator who nearly always chose the same side.
     """
     kinds = {judgment.kind for judgment in judgments}
     if {"rating", "label"} <= kinds:
@@ -259,15 +262,15 @@ def _voted(
         tensors, meta = load_state(file)
         if meta["data"] != data.digest():
             raise ValueError(f"{file} is of other judgments: train into another output folder")
-        cast = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
+        counted = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
     else:
-        cast = ensemble_votes(build, data, settings.objective, settings.fit, votes)
-        tensors = {"mean": cast.mean, "deviation": cast.deviation, "voters": cast.voters}
+        counted = ensemble_votes(build, data, settings.objective, settings.fit, votes)
+        tensors = {"mean": counted.mean, "deviation": counted.deviation, "voters": counted.voters}
         save_state(file, tensors, {"data": data.digest()})
-    pairs, changed = apply_votes(training.pairs, cast, votes)
-    lines = changed_lines(training.pairs, cast, changed, training.items, training.dimensions)
+    pairs, changed = apply_votes(training.pairs, counted, votes)
+    lines = changed_lines(training.pairs, counted, changed, training.items, training.dimensions)
     write_text(folder / "changed_pairs.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"votes: {votes.change} {len(lines)} of {int((~cast.mean.isnan()).sum())} labels: changed_pairs.jsonl")
+    print(f"votes: {votes.change} {len(lines)} of {int((~counted.mean.isnan()).sum())} labels: changed_pairs.jsonl")
     return replace(data, training=replace(training, pairs=pairs))
 
 

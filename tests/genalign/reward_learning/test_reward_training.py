@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_samples
-from genalign.reward_learning.examples import prompt_numbers
+from genalign.reward_learning.examples import prompt_numbers, split_by_prompt
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import LinearHead, MLPHead
 from genalign.reward_learning.held_out import accuracy_of_grades, accuracy_of_pairs
@@ -91,8 +91,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Pat
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, second.network.state_dict()[name]), name
     if members > 1:
-        one, two = (head.last.weight for head in list(whole.network.heads)[:2])
-        assert not torch.allclose(one, two)  # type: ignore[arg-type]
+        one, two = (head.get_parameter("last.weight") for head in list(whole.network.heads)[:2])
+        assert not torch.allclose(one, two)
 
 
 def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
@@ -319,6 +319,12 @@ def test_accuracies_and_calibration_by_hand() -> None:
     error = expected_calibration_error(lead, right, prompts)
     assert error == pytest.approx(calibration(lead, right, prompts).ece.mean, abs=1e-12)  # that of an evaluation
     assert prompt_numbers([]).tolist() == []
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.1, 1), (0.5, 2), (0.9, 3)])
+def test_a_prompt_at_least_is_on_each_side(tmp_path: Path, fraction: float, held_out: int) -> None:
+    rest, held = split_by_prompt(write_judgments(tmp_path, 4), fraction, 0)
+    assert len(held) == held_out and len(rest) == 4 - held_out
 
 
 def test_metrics_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
