@@ -16,7 +16,7 @@ Change = Literal["drop", "flip", "soften"]
 
 
 class NoiseCorrection(Protocol):
-    """A loss of pairs whose labels may be flipped, made of a loss of pairs whose labels are right."""
+    """Turns a loss of pairs whose labels are right into one of pairs whose labels may be flipped."""
 
     def per_pair(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
         """Compute the loss (N, K) of each pair; the arguments are those of ``PairLoss.per_pair``."""
