@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.network import Head, Pool, RewardEncoder, RewardNetwork
+from genalign.reward_learning.preferences import OVERALL
 from genalign.reward_learning.reward_file import RewardFile
 from genalign.types import Prompt
 from rewards.learned_encoders import ClapTokens, ClipTokens, DinoTokens, SiglipTokens, YesTokenLogits
+
+logger = logging.getLogger(__name__)
 
 _ENCODERS = {
     f"{kind.__module__}.{kind.__qualname__}": kind
@@ -30,8 +34,10 @@ class LearnedReward:
 
     Args:
         path: The file or its folder.
-        dimension: The dimension that is the score; None takes the first.
-        pool: How an ensemble's scores become one: their mean, the least, or their mean less their deviation.
+        dimension: The dimension that is the score; None takes "overall", or else the first.
+        pool: How an ensemble's scores become one: their mean, the least, or their mean less their deviation. The last
+            two compare members, whose scores for a prompt are known up to a constant by Bradley and Terry's loss: train
+            with ``Centering``, as an ensemble is by default.
         encoder: The encoder, for one of your own class; None builds that of the file.
     """
 
@@ -62,8 +68,9 @@ class LearnedReward:
     def uncertainty(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return the standard deviation (B,) of each score; NaN where a sample has NaN.
 
-        It is that over the members of an ensemble, or that of the last layer's Laplace approximation, counted from the
-        mean training item. Raises ValueError for a reward that was trained with neither.
+        It is that over the members of an ensemble, which compares them as ``pool`` does, or that of the last layer's
+        Laplace approximation, counted from the mean training item. Raises ValueError for a reward that was trained with
+        neither.
         """
         network, file = self._network.to(samples.device), self._file
         if len(network.heads) < 2 and not file.posteriors:
@@ -106,8 +113,15 @@ class LearnedReward:
                 f"{self.path} was trained on {description.encoder}, which is no encoder of rewards.learned_encoders:"
                 " give it as encoder"
             )
+        if self.pool != "mean" and description.members > 1 and not description.centered:
+            logger.warning(
+                "%s was trained without Centering: its members differ by a constant for each prompt that no preference"
+                " determines, by which pool=%r chooses among them; train with regularizers.Centering, or take the mean",
+                *(self.path, self.pool),
+            )
         encoder = self.encoder or _ENCODERS[description.encoder](**description.encoder_arguments)
-        output = 0 if self.dimension is None else description.dimensions.index(self.dimension)
+        default = OVERALL if OVERALL in description.dimensions else description.dimensions[0]
+        output = description.dimensions.index(self.dimension or default)
         network = description.build(encoder, output, self.pool)
         self._file.load_into(network)
         return network.requires_grad_(False).eval()

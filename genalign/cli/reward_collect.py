@@ -130,14 +130,14 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
 
 
 def _begin(output: Path, made_by: dict[str, object]) -> None:
-    """Write how the samples are collected. Raises ValueError for a folder that was collected in another way."""
-    if (output / COLLECTION).is_file():
-        if read_json(output / COLLECTION) != made_by:
-            raise ValueError(f"{output} was collected with other settings: choose another output")
-    elif (output / COMPARISONS).is_file():
-        raise ValueError(f"{output} has comparisons of another origin: choose another output")
-    else:
-        write_json(output / COLLECTION, made_by)
+    """Write how the samples are collected. Raises ValueError for a folder whose samples were made in another way."""
+    known = (output / COLLECTION).is_file()
+    if known and read_json(output / COLLECTION) == made_by:
+        return
+    if _files(output) or (output / COMPARISONS).is_file():
+        how = "collected with other settings" if known else "made by another program"
+        raise ValueError(f"{output} has samples that were {how}: choose another output")
+    write_json(output / COLLECTION, made_by)
 
 
 def _planned(settings: RewardCollect) -> list[_Sample]:

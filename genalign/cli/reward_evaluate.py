@@ -19,7 +19,7 @@ from genalign.cli.reward import named_settings, reward_version
 from genalign.evaluation.report.reward_page import write_reward
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.examples import Item
-from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile, read_item
+from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS, training_items
 from genalign.reward_learning.preference_formats import read_preferences
 from genalign.reward_learning.preferences import JudgedSample, Judgment
@@ -31,6 +31,7 @@ from genalign.runtime.prompt_files import read_listing
 from genalign.scoring.score import NamedReward
 from genalign.types import AnyCallable
 
+_SCORES = "scores.jsonl"
 _NAMES = frozenset({"reward", "truth", "ratings", "rankings"})
 
 
@@ -92,7 +93,7 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
     judgments = read_preferences(Path(settings.preferences)) if settings.preferences else []
     samples = _listed_items(Path(settings.samples)) if settings.samples else []
     _require_same(output, plain, version)
-    scorer = ItemScorer(_reader(settings, judgments, samples), ScoreFile(output / "scores.jsonl"), settings.batch_size)
+    scorer = ItemScorer(_reader(settings, judgments, samples), ScoreFile(output / _SCORES), settings.batch_size)
     trained_on = _trained_on(settings, plain["reward"])
     if settings.pairwise:
         report = evaluate_judge(scorer, settings.reward, "reward", judgments, trained_on, settings.measure)
@@ -127,8 +128,7 @@ def _listed_items(folder: Path) -> list[Item]:
 
 def _reader(settings: RewardEvaluate, judgments: Sequence[Judgment], samples: Sequence[Item]) -> ItemReader:
     """Return a reader of samples like the first one, whose sample rate the rewards must take."""
-    first = samples[0] if samples else Item(judgments[0].prompt, judgments[0].samples[0], "")
-    _, rate = read_item(first)
+    _, rate = (samples[0].sample if samples else judgments[0].samples[0]).read_with_rate()
     require_rate({"reward": settings.reward, "truth": settings.truth, "others": settings.others}, rate)
     return ItemReader(settings.size, settings.device, rate)
 
@@ -149,8 +149,8 @@ def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
     """Record what the output is of, for which the scores in it hold. Raises ValueError for an output of another."""
     whole = json.dumps([plain, version], sort_keys=True)
     identity = {"settings": plain, "version": version, "hash": hashlib.sha256(whole.encode()).hexdigest()[:12]}
-    path = output / "settings.json"
-    if not path.is_file():
+    path, scores = output / "settings.json", output / _SCORES
+    if not path.is_file() or not (scores.is_file() and scores.stat().st_size):
         write_json(path, identity)
     elif json.loads(path.read_text("utf-8"))["hash"] != identity["hash"]:
         raise ValueError(

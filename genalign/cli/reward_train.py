@@ -26,7 +26,7 @@ from genalign.reward_learning.losses import BradleyTerryLoss, PairLoss, Preferen
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
 from genalign.reward_learning.preference_formats import read_preferences
 from genalign.reward_learning.preferences import Judgment
-from genalign.reward_learning.regularizers import Disentangle, Regularizer, correlation
+from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
 from genalign.reward_learning.training import (
     RewardData,
@@ -37,6 +37,7 @@ from genalign.reward_learning.training import (
     ensemble_votes,
     laplace_posteriors,
     nothing_held_out,
+    require_laplace,
     truncate_metrics,
 )
 from genalign.reward_learning.uncertainty import LastLayerLaplace
@@ -59,7 +60,7 @@ class RewardTrain:
         preferences: Folder or file of judgments, in our own format or a published one.
         held_out: Folder or file of judgments that are measured on and not trained on; null holds out a fraction
             of the prompts.
-        held_out_fraction: Fraction of the prompts that are held out without held_out; 0 holds out none.
+        held_out_fraction: Fraction of the prompts that are held out without held_out, one at least; 0 holds out none.
         dimensions: Dimensions to learn; by default all.
         exclude_annotators: Annotators whose judgments are left out.
         encoder: What is read of samples and prompts, as in rewards.learned_encoders.ClipTokens.
@@ -69,7 +70,8 @@ class RewardTrain:
         label_noise: Correction of the loss for flipped labels, as in genalign.reward_learning.label_noise.FlipRobust;
             null takes labels as they are.
         votes: Vote of an ensemble on the training pairs, after which the worst are changed; null leaves them.
-        regularizers: Terms beside the loss, as in genalign.reward_learning.regularizers.GradientPenalty.
+        regularizers: Terms beside the loss, as in genalign.reward_learning.regularizers.GradientPenalty; null takes
+            Centering for an ensemble that learns from pairs, and none otherwise.
         disentangle: Nuisances whose share of the preference is kept out of the reward; null keeps none out.
         uncertainty: Laplace approximation of the last layer, for a single member; null takes none.
         fit: Epochs, batches, members and optimizer.
@@ -88,7 +90,7 @@ class RewardTrain:
     loss: PreferenceLoss | None = None
     label_noise: NoiseCorrection | None = None
     votes: EnsembleVote | None = None
-    regularizers: list[Regularizer] = field(default_factory=list)
+    regularizers: list[Regularizer] | None = None
     disentangle: Disentangle | None = None
     uncertainty: LastLayerLaplace | None = None
     fit: RewardFit = field(default_factory=RewardFit)
@@ -107,9 +109,10 @@ class RewardTrain:
     @property
     def objective(self) -> RewardObjective:
         """What is minimized."""
-        return RewardObjective(
-            self.loss or BradleyTerryLoss(), self.label_noise, tuple(self.regularizers), self.disentangle
-        )
+        loss = self.loss or BradleyTerryLoss()
+        default = [Centering()] if self.fit.members > 1 and isinstance(loss, PairLoss) else []
+        terms = default if self.regularizers is None else self.regularizers
+        return RewardObjective(loss, self.label_noise, tuple(terms), self.disentangle)
 
 
 def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -119,10 +122,14 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
     require_same_configuration(folder, plain)
     training, held_out, counts = read_examples(settings, objective.loss)
     objective.require_fit(training)
+    if settings.votes is not None:
+        settings.votes.require_pairs(objective.loss)
+    if settings.uncertainty is not None:
+        require_laplace(settings.uncertainty, objective, held_out, settings.fit.members)
     names = tuple(training.dimensions)
     shape, outputs = settings.head or LinearHead(), len(names) + len(objective.nuisances)
     network = build_network(settings.encoder, shape, outputs, settings.fit.members, settings.fit.seed, settings.device)
-    description = RewardDescription.of(network, shape, names, objective.nuisances)
+    description = RewardDescription.of(network, shape, names, objective.nuisances, objective.centered)
     items = [*training.items, *held_out.items]
     data = RewardData(training, held_out, _tokens(settings, network.encoder, items, folder, progress))
     write_json(folder / "config.json", plain)
@@ -203,21 +210,33 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
         raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {settings.preferences}")
     learned, counts = _usable(judgments, "training", settings, loss)
     if not learned:
-        kinds = ", ".join(sorted({judgment.kind for judgment in judgments})) or "none"
-        raise ValueError(
-            f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left,"
-            f" and the training judgments are of the kind {kinds}: take another loss"
-        )
+        raise ValueError(_why_nothing_is_left(judgments, settings, loss))
     training = examples(learned, settings.dimensions)
     measured, held_out_counts = _usable(held_out, "held-out", settings, loss)
     held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
     seen = {item.digest for item in training.items} & {item.digest for item in held.items}
     if seen and settings.held_out is not None:
         raise ValueError(
-            f"{len(seen)} samples of {settings.held_out} are training samples as well, by their digests: give others"
+            f"{len(seen)} samples of {settings.held_out} are training samples as well, by the hash of their files: give"
+            " others"
         )
+    if seen:
+        print(f"{len(seen)} held-out samples are training samples as well, of another prompt")
     counted = {"training": (counts, training), "held_out": (held_out_counts, held)}
     return training, held, {name: asdict(own) | {"samples": len(part.items)} for name, (own, part) in counted.items()}
+
+
+def _why_nothing_is_left(judgments: Sequence[Judgment], settings: RewardTrain, loss: PreferenceLoss) -> str:
+    scored, kinds = {name for judgment in judgments for name in judgment.scores}, {one.kind for one in judgments}
+    if not scored:
+        return f"the judgments of {settings.preferences} have no scores: make them with genalign reward label"
+    if settings.dimensions and not scored & set(settings.dimensions):
+        return f"no judgment has the dimension {settings.dimensions[0]!r}: there are {', '.join(sorted(scored))}"
+    return (
+        f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left, and"
+        f" the training judgments are of the kind {', '.join(sorted(kinds)) or 'none'}: take another loss, or exclude"
+        " fewer annotators"
+    )
 
 
 def _usable(
@@ -225,7 +244,7 @@ def _usable(
 ) -> tuple[list[Judgment], JudgmentCounts]:
     """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts.
 
-    Raises ValueError for ratings beside labels, and for an annotator who always chose the same side.
+    Raises ValueError for ratings beside labels, and for an annotator who nearly always chose the same side.
     """
     kinds = {judgment.kind for judgment in judgments}
     if {"rating", "label"} <= kinds:
@@ -242,7 +261,7 @@ def _usable(
         else:
             chosen.append(judgment)
     if one_sided := [choices for choices in side_choices(chosen) if choices.one_sided]:
-        raise ValueError(f"{one_sided[0]}; exclude_annotators leaves them out")
+        raise ValueError(str(one_sided[0]))
     counts = JudgmentCounts(
         len(judgments),
         {why: count for why, count in skipped.items() if count},
@@ -281,20 +300,20 @@ def _voted(
     if file.is_file():
         tensors, meta = load_state(file)
         if meta["data"] != data.digest():
-            raise ValueError(f"{file} is of other judgments: train them into another output folder")
-        cast = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
+            raise ValueError(f"{file} is of other judgments: train into another output folder")
+        counted = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
     else:
-        cast = ensemble_votes(build, data, settings.objective, settings.fit, votes)
-        tensors = {"mean": cast.mean, "deviation": cast.deviation, "voters": cast.voters}
+        counted = ensemble_votes(build, data, settings.objective, settings.fit, votes)
+        tensors = {"mean": counted.mean, "deviation": counted.deviation, "voters": counted.voters}
         save_state(file, tensors, {"data": data.digest()})
-    pairs, changed = apply_votes(training.pairs, cast, votes)
-    lines = changed_lines(training.pairs, cast, changed, training.items, training.dimensions)
+    pairs, changed = apply_votes(training.pairs, counted, votes)
+    lines = changed_lines(training.pairs, counted, changed, training.items, training.dimensions)
     samples = {item.digest: item.sample for item in training.items}
     for line in sorted(lines, key=lambda line: float(line["mean"]))[:_SAVED_PAIRS]:
         paths = [samples[digest].copy_to(folder / "changed_pairs", digest[:16]) for digest in line["digests"]]
         line["files"] = [path.relative_to(folder).as_posix() for path in paths]
     write_text(folder / "changed_pairs.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    counts = {"labels": int((~cast.mean.isnan()).sum()), "changed": len(lines)}
+    counts = {"labels": int((~counted.mean.isnan()).sum()), "changed": len(lines)}
     print(f"votes: {votes.change} {counts['changed']} of {counts['labels']} labels: changed_pairs.jsonl")
     return replace(data, training=replace(training, pairs=pairs)), counts
 
@@ -324,7 +343,7 @@ def _card(
         "```python",
         "from rewards.learned import LearnedReward",
         "",
-        f'reward = LearnedReward("{settings.output}")  # of {", ".join(description.dimensions)}',
+        f'reward = LearnedReward("{settings.output}")',
         "```",
         "",
         "## Training",

@@ -108,7 +108,7 @@ class SampleSpec:
 class SampleRecord:
     """One sample with its scores. ``image`` is its file relative to the evaluation's folder; a failed score is NaN.
 
-    ``details`` are those of a ``Judgment``, by the name of the scorer that gave it.
+    ``details`` are those of ``ExplainedScores``, by the name of the scorer that gave it.
     """
 
     prompt: str

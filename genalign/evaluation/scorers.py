@@ -13,7 +13,7 @@ from genalign.types import Prompt
 
 
 @dataclass(frozen=True)
-class Judgment:
+class ExplainedScores:
     """Scores (B,) of a batch, and for each sample what its score rests on, as JSON types, such as a judge's answers."""
 
     scores: Tensor
@@ -26,7 +26,7 @@ RECOGNIZED = "recognized"
 Comparisons tell samples whose content was put right by it from samples whose noise was removed (``paired``).
 """
 
-Scorer = Callable[[Tensor, Sequence[Prompt]], Tensor | Judgment]
+Scorer = Callable[[Tensor, Sequence[Prompt]], Tensor | ExplainedScores]
 """A reward function, or one that also explains its scores."""
 
 
@@ -110,7 +110,7 @@ class RewardScorer:
             except Exception as error:
                 self._failures[name] = described(error)
                 raise
-            if isinstance(result, Judgment):
+            if isinstance(result, ExplainedScores):
                 self._details.setdefault(name, []).extend(result.details)
                 return result.scores
             return result

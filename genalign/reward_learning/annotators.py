@@ -50,7 +50,8 @@ class SideChoices:
         side, count = ("left", self.first.mean) if self.first.mean >= 0.5 else ("right", 1 - self.first.mean)
         return (
             f"annotator {self.annotator!r} chose the {side} sample in {round(count * self.first.n)} of {self.first.n}"
-            f" decided pairs (p = {self.p_value:.1g}): leave these judgments out, or shuffle the sides and ask again"
+            f" decided pairs (p = {self.p_value:.1g}): leave these judgments out of training with"
+            " exclude_annotators, or shuffle the sides and ask again"
         )
 
 
@@ -103,7 +104,7 @@ def agreement(judgments: Sequence[Judgment], dimension: str = OVERALL) -> list[A
     for judgment in judgments:
         if judgment.annotator is not None and dimension in judgment.scores:
             kind: Kind = "pair" if judgment.kind == "ranking" else judgment.kind
-            for unit, value in _units(judgment, dimension):
+            for unit, value in judged_units(judgment, dimension):
                 tables.setdefault(kind, {}).setdefault(unit, {})[judgment.annotator] = value
     results = []
     for kind, table in tables.items():
@@ -174,8 +175,11 @@ class _Disagreements:
             return np.where(expected > 0, 1 - observed * (totals - 1) / expected, np.nan)
 
 
-def _units(judgment: Judgment, dimension: str) -> list[tuple[tuple[object, ...], float]]:
-    """List what annotators are compared by, pairs of samples in a fixed order or single samples, with the value."""
+def judged_units(judgment: Judgment, dimension: str) -> list[tuple[tuple[object, ...], float]]:
+    """List by what annotators are compared: pairs of samples, with the sign of who wins, or samples, with their grade.
+
+    A unit has the prompt's text first; the two of a pair are in an order that does not depend on the judgment.
+    """
     names = [str(one.content) if isinstance(one.content, Path) else one.digest() for one in judgment.samples]
     rows = list(zip(names, judgment.scores[dimension], strict=True))
     if judgment.kind in ("rating", "label"):

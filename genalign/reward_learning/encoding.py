@@ -17,7 +17,6 @@ from torch import Tensor
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.network import RewardEncoder
 from genalign.runtime.files import write_json
-from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
 from genalign.runtime.text_files import read_json
 from genalign.types import AnyCallable, Prompt
 
@@ -47,25 +46,20 @@ def read_samples(items: Sequence[Item], encoder: RewardEncoder) -> Tensor:
 
 
 def _read(item: Item, encoder: RewardEncoder) -> Tensor:
-    content, name, rate = item.sample.content, type(encoder).__name__, encoder.sample_rate
-    if not (isinstance(content, Path) and content.suffix.lower() in AUDIO_SUFFIXES):
-        if rate is not None:
-            raise ValueError(
-                f"{name} is an encoder of sound, and a sample of {item.prompt.text!r} is an image: take an encoder of"
-                " images, such as ClipTokens"
-            )
-        return item.sample.read()
+    sample, rate = item.sample.read_with_rate()
+    if rate == encoder.sample_rate:
+        return sample
+    name, what = type(encoder).__name__, f"a sample of {item.prompt.text!r}"
     if rate is None:
         raise ValueError(
-            f"{name} is an encoder of images, and {content} is sound: take an encoder of sound, such as ClapTokens"
+            f"{name} is an encoder of sound, and {what} is an image: take an encoder of images, such as ClipTokens"
         )
-    clip = read_waveform(content)
-    if clip.sample_rate != rate:
-        raise ValueError(
-            f"{content} is at {clip.sample_rate} Hz, and the encoder takes {rate}: set its sample_rate, or resample the"
-            " clips"
-        )
-    return clip.waveform
+    if encoder.sample_rate is None:
+        raise ValueError(f"{name} is an encoder of images, and {what} is sound: take one of sound, such as ClapTokens")
+    raise ValueError(
+        f"{what} is at {rate} Hz, and the encoder takes {encoder.sample_rate}: set its sample_rate, or resample the"
+        " clips"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ class TokenFolder:
     """Tokens of items in a folder: tokens.npy (N, n, d), nuisances.npy (N, J), and items.json, which says what is done.
 
     A killed run continues after the last complete batch. Items are known by the digest of their file and their prompt,
-    so that a folder of other items, or of another encoder, is written anew.
+    so that a folder of other items, of other nuisances, or of an encoder with other weights is written anew.
     """
 
     folder: Path
@@ -155,9 +149,16 @@ class TokenFolder:
             ValueError: A sample cannot be read or encoded, or the samples have different numbers of tokens.
         """
         measures = dict(nuisances or {})
-        identity = {"encoder": type(encoder).__qualname__, "arguments": encoder.arguments, "nuisances": list(measures)}
+        read_by = {"encoder": type(encoder).__qualname__, "arguments": encoder.arguments}
+        identity = {
+            **read_by,
+            "weights": encoder.fingerprint(),
+            "nuisances": {n: _name(f) for n, f in measures.items()},
+        }
         listed = {**identity, "batch_size": batch_size, "items": [_key(item) for item in items]}
         done = self._done(listed)
+        if not done:
+            (self.folder / "items.json").unlink(missing_ok=True)  # before the files that it is about are overwritten
         advance(done)
         tokens = None if done == 0 else np.load(self.folder / "tokens.npy", mmap_mode="r+")
         values = None if done == 0 else np.load(self.folder / "nuisances.npy", mmap_mode="r+")
@@ -205,6 +206,12 @@ class TokenFolder:
         before = read_json(self.folder / "items.json")
         done = before.pop("done", 0) if isinstance(before, dict) else 0
         return int(done) if before == json.loads(json.dumps(listed)) else 0
+
+
+def _name(function: AnyCallable) -> str:
+    """Return the import path of a function, or how an object with settings prints."""
+    path = getattr(function, "__qualname__", None)
+    return f"{function.__module__}.{path}" if path else repr(function)
 
 
 def _key(item: Item) -> str:

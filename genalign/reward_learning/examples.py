@@ -24,6 +24,12 @@ class Item:
     digest: str
 
 
+def prompt_numbers(items: Sequence[Item]) -> Tensor:
+    """Number the prompts (n,) of items in order of first appearance; prompts are the same if their texts are."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(item.prompt.text, len(numbers)) for item in items], dtype=torch.long)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """N pairs of items, judged in K dimensions.
@@ -174,10 +180,12 @@ def _matrix(rows: Iterable[Sequence[float]], width: int) -> Tensor:
 def split_by_prompt(judgments: Sequence[Judgment], fraction: float, seed: int) -> tuple[list[Judgment], list[Judgment]]:
     """Hold out the judgments of a ``fraction`` of the prompts, drawn by ``seed``: (the rest, these).
 
-    All judgments of a prompt are on one side, so that no sample is on both.
+    All judgments of a prompt are on one side. Where there are two prompts or more, at least one is on each, unless the
+    fraction is 0.
     """
     texts = list(dict.fromkeys(judgment.prompt.text for judgment in judgments))
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(derived_seed(seed, "held-out prompts")))
-    held_out = {texts[place] for place in order[: round(fraction * len(texts))].tolist()}
+    count = min(max(1, round(fraction * len(texts))), len(texts) - 1) if fraction else 0
+    held_out = {texts[place] for place in order[:count].tolist()}
     rest = [judgment for judgment in judgments if judgment.prompt.text not in held_out]
     return rest, [judgment for judgment in judgments if judgment.prompt.text in held_out]

@@ -40,7 +40,7 @@ class MLPHead:
 
 @dataclass(frozen=True)
 class AttentionHead:
-    """Attention pooling: learned queries weigh the tokens, patches or frames, and a linear layer reads what they find.
+    """Attention pooling: learned queries weigh the tokens, patches or frames; a linear layer reads the means.
 
     Args:
         queries: Number of queries.

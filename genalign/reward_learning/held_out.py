@@ -1,4 +1,4 @@
-"""What a learned reward says of held-out judgments: accuracy with intervals, and the error of its probabilities."""
+"""What a learned reward says of held-out judgments in training: the accuracy on pairs and on grades, over prompts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from genalign.metrics.intervals import Estimate, mean_over_tasks
-from genalign.reward_learning.examples import Item
-from genalign.reward_learning.pair_measures import CalibrationBin
+from genalign.metrics.intervals import Estimate, clustered_share
+from genalign.reward_learning.measures import prompt_means
+from genalign.reward_learning.pair_measures import CalibrationBin, pair_accuracy
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,6 @@ class HeldOutMetrics:
         return whole | {name: part for name, part in parts.items() if part}
 
 
-def prompt_numbers(items: Sequence[Item]) -> Tensor:
-    """Return the number (N,) of each item's prompt, in order of first appearance."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(item.prompt.text, len(numbers)) for item in items], dtype=torch.long)
-
-
 def accuracy_of_pairs(lead: Tensor, preferred: Tensor, prompt: Tensor) -> Estimate | None:
     """Estimate the share of decided pairs that scores order as they were judged, over prompts; None without any.
 
@@ -71,9 +64,10 @@ def accuracy_of_pairs(lead: Tensor, preferred: Tensor, prompt: Tensor) -> Estima
         preferred: The preference (N,) for the first item; ties and NaN are left out.
         prompt: The number (N,) of the prompt.
     """
-    wanted = (preferred - 0.5).sign()
-    decided = (~preferred.isnan()) & (wanted != 0)
-    return _over_prompts(((lead.sign() * wanted) + 1)[decided] / 2, prompt[decided])
+    decided = ~preferred.isnan() & (preferred != 0.5)
+    if not bool(decided.any()):
+        return None
+    return pair_accuracy(lead[decided], preferred[decided], prompt[decided]).accuracy
 
 
 def accuracy_of_grades(scores: Tensor, values: Tensor, prompt: Tensor, within_prompts: bool) -> Estimate | None:
@@ -92,57 +86,7 @@ def accuracy_of_grades(scores: Tensor, values: Tensor, prompt: Tensor, within_pr
         compared &= same
     right = ((scores[:, None] - scores[None]).sign() * (values[:, None] - values[None]).sign() + 1) / 2
     any_pair = compared.any(1)
+    if not bool(any_pair.any()):
+        return None
     shares = (right.nan_to_num() * compared).sum(1)[any_pair] / compared.sum(1)[any_pair]
-    return _over_prompts(shares, prompt[any_pair])
-
-
-def _over_prompts(values: Tensor, prompt: Tensor) -> Estimate | None:
-    if not len(values):
-        return None
-    _, place, counts = torch.unique(prompt, return_inverse=True, return_counts=True)
-    means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, values.double()) / counts
-    return mean_over_tasks({"all": means.clamp(0, 1).tolist()}, "share")
-
-
-def expected_calibration_error(lead: Tensor, preferred: Tensor, bins: int = 10) -> float | None:
-    """Average |confidence - accuracy| of sigmoid(lead), in bins of about equal numbers of decided pairs; None without.
-
-    Args:
-        lead: Leads (N,) in nats.
-        preferred: Preferences (N,) for the first item; ties and NaN are left out.
-        bins: Number of bins.
-    """
-    confidence, right, parts = _by_confidence(lead, preferred, bins)
-    if not parts:
-        return None
-    gaps = [(confidence[part] - right[part]).mean().abs() * len(part) for part in parts]
-    return float(torch.stack(gaps).sum() / len(right))
-
-
-def calibration_bins(lead: Tensor, preferred: Tensor, prompt: Tensor, bins: int = 10) -> tuple[CalibrationBin, ...]:
-    """Return the bins of ``expected_calibration_error``, with the accuracy and its interval over prompts.
-
-    Args:
-        lead: Leads (N,) in nats.
-        preferred: Preferences (N,) for the first item; ties and NaN are left out.
-        prompt: The number (N,) of the prompt.
-        bins: Number of bins.
-    """
-    confidence, right, parts = _by_confidence(lead, preferred, bins)
-    prompts = prompt[_decided(preferred)]
-    accuracies = ((part, _over_prompts(right[part], prompts[part])) for part in parts)
-    return tuple(
-        CalibrationBin(float(confidence[part].mean()), accuracy, len(part)) for part, accuracy in accuracies if accuracy
-    )
-
-
-def _decided(preferred: Tensor) -> Tensor:
-    return (~preferred.isnan()) & (preferred != 0.5)
-
-
-def _by_confidence(lead: Tensor, preferred: Tensor, bins: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return confidence (n,), whether right (n,), and the bins as numbers, of the n decided pairs."""
-    decided = _decided(preferred)
-    right = ((preferred[decided] > 0.5) == (lead[decided] > 0)).double()
-    confidence = lead[decided].double().abs().sigmoid()
-    return confidence, right, [part for part in confidence.argsort().tensor_split(bins) if len(part)]
+    return clustered_share(prompt_means(shares, prompt[any_pair]))

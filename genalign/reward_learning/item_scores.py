@@ -16,9 +16,9 @@ from torch import Tensor
 from genalign.diffusion.noise import derived_seed
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.perturbations import NUISANCES, Perturbation
-from genalign.runtime.media import AUDIO_SUFFIXES, medium_of, read_waveform
+from genalign.runtime.media import medium_of
 from genalign.runtime.progress import Progress
-from genalign.scoring.score import NamedReward, RewardError, score
+from genalign.scoring.score import NamedReward, RewardError, described, score
 from genalign.types import PairwiseReward, Prompt
 
 Key = tuple[str, ...]
@@ -67,7 +67,7 @@ class ItemReader:
 
     def __call__(self, item: Item) -> Tensor:
         """Read a sample (3, H, W) or (C, L). Raises ValueError for a clip at another rate, or among images."""
-        sample, rate = read_item(item)
+        sample, rate = item.sample.read_with_rate()
         if rate != self.sample_rate:
             raise ValueError(
                 f"{item.sample.content!s:.200} is at {rate or 'no'} Hz, but the first sample at"
@@ -77,15 +77,6 @@ class ItemReader:
             side = (self.size, self.size)
             sample = F.interpolate(sample[None], size=side, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return sample.to(self.device)
-
-
-def read_item(item: Item) -> tuple[Tensor, int | None]:
-    """Read the sample (3, H, W) or (C, L) of an item, and its sample rate in Hz; None for an image."""
-    content = item.sample.content
-    if isinstance(content, Path) and content.suffix.lower() in AUDIO_SUFFIXES:
-        clip = read_waveform(content)
-        return clip.waveform, clip.sample_rate
-    return item.sample.read(), None
 
 
 @dataclass
@@ -191,12 +182,31 @@ class ItemScorer:
         return torch.tensor([self.file.values[key] for key in keys], dtype=torch.float64)
 
     def _score(self, reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> list[float]:
-        values = score([reward], samples, prompts)[:, 0]
+        values = None if reward.name in self.started else _first_scores(reward, samples, prompts)
+        values = score([reward], samples, prompts)[:, 0] if values is None else values
         if reward.name not in self.started and bool(values.isnan().all()):
-            raise RewardError(f"{reward.name} scored none of the first {len(values)} samples: see the warnings above")
+            raise RewardError(f"{reward.name} scored none of the first {len(values)} samples: all are NaN")
         self.started.add(reward.name)
         listed: list[float] = values.tolist()
         return listed
+
+
+@torch.no_grad()
+def _first_scores(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor | None:
+    """Score a first batch (B,), NaN where a score is not finite; None where the reward raises on some of it.
+
+    Raises RewardError where it also raises on the first and on the last sample alone.
+    """
+    for place in (slice(None), slice(0, 1), slice(len(samples) - 1, None)):
+        try:
+            scores = reward(samples[place], prompts[place]).float().cpu()
+        except RewardError:
+            raise
+        except Exception as error:
+            failure = described(error)
+        else:
+            return scores.masked_fill(~scores.isfinite(), torch.nan) if place == slice(None) else None
+    raise RewardError(f"{reward.name} failed on a first batch: {failure}")
 
 
 def _of_one_shape(

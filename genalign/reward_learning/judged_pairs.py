@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.reward_learning.examples import Examples, Item
+from genalign.reward_learning.examples import Examples, prompt_numbers
 from genalign.reward_learning.pair_measures import Votes
 from genalign.runtime.text_files import read_json
 
@@ -42,12 +42,6 @@ class EvaluatedPairs:
         return len(self.rows)
 
 
-def item_prompts(items: Sequence[Item]) -> Tensor:
-    """Number the prompts (n,) of items in order of first appearance; prompts are the same if their texts are."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(item.prompt.text, len(numbers)) for item in items], dtype=torch.long)
-
-
 def item_grades(examples: Examples, dimension: str) -> Tensor:
     """Average the grades (n,) of each item in a dimension, float64; NaN for an item without."""
     values = examples.grades.values[:, examples.dimensions.index(dimension)].double()
@@ -72,7 +66,7 @@ def judged_pairs(examples: Examples, dimension: str) -> EvaluatedPairs:
     """Return the distinct pairs that were judged in a dimension; else, all pairs of a prompt's graded items."""
     judgments = _pair_judgments(examples, dimension)
     if not judgments:
-        return pairs_of_values(item_grades(examples, dimension), item_prompts(examples.items))
+        return pairs_of_values(item_grades(examples, dimension), prompt_numbers(examples.items))
     by_pair = defaultdict[_Pair, list[tuple[float, float]]](list)
     for pair, preferred, gap, _ in judgments:
         by_pair[pair].append((preferred, gap))

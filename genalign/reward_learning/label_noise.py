@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.examples import Item, Pairs
-from genalign.reward_learning.losses import PairLoss
+from genalign.reward_learning.losses import PairLoss, PreferenceLoss
 
 Change = Literal["drop", "flip", "soften"]
 
 
 class NoiseCorrection(Protocol):
-    """A loss of pairs whose labels may be flipped, made of a loss of pairs whose labels are right."""
+    """Turns a loss of pairs whose labels are right into one of pairs whose labels may be flipped."""
 
     def per_pair(self, loss: PairLoss, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
         """Compute the loss (N, K) of each pair; the arguments are those of ``PairLoss.per_pair``."""
@@ -94,6 +94,11 @@ class EnsembleVote:
                 "an ensemble's vote needs 2 or more members, a share in [0, 1], and a change of"
                 f" {', '.join(get_args(Change))}, not {self}"
             )
+
+    def require_pairs(self, loss: PreferenceLoss) -> None:
+        """Raise ValueError for a loss of grades."""
+        if not isinstance(loss, PairLoss):
+            raise ValueError(f"an ensemble votes on pairs, and {type(loss).__name__} learns from grades")
 
 
 @dataclass(frozen=True)

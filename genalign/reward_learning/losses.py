@@ -137,7 +137,7 @@ class CumulativeLogit(GradeLoss):
     """Ordinal regression: P(grade <= k) = sigmoid(c_k - score), with learned thresholds c_1 < c_2 < ... by dimension.
 
     This is McCullagh's proportional-odds model (1980). The grades are the distinct ratings of the training data, whose
-    distances do not matter.
+    distances do not matter; another rating, of held-out data, has no probability and is left out.
     """
 
     kinds = ("rating",)
@@ -173,8 +173,9 @@ class _Ordinal(GradeObjective):
 
     def forward(self, scores: Tensor, values: Tensor, prompt: Tensor) -> Tensor:
         """Compute -log P(grade), by sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b))."""
-        judged, thresholds = ~values.isnan(), self.thresholds()
-        place = torch.searchsorted(self.grades, values.nan_to_num(float(self.grades[0])))[..., None]
+        thresholds = self.thresholds()
+        place = torch.searchsorted(self.grades, values.contiguous())[..., None].clamp(max=len(self.grades) - 1)
+        judged = self.grades[place[..., 0]] == values  # neither NaN nor a rating that training data do not have
         leads = thresholds - scores[..., None]  # (N, K, grades - 1)
         below = F.pad(F.logsigmoid(leads), (0, 1))
         above = F.pad(F.logsigmoid(-leads), (1, 0))

@@ -6,6 +6,8 @@ nuisances whose share of the preference is kept apart (ODIN).
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
@@ -49,6 +51,16 @@ class RewardEncoder(nn.Module, ABC):
         """The sample rate of the sound that it takes, in Hz; None for images."""
         return None
 
+    def fingerprint(self) -> str:
+        """Hash the frozen weights, of each up to about 1,000 numbers: equal for one checkpoint on every device."""
+        digest = hashlib.sha256()
+        for name, weight in itertools.chain(self.named_parameters(), self.named_buffers()):
+            if not weight.requires_grad:
+                flat = weight.detach().flatten()
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                digest.update(flat[:: len(flat) // 1000 + 1].cpu().double().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
 
 class Head(nn.Module, ABC):
     """A head from tokens (B, n, d) to outputs (B, K): features (B, w), and a linear layer on them."""
@@ -76,8 +88,9 @@ class RewardNetwork(nn.Module):
     """An encoder with the heads (M) of an ensemble: the network of a reward, as in ``NetworkReward``.
 
     ``forward`` gives one of the outputs, pooled over the members. Heads read tokens that are standardized by
-    ``token_mean`` and ``token_scale`` (d). A member's output is counted from its ``level`` (M, K): preferences alone
-    leave the origin of its scores open, so that members would be compared by chance.
+    ``token_mean`` and ``token_scale`` (d). A member's output is counted from its ``level`` (M, K), its mean over the
+    training items: preferences leave the origin of its scores open. They leave it open for each prompt, so that pools
+    that compare members ("min", "mean_minus_std") also need ``Centering`` in training.
 
     Args:
         encoder: What the heads read.

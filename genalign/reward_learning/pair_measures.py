@@ -158,21 +158,15 @@ def calibration(
     Raises:
         UnmeasurableError: No pair has a difference and a preference.
     """
-    complete = ~(difference.isnan() | preferred.isnan())
-    if not bool(complete.any()):
-        raise UnmeasurableError("no pair could be scored")
-    gaps, wanted = difference[complete].double(), preferred[complete].double()
-    _, prompts, sizes = torch.unique(prompt[complete], return_inverse=True, return_counts=True)
-    weight = 1 / (len(sizes) * sizes.double())[prompts]
+    binned = _BinnedPairs.of(difference, preferred, prompt, scale, bins)
+    gaps, wanted, prompts, weight = binned.gaps, binned.wanted, binned.prompts, binned.weight
+    confidence, hits, place = binned.confidence, binned.hits, binned.place
     losses = F.binary_cross_entropy_with_logits(scale * gaps, wanted, reduction="none")
     squares = (torch.sigmoid(scale * gaps) - wanted).square()
     fitted = _fitted_scale(gaps, wanted, weight, prompts)
     best = scale if math.isinf(fitted.mean) else fitted.mean
     fitted_losses = F.binary_cross_entropy_with_logits(best * gaps, wanted, reduction="none")
     log_loss, brier = (mean_over_tasks({"all": prompt_means(column, prompts)}, "score") for column in (losses, squares))
-    confidence, hits = _confidence(scale * gaps, wanted)
-    edges = torch.quantile(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
-    place = torch.bucketize(confidence, torch.unique(edges))
     rng = np.random.default_rng(seed)
     return PreferenceCalibration(
         log_loss,
@@ -181,21 +175,74 @@ def calibration(
         _chance_error(confidence, weight, place, rng),
         fitted,
         0.0 if math.isinf(fitted.mean) else float((weight * fitted_losses).sum()),
-        tuple(
-            CalibrationBin(
-                float(confidence[place == number].mean()),
-                clustered_share(prompt_means(hits[place == number], prompts[place == number])),
-                int((place == number).sum()),
-            )
-            for number in torch.unique(place).tolist()
-        ),
+        binned.bins(),
     )
 
 
-def _confidence(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn pairs so that the reward prefers the first sample: its probability and preference, both 1/2 for a tie."""
-    hits = torch.where(logits < 0, 1 - wanted, wanted).masked_fill(logits == 0, 0.5)
-    return torch.sigmoid(logits.abs()), hits
+def expected_calibration_error(difference: Tensor, preferred: Tensor, prompt: Tensor, bins: int = 10) -> float:
+    """Compute the calibration error of sigmoid(difference) that ``calibration`` estimates, without its interval.
+
+    Raises UnmeasurableError where no pair has a difference and a preference.
+    """
+    binned = _BinnedPairs.of(difference, preferred, prompt, 1.0, bins)
+    gaps = binned.weight * (binned.confidence - binned.hits)
+    return float(gaps.new_zeros(bins).index_add_(0, binned.place, gaps).abs().sum())
+
+
+def calibration_bins(
+    difference: Tensor, preferred: Tensor, prompt: Tensor, bins: int = 10
+) -> tuple[CalibrationBin, ...]:
+    """Return the bins of ``expected_calibration_error``. Raises UnmeasurableError likewise."""
+    return _BinnedPairs.of(difference, preferred, prompt, 1.0, bins).bins()
+
+
+@dataclass(frozen=True)
+class _BinnedPairs:
+    """The n complete pairs, turned so that the reward prefers the first sample, in bins of like confidence, in float64.
+
+    Attributes:
+        gaps: The differences (n,), not turned.
+        wanted: The preferences (n,), not turned.
+        prompts: The numbers (n,) of the prompts, from 0.
+        weight: The weight (n,) of each pair: that of its prompt over the number of its pairs.
+        confidence: The probability (n,) of the sample that the reward prefers.
+        hits: The preference (n,) for that sample; 1/2 where the reward is tied.
+        place: The number (n,) of the bin.
+    """
+
+    gaps: Tensor
+    wanted: Tensor
+    prompts: Tensor
+    weight: Tensor
+    confidence: Tensor
+    hits: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, difference: Tensor, preferred: Tensor, prompt: Tensor, scale: float, bins: int) -> Self:
+        complete = ~(difference.isnan() | preferred.isnan())
+        if not bool(complete.any()):
+            raise UnmeasurableError("no pair could be scored")
+        gaps, wanted = difference[complete].double(), preferred[complete].double()
+        _, prompts, sizes = torch.unique(prompt[complete], return_inverse=True, return_counts=True)
+        weight = 1 / (len(sizes) * sizes.double())[prompts]
+        logits = scale * gaps
+        confidence = torch.sigmoid(logits.abs())
+        hits = torch.where(logits < 0, 1 - wanted, wanted).masked_fill(logits == 0, 0.5)
+        edges = torch.quantile(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
+        return cls(gaps, wanted, prompts, weight, confidence, hits, torch.bucketize(confidence, torch.unique(edges)))
+
+    def bins(self) -> tuple[CalibrationBin, ...]:
+        """Measure the accuracy in each bin, with its interval over prompts."""
+        parts = (self.place == number for number in torch.unique(self.place).tolist())
+        return tuple(
+            CalibrationBin(
+                float(self.confidence[part].mean()),
+                clustered_share(prompt_means(self.hits[part], self.prompts[part])),
+                int(part.sum()),
+            )
+            for part in parts
+        )
 
 
 def _fitted_scale(gaps: Tensor, wanted: Tensor, weight: Tensor, prompts: Tensor) -> Estimate:

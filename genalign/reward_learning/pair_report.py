@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from genalign.metrics.intervals import Estimate, mean_over_tasks
-from genalign.reward_learning.examples import Examples, Item
-from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, item_prompts, judged_pairs
+from genalign.reward_learning.examples import Examples, Item, prompt_numbers
+from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, judged_pairs
 from genalign.reward_learning.measures import UnmeasurableError, prompt_means
 from genalign.reward_learning.pair_measures import (
     annotator_agreement,
@@ -60,15 +60,15 @@ def measure_judgments(
 ) -> EvaluatedPairs:
     """Measure the predictions of judgments, and return the pairs of the main dimension."""
     main = main_dimension(data, options)
-    prompt, seen = item_prompts(data.items), items_seen(data.items, trained_on)
+    prompt, seen = prompt_numbers(data.items), items_seen(data.items, trained_on)
     pairs = judged_pairs(data, main)
-    difference = predictions.of(pairs.rows)
     report.counts |= {"judgments": len(judgments), "prompts": int(prompt.max()) + 1}
-    measure_pairs(report, data.items, pairs, difference, seen, options)
+    difference = measure_pairs(report, data.items, pairs, predictions.of(pairs.rows), seen, options)
     if len(data.dimensions) > 1:
         for dimension in data.dimensions:
             own = judged_pairs(data, dimension)
-            _add_accuracy(report, "accuracy by dimension", dimension, predictions.of(own.rows), own, prompt)
+            unseen = of_unseen(predictions.of(own.rows), own, seen)
+            _add_accuracy(report, "accuracy by dimension", dimension, unseen, own, prompt)
     _measure_annotators(report, data, main, pairs, difference)
     return pairs
 
@@ -84,6 +84,12 @@ def main_dimension(data: Examples, options: EvaluationOptions) -> str:
 def items_seen(items: Sequence[Item], trained_on: frozenset[str] | None) -> Tensor | None:
     """Say which items (n,) the reward was trained on, by the digests of their files; None where nothing is known."""
     return None if trained_on is None else torch.tensor([item.digest in trained_on for item in items], dtype=torch.bool)
+
+
+def of_unseen(difference: Tensor, pairs: EvaluatedPairs, seen: Tensor | None) -> Tensor:
+    """Return the differences (N,) of pairs, NaN for those with an item that was trained on, unless all of them are."""
+    trained_on = torch.zeros(len(pairs), dtype=torch.bool) if seen is None else seen[pairs.rows].any(1)
+    return difference if bool(trained_on.all()) else difference.masked_fill(trained_on, torch.nan)
 
 
 def _add_accuracy(
@@ -112,14 +118,20 @@ def measure_pairs(
     difference: Tensor,
     seen: Tensor | None,
     options: EvaluationOptions,
-) -> None:
-    """Measure accuracy and calibration on the pairs of one dimension, and record every pair."""
-    prompt = item_prompts(items)
+) -> Tensor:
+    """Measure accuracy and calibration on the pairs of one dimension, and record every pair.
+
+    Pairs with an item that was trained on count nowhere but in the section "training data", unless all pairs have one.
+    Returns the differences (N,) that count, NaN for the others.
+    """
+    prompt, every = prompt_numbers(items), difference
     of_pairs = prompt[pairs.rows[:, 0]]
     missing = int(difference.isnan().sum())
     report.counts |= {"pairs": len(pairs), "pairs without a score": missing}
     if missing:
         report.notes.append(f"{missing} of {len(pairs)} pairs have no score and are left out")
+    _measure_seen(report, pairs, every, seen, prompt)
+    difference = of_unseen(every, pairs, seen)
     with report.attempt("accuracy"):
         result = pair_accuracy(difference, pairs.preferred, of_pairs)
         report.counts |= {"ties": result.ties, "ties of the reward": result.reward_ties}
@@ -136,7 +148,6 @@ def measure_pairs(
             _add_accuracy(report, section, name, difference, pairs, prompt, rows)
     if len(subsets) > 1:
         _add_mean_over_subsets(report, subsets, difference, pairs, of_pairs)
-    _measure_seen(report, pairs, difference, seen, prompt)
     with report.attempt("calibration"):
         result_of = calibration(difference, pairs.preferred, of_pairs, options.scale, options.bins, options.seed)
         report.bins = result_of.bins
@@ -149,7 +160,8 @@ def measure_pairs(
         if result_of.fitted_scale.mean == 0:
             report.notes.append("no scale above 0 fits: the scores say no more than a coin about these preferences")
         report.add("calibration", "temperature that fits", _temperature(result_of.fitted_scale, options.scale))
-    report.pairs = [_record(items, pairs, difference, seen, place) for place in range(len(pairs))]
+    report.pairs = [_record(items, pairs, every, seen, place) for place in range(len(pairs))]
+    return difference
 
 
 def _temperature(scale: Estimate, used: float) -> Estimate:
@@ -195,19 +207,22 @@ def _add_mean_over_subsets(
 def _measure_seen(
     report: RewardEvaluation, pairs: EvaluatedPairs, difference: Tensor, seen: Tensor | None, prompt: Tensor
 ) -> None:
-    """Report pairs with an item that the reward was trained on apart from the others."""
+    """Report the accuracy on pairs with an item that the reward was trained on, and how many there are."""
     if seen is None:
         report.notes.append("it is not known whether the reward was trained on these items: there is no list of them")
         return
     pair_seen = seen[pairs.rows].any(1)
     report.counts |= {"items trained on": int(seen.sum()), "pairs trained on": int(pair_seen.sum())}
+    count = int(pair_seen.sum())
+    apart = {0: "", len(pairs): ": all measures are of training data, collect other pairs"}
     report.notes.append(
-        f"the reward was trained on {int(seen.sum())} of the {len(seen)} items, by the hash of their files, which are"
-        f" in {int(pair_seen.sum())} of the {len(pairs)} pairs"
+        f"the reward was trained on {int(seen.sum())} of the {len(seen)} samples, by the hash of their files, which are"
+        f" in {count} of the {len(pairs)} pairs"
+        + apart.get(count, ": these pairs count in the section training data alone")
     )
-    if bool(pair_seen.any()):
-        for name, rows in (("trained on", pair_seen), ("not trained on", ~pair_seen)):
-            _add_accuracy(report, "training data", name, difference, pairs, prompt, rows.nonzero()[:, 0])
+    if count:
+        rows = pair_seen.nonzero()[:, 0]
+        _add_accuracy(report, "training data", "pairs that were trained on", difference, pairs, prompt, rows)
 
 
 def _record(
@@ -236,7 +251,7 @@ def _measure_annotators(
     report: RewardEvaluation, data: Examples, dimension: str, pairs: EvaluatedPairs, difference: Tensor
 ) -> None:
     """Measure the position bias of the annotators, and their agreement with the reward and with each other."""
-    prompt = item_prompts(data.items)
+    prompt = prompt_numbers(data.items)
     column = data.dimensions.index(dimension)
     shown = data.pairs.preferred[:, column].masked_fill(data.pairs.difference[:, column].isnan(), torch.nan)
     if not bool(shown.isnan().all()):

@@ -19,11 +19,13 @@ samples that say nothing else, and a list of scores for the dimension "overall".
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,15 +68,21 @@ class JudgedSample:
 
     def read(self) -> Tensor:
         """Read the image (3, H, W) in [0, 1] or the waveform (C, L). Raises ValueError for a damaged file."""
+        return self.read_with_rate()[0]
+
+    def read_with_rate(self) -> tuple[Tensor, int | None]:
+        """Read the sample and its sample rate in Hz; None for an image. Raises ValueError for a damaged file."""
+        if isinstance(self.content, Path) and self.content.suffix.lower() in AUDIO_SUFFIXES:
+            clip = read_waveform(self.content)
+            return clip.waveform, clip.sample_rate
         if isinstance(self.content, Path):
-            audio = self.content.suffix.lower() in AUDIO_SUFFIXES
-            return read_waveform(self.content).waveform if audio else read_image(self.content)
+            return read_image(self.content), None
         try:
             with Image.open(io.BytesIO(self.content), formats=("JPEG", "PNG", "WEBP")) as file:
                 pixels = np.array(file.convert("RGB"))
         except (OSError, ValueError) as error:
             raise ValueError(f"the bytes of a sample are no image: {error}") from None
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, None
 
     def digest(self) -> str:
         """Return the SHA-256 of the file's content. Raises FileNotFoundError where the file is missing."""
@@ -211,6 +219,8 @@ def read_judgments(path: Path) -> list[Judgment]:
         ValueError: a line cannot be used, which is named, or there is none.
     """
     file = path / PREFERENCES if path.is_dir() else path
+    if not file.is_file() and (file.parent / COMPARISONS).is_file():
+        raise FileNotFoundError(f"there is no {file}: judge the comparisons with genalign reward label {file.parent}")
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: give a folder with a {PREFERENCES}, or a file of judgments")
     judgments = list[Judgment]()
@@ -239,21 +249,32 @@ def require_files(judgments: Iterable[Judgment], source: Path) -> None:
 
 
 def mend(file: Path) -> None:
-    """Remove the last line of a file of judgments if a killed process left it incomplete, before it is appended to."""
+    """Prepare a file of judgments for more: end its last line, or remove one that a killed process left incomplete.
+
+    Raises ValueError for a file of another encoding than UTF-8.
+    """
     content = file.read_bytes() if file.is_file() else b""
-    whole, end, last = content.rpartition(b"\n")
-    if last:
-        try:
-            json.loads(last)
-        except ValueError:
-            logger.warning("the last line of %s is incomplete, and is removed", file)
-            file.write_bytes(whole + end)
-        else:
-            file.write_bytes(content + b"\n")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(content)  # a character that is cut off at the end is none
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8, so that no judgment can be appended: save it as UTF-8") from None
+    last = content.rpartition(b"\n")[2]
+    if not last:
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        logger.warning("the last line of %s is incomplete, and is removed: %d bytes", file, len(last))
+        os.truncate(file, len(content) - len(last))
+    else:
+        with file.open("ab") as end:
+            end.write(b"\n")
 
 
 def append_judgments(folder: Path, judgments: Sequence[Judgment], name: str = PREFERENCES) -> None:
     """Append judgments of samples in ``folder`` to one of its files."""
     lines = [json.dumps(judgment.as_dict(folder), ensure_ascii=False) + "\n" for judgment in judgments]
+    if not lines:
+        return
     with (folder / name).open("a", encoding="utf-8") as file:
         file.writelines(lines)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genalign.reward_learning.adversarial_losses import gradient_norms
 from genalign.reward_learning.network import Head
 from genalign.types import AnyCallable
 
@@ -43,7 +44,9 @@ class Regularizer(Protocol):
 class Centering:
     """``weight`` times the mean of (r_1 + r_2)^2 over the pairs (Helping or Herding, arXiv 2312.09244).
 
-    Preferences leave the origin of the scores open, so that members of an ensemble are compared by chance without it.
+    Preferences leave the origin of the scores open for each prompt. Without the term the members of an ensemble differ
+    by a constant of the prompt, and the least of their scores is mostly that of one member. It brings these constants
+    together where pairs of a prompt are good and bad alike, not exactly.
 
     Args:
         weight: The weight.
@@ -52,9 +55,8 @@ class Centering:
     weight: float = 0.01
 
     def term(self, batch: ScoredBatch) -> Tensor:
-        """Compute the term. Raises ValueError for grades, which have an origin."""
-        if batch.pairs is None:
-            raise ValueError("Centering is of pairs, and this loss learns from grades: leave it out")
+        """Compute the term; grades, which have an origin, have none."""
+        assert batch.pairs is not None, "needs_pairs"
         return self.weight * batch.outputs[batch.pairs].sum(1).square().mean()
 
 
@@ -84,15 +86,19 @@ class GradientPenalty:
             raise ValueError(f"weight and target must be at least 0, not {self.weight} and {self.target}")
 
     def term(self, batch: ScoredBatch) -> Tensor:
-        """Compute the term. Raises ValueError for ``between`` without pairs."""
+        """Compute the term; ``between`` needs pairs."""
         tokens = batch.tokens.detach()
         if self.between:
-            if batch.pairs is None:
-                raise ValueError("GradientPenalty(between=True) is of pairs, and this loss learns from grades")
+            assert batch.pairs is not None, "needs_pairs"
             first, second = tokens[batch.pairs].unbind(1)
             shares = torch.linspace(0, 1, len(first), device=first.device)[:, None, None]
             tokens = shares * first + (1 - shares) * second
         return self.weight * gradient_penalty(batch.head, tokens, self.target, self.one_sided)
+
+
+def needs_pairs(term: Regularizer) -> bool:
+    """Return whether a term is of the pairs of a batch, which grades have none of."""
+    return isinstance(term, Centering) or (isinstance(term, GradientPenalty) and term.between)
 
 
 def gradient_penalty(head: Head, tokens: Tensor, target: float, one_sided: bool = False) -> Tensor:
@@ -105,13 +111,8 @@ def gradient_penalty(head: Head, tokens: Tensor, target: float, one_sided: bool 
         one_sided: Whether norms below the target count as the target.
     """
     points = tokens.detach().requires_grad_(True)
-    terms = []
-    for output in head(points).unbind(1):
-        (gradient,) = torch.autograd.grad(output.sum(), points, create_graph=True)
-        square = gradient.flatten(1).square().sum(1)
-        excess = (square + 1e-12).sqrt() - target  # smooth where the norm is 0
-        terms.append((excess.clamp(min=0) if one_sided else excess).square() if target else square)
-    return torch.stack(terms).mean()
+    excess = torch.stack([gradient_norms(output, points) for output in head(points).unbind(1)]) - target
+    return (excess.clamp(min=0) if one_sided else excess).square().mean()
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
 from genalign.metrics.intervals import clustered_share, mean_over_tasks
-from genalign.reward_learning.examples import Examples, Item, examples
+from genalign.reward_learning.examples import Examples, Item, examples, prompt_numbers
 from genalign.reward_learning.item_scores import ItemScorer
 from genalign.reward_learning.judged_pairs import (
     EvaluatedPairs,
     item_grades,
-    item_prompts,
     judged_pairs,
     pairs_of_values,
     win_shares,
@@ -88,7 +87,7 @@ def evaluate_reward(
         pairs = measure_judgments(report, data, PairPredictions(scores, {}), judgments, trained_on, options)
         _measure_robustness(report, scorer, reward, data.items, scores, pairs, options)
     elif worth is not None:
-        pairs = pairs_of_values(worth, item_prompts(groups))
+        pairs = pairs_of_values(worth, prompt_numbers(groups))
         predictions, seen = PairPredictions(group_scores, {}), items_seen(groups, trained_on)
         measure_pairs(report, groups, pairs, predictions.of(pairs.rows), seen, options)
         _measure_robustness(report, scorer, reward, groups, group_scores, pairs, options)
@@ -99,7 +98,7 @@ def evaluate_reward(
     rewards |= {other.name: scorer.scores(other, groups) for other in others}
     for (first, left), (second, right) in itertools.combinations(rewards.items(), 2):
         with report.attempt(f"the STARC distance of {first} and {second}"):
-            distance = starc_distance(left, right, item_prompts(groups))
+            distance = starc_distance(left, right, prompt_numbers(groups))
             report.add("STARC distance", f"{first} and {second}", distance)
     return report
 
@@ -137,7 +136,7 @@ def evaluate_judge(
     preferred, consistency = both_orders(first, second)
     logits = torch.logit(preferred.double(), eps=_CERTAIN).tolist()
     known = {(a, b): logit for (a, b), logit in zip(rows.tolist(), logits, strict=True)}
-    prompt = item_prompts(data.items)[rows[:, 0]]
+    prompt = prompt_numbers(data.items)[rows[:, 0]]
     counted = f"{consistency.pairs} pairs"
     with report.attempt("position bias"):
         shown_first = torch.stack([first, second]).mean(0)
@@ -169,7 +168,7 @@ def _truth(
     if not bool(grades.isnan().all()):
         return grades, "ratings"
     pairs = judged_pairs(data, main)
-    shares = win_shares(pairs, item_prompts(items)) if len(pairs) else grades
+    shares = win_shares(pairs, prompt_numbers(items)) if len(pairs) else grades
     return (None, "") if bool(shares.isnan().all()) else (shares, "rankings")
 
 
@@ -182,7 +181,7 @@ def _measure_groups(
     options: EvaluationOptions,
 ) -> None:
     """Measure the best of n and the order within prompts against the truth."""
-    prompt = item_prompts(items)
+    prompt = prompt_numbers(items)
     if truth is None:
         report.notes.append("best of n and ranks need a truth: ratings, rankings, or a reward as the truth")
         return
@@ -208,7 +207,7 @@ def _measure_nuisances(
     report: RewardEvaluation, scorer: ItemScorer, items: Sequence[Item], scores: Tensor, truth: Tensor | None
 ) -> None:
     """Correlate scores and truth with statistics of the samples within prompts."""
-    statistics, prompt = scorer.statistics(items), item_prompts(items)
+    statistics, prompt = scorer.statistics(items), prompt_numbers(items)
     for section, values in (("nuisances", scores), ("nuisances of the truth", truth)):
         if values is None:
             continue
@@ -238,7 +237,7 @@ def _measure_robustness(
     generator = torch.Generator().manual_seed(derived_seed(options.seed, "perturbed pairs"))
     drawn = decided[torch.randperm(len(decided), generator=generator)[: options.robustness]]
     rows, places = torch.unique(pairs.rows[drawn], return_inverse=True)
-    chosen, clean, prompt = [items[row] for row in rows.tolist()], scores[rows], item_prompts(items)
+    chosen, clean, prompt = [items[row] for row in rows.tolist()], scores[rows], prompt_numbers(items)
     deviation = float(clean.std(correction=0))
     medium = medium_of(scorer.reader(chosen[0])[None]).name
     for name, perturbation in PERTURBATIONS.get(medium, {}).items():

@@ -31,26 +31,35 @@ class RewardDescription:
     Attributes:
         encoder: Import path of the encoder's class.
         encoder_arguments: Its arguments.
+        encoder_fingerprint: The fingerprint of its frozen weights.
         head: Name of the head's shape, a class of ``genalign.reward_learning.heads``.
         head_arguments: Its arguments.
         members: Number of members.
         dimensions: The names of the dimensions.
         nuisances: The names of the nuisances.
         sample_rate: The sample rate in Hz of the sound that it takes; None for images.
+        centered: Whether the scores of a prompt have an origin that members share, so that they can be compared.
     """
 
     encoder: str
     encoder_arguments: Mapping[str, Any]
+    encoder_fingerprint: str
     head: str
     head_arguments: Mapping[str, Any]
     members: int
     dimensions: tuple[str, ...]
     nuisances: tuple[str, ...]
     sample_rate: int | None
+    centered: bool
 
     @classmethod
     def of(
-        cls, network: RewardNetwork, shape: HeadShape, dimensions: Sequence[str], nuisances: Sequence[str]
+        cls,
+        network: RewardNetwork,
+        shape: HeadShape,
+        dimensions: Sequence[str],
+        nuisances: Sequence[str] = (),
+        centered: bool = False,
     ) -> RewardDescription:
         """Describe a network. Raises ValueError for a head of a class that a file cannot name."""
         kind, encoder = type(shape), network.encoder
@@ -58,8 +67,8 @@ class RewardDescription:
             raise ValueError(f"{kind.__name__} is not a head of genalign.reward_learning.heads, which files restore")
         path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
         names = tuple(dimensions), tuple(nuisances)
-        head = kind.__name__, asdict(shape)
-        return cls(path, encoder.arguments, *head, len(network.heads), *names, encoder.sample_rate)
+        read, head = (path, encoder.arguments, encoder.fingerprint()), (kind.__name__, asdict(shape))
+        return cls(*read, *head, len(network.heads), *names, encoder.sample_rate, centered)
 
     def build(self, encoder: RewardEncoder, output: int, pool: Pool) -> RewardNetwork:
         """Build the network, whose weights have no meaning yet."""
@@ -108,12 +117,18 @@ class RewardFile:
     @torch.no_grad()
     def load_into(self, network: RewardNetwork) -> None:
         """Copy the weights into a network of the description. Raises ValueError where they do not fit."""
+        if network.encoder.fingerprint() != self.description.encoder_fingerprint:
+            raise ValueError(
+                f"the encoder {self.description.encoder} of {dict(self.description.encoder_arguments)} has other"
+                " weights than in training, so that scores would mean nothing: restore its checkpoint, or train the"
+                " reward again"
+            )
         own = network.trained() | network.buffers_of_scores()
         saved = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("laplace.")}
         if {name: tensor.shape for name, tensor in own.items()} != {n: tensor.shape for n, tensor in saved.items()}:
             raise ValueError(
                 f"the weights do not fit the encoder {self.description.encoder} of"
-                f" {dict(self.description.encoder_arguments)}: is its checkpoint another one than in training?"
+                f" {dict(self.description.encoder_arguments)}: give the encoder that the reward was trained on"
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])

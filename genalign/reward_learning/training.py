@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,26 @@ from torch import Tensor, nn
 from genalign.diffusion.noise import derived_seed
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.encoding import ItemTokens, StoredTokens
-from genalign.reward_learning.examples import Examples, Pairs
+from genalign.reward_learning.examples import Examples, Pairs, prompt_numbers
 from genalign.reward_learning.fitting import FitSettings, Fitter
 from genalign.reward_learning.held_out import (
     HeldOutMetrics,
     NuisanceCorrelations,
     accuracy_of_grades,
     accuracy_of_pairs,
-    calibration_bins,
-    expected_calibration_error,
-    prompt_numbers,
 )
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, count_votes
 from genalign.reward_learning.losses import GradeLoss, PairLoss, PreferenceLoss, masked_mean
 from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, RewardNetwork
-from genalign.reward_learning.pair_measures import CalibrationBin
-from genalign.reward_learning.regularizers import Disentangle, Regularizer, ScoredBatch, correlation
+from genalign.reward_learning.pair_measures import CalibrationBin, calibration_bins, expected_calibration_error
+from genalign.reward_learning.regularizers import (
+    Centering,
+    Disentangle,
+    Regularizer,
+    ScoredBatch,
+    correlation,
+    needs_pairs,
+)
 from genalign.reward_learning.uncertainty import LaplacePosterior, LastLayerLaplace, PairFeatures, fit_laplace
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
 
@@ -86,13 +90,19 @@ class RewardObjective:
                 f"{name} learns from judgments of the kind {' or '.join(self.loss.kinds)}, and there is none to train"
                 " on: take a loss of the kinds that there are"
             )
-        if self.noise is not None and not isinstance(self.loss, PairLoss):
-            raise ValueError(f"{type(self.noise).__name__} corrects a loss of pairs, and {name} learns from grades")
+        of_pairs = [*filter(None, [self.noise]), *(term for term in self.regularizers if needs_pairs(term))]
+        if of_pairs and not isinstance(self.loss, PairLoss):
+            raise ValueError(f"{type(of_pairs[0]).__name__} is of pairs, and {name} learns from grades: leave it out")
         if self.disentangle is not None and len(data.dimensions) > 1:
             raise ValueError(
                 f"Disentangle is of one dimension, and there are {', '.join(data.dimensions)}: select one with"
                 " dimensions"
             )
+
+    @property
+    def centered(self) -> bool:
+        """Whether the scores of a prompt have an origin that members share: by grades, or by ``Centering``."""
+        return isinstance(self.loss, GradeLoss) or any(isinstance(term, Centering) for term in self.regularizers)
 
     @property
     def nuisances(self) -> tuple[str, ...]:
@@ -107,6 +117,10 @@ class RewardData:
     training: Examples
     held_out: Examples
     tokens: ItemTokens
+
+    def has_held_out(self, loss: PreferenceLoss) -> bool:
+        """Return whether a judgment of the kinds of ``loss`` is held out."""
+        return len(self.held_out.pairs if isinstance(loss, PairLoss) else self.held_out.grades) > 0
 
     def digest(self) -> str:
         """Return a hash of the items and of what was judged of them."""
@@ -202,6 +216,11 @@ class RewardTraining:
         subsets: Sequence[Tensor] | None = None,
     ) -> None:
         objective.require_fit(data.training)
+        if fit.patience is not None and not data.has_held_out(objective.loss):
+            raise ValueError(
+                f"fit.patience needs held-out judgments of the kind {' or '.join(objective.loss.kinds)}, and there is"
+                " none: hold out more prompts, or leave patience out"
+            )
         self.network, self.data, self.objective, self.fit = network, data, objective, fit
         self.prompts = prompt_numbers(data.training.items)
         count = len(data.training.pairs if isinstance(objective.loss, PairLoss) else data.training.grades)
@@ -232,7 +251,7 @@ class RewardTraining:
 
         Metrics are "step", "epoch", "loss" (mean over steps and members since the last evaluation), "gradient_norm"
         (its mean likewise), "learning_rate" and "held_out".
-        Raises ValueError for a checkpoint of other data, and for a loss that is not finite.
+        Raises ValueError for a checkpoint of other data or another encoder, and for a loss that is not finite.
         """
         if checkpoint is not None and checkpoint.is_file():
             self._load(checkpoint)
@@ -330,13 +349,21 @@ class RewardTraining:
 
     @torch.no_grad()
     def held_out(self) -> HeldOutMetrics | None:
-        """Measure the network on the held-out judgments; None where none is of the loss's kind."""
+        """Measure the network on the held-out judgments; None where none is of the loss's kind.
+
+        Raises ValueError for scores that are not finite.
+        """
         held, loss = self.data.held_out, self.objective.loss
-        if not len(held.pairs if isinstance(loss, PairLoss) else held.grades):
+        if not self.data.has_held_out(loss):
             return None
         offset, count = len(self.data.training.items), len(held.dimensions)
         rows = torch.arange(offset, offset + len(held.items))
         outputs = self.scores(rows)
+        if not bool(outputs.isfinite().all()):
+            raise ValueError(
+                f"scores of held-out samples are not finite at step {self.step} of {self.steps}: lower"
+                " fit.optimizer.learning_rate, or leave out samples whose tokens are not finite"
+            )
         scores, prompts = outputs.mean(1)[:, :count], prompt_numbers(held.items)
         sums = outputs.sum(2, keepdim=True) if self.objective.disentangle else outputs
         calibration, bins = None, tuple[CalibrationBin, ...]()
@@ -345,8 +372,8 @@ class RewardTraining:
             everything, leads = torch.arange(len(held.pairs)), self._moved((sums[first] - sums[second]).mean(1))
             value = self._pair_loss(loss, leads, held.pairs, everything, plain=True)
             lead, preferred = (scores[first] - scores[second]).flatten(), held.pairs.preferred.flatten()
-            calibration = expected_calibration_error(lead, preferred)
-            bins = calibration_bins(lead, preferred, prompts[first].repeat_interleave(count))
+            judged = lead, preferred, prompts[first].repeat_interleave(count)
+            calibration, bins = expected_calibration_error(*judged), calibration_bins(*judged)
         else:
             graded, objective = held.grades.rows, self.members[0].grades
             assert objective is not None
@@ -411,12 +438,17 @@ class RewardTraining:
             tensors |= with_prefix(f"member.{number}.", member.fitter.tensors())
         best = self.best if math.isfinite(self.best) else None
         state = {"step": self.step, "best": best, "stale": self.stale, "stopped": self.stopped}
-        save_state(path, tensors, {**state, "data": self.data.digest()})
+        save_state(path, tensors, {**state, **self._identity()})
+
+    def _identity(self) -> dict[str, str]:
+        return {"data": self.data.digest(), "encoder": self.network.encoder.fingerprint()}
 
     def _load(self, path: Path) -> None:
         tensors, meta = load_state(path)
-        if meta.get("data") != self.data.digest():
-            raise ValueError(f"{path} is of other judgments: train them into another output folder")
+        for name, own in self._identity().items():
+            if meta.get(name) != own:
+                what = "judgments" if name == "data" else "weights of the frozen encoder"
+                raise ValueError(f"{path} is of other {what}: train into another output folder")
         for number, member in enumerate(self.members):
             member.fitter.load_tensors(without_prefix(f"member.{number}.", tensors))
         for name, tensor in self.network.buffers_of_scores().items():
@@ -445,9 +477,8 @@ def ensemble_votes(
     Raises:
         ValueError: The loss is not of pairs, or all pairs have one prompt.
     """
+    settings.require_pairs(objective.loss)
     pairs = data.training.pairs
-    if not isinstance(objective.loss, PairLoss):
-        raise ValueError(f"an ensemble votes on pairs, and {type(objective.loss).__name__} learns from grades")
     prompt = prompt_numbers(data.training.items)[pairs.rows[:, 0]] if len(pairs) else torch.empty(0)
     count = len(torch.unique(prompt))
     if count < 2:
@@ -458,8 +489,8 @@ def ensemble_votes(
         generator = torch.Generator().manual_seed(derived_seed(fit.seed, "voter", member))
         seen[member] = (torch.randperm(count, generator=generator) < (count + 1) // 2)[places]
     network = build(settings.members)
-    alone = RewardData(data.training, nothing_held_out(data.training), data.tokens)
-    training = RewardTraining(network, alone, objective, fit, [own.nonzero().squeeze(1) for own in seen])
+    alone, whole = RewardData(data.training, nothing_held_out(data.training), data.tokens), replace(fit, patience=None)
+    training = RewardTraining(network, alone, objective, whole, [own.nonzero().squeeze(1) for own in seen])
     for _ in training.run():
         pass
     outputs = training.scores(torch.arange(len(data.training.items)))
@@ -473,17 +504,24 @@ def nothing_held_out(training: Examples) -> Examples:
     return Examples((), training.dimensions, training.pairs.select([]), training.grades.select([]))
 
 
+def require_laplace(settings: LastLayerLaplace, objective: RewardObjective, held_out: Examples, members: int) -> None:
+    """Raise ValueError for an ensemble, a loss of grades, nuisances, or a precision by held-out pairs without any."""
+    if members > 1 or not isinstance(objective.loss, PairLoss) or objective.disentangle:
+        raise ValueError(
+            "LastLayerLaplace is of one member that learns from pairs, without nuisances: an ensemble has its deviation"
+        )
+    if settings.precision == "held-out" and bool(held_out.pairs.preferred.isnan().all(0).any()):
+        raise ValueError('LastLayerLaplace(precision="held-out") needs held-out pairs: hold out more prompts')
+
+
 @torch.no_grad()
 def laplace_posteriors(training: RewardTraining, settings: LastLayerLaplace) -> list[LaplacePosterior]:
     """Approximate the posterior of the last layer of a trained network with one member, for each dimension.
 
-    Raises ValueError for an ensemble, a loss of grades, or nuisances.
+    Raises ValueError as ``require_laplace`` does.
     """
-    objective, data = training.objective, training.data
-    if len(training.members) > 1 or not isinstance(objective.loss, PairLoss) or objective.disentangle:
-        raise ValueError(
-            "LastLayerLaplace is of one member that learns from pairs, without nuisances: an ensemble has its deviation"
-        )
+    data = training.data
+    require_laplace(settings, training.objective, data.held_out, len(training.members))
     head, offset = training.members[0].head, len(data.training.items)
     every = torch.arange(offset + len(data.held_out.items))
     parts = [

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.evaluation.scorers import RECOGNIZED, Judgment
+from genalign.evaluation.scorers import RECOGNIZED, ExplainedScores
 from genalign.scoring.shared_results import SharedResults
 from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds.verification import Verification
@@ -28,7 +28,7 @@ def scores(verify: Verify, score: str, samples: Tensor, prompts: Sequence[Prompt
     return judge(verify, score, samples, prompts).scores
 
 
-def judge(verify: Verify, score: str, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+def judge(verify: Verify, score: str, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
     """Score samples by a world's verifier, and say of each whether it recognizes everything in it.
 
     Several scores of one batch verify it once.
@@ -50,7 +50,7 @@ def judge(verify: Verify, score: str, samples: Tensor, prompts: Sequence[Prompt]
     verifications = _verified(verify, samples, prompts, lambda: verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata))
     values = [verification.score(score) for verification in verifications]
     column = torch.tensor(values, dtype=torch.float32).masked_fill(failed, torch.nan)
-    return Judgment(column, [{RECOGNIZED: verification.recognized} for verification in verifications])
+    return ExplainedScores(column, [{RECOGNIZED: verification.recognized} for verification in verifications])
 
 
 def require_metadata(prompt: Prompt) -> Metadata:

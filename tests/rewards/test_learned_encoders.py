@@ -266,6 +266,44 @@ def test_a_learned_reward_selects_a_dimension_and_pools_members(saved: Path) -> 
         LearnedReward(saved, "c")(images, prompts)
 
 
+def test_pools_that_compare_members_warn_where_their_prompts_have_no_common_origin(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = torch.zeros(1, 3, 64, 64)
+    LearnedReward(saved, pool="mean")(images, PROMPTS[:1])
+    assert not caplog.records
+    for pool in ("min", "mean_minus_std"):
+        LearnedReward(saved, pool=pool)(images, PROMPTS[:1])
+        assert "was trained without Centering" in caplog.records.pop().getMessage()
+    tensors, meta = load_state(saved / REWARD)
+    save_state(tmp_path / "centered.safetensors", tensors, {**meta, "centered": True})
+    LearnedReward(tmp_path / "centered.safetensors", pool="min")(images, PROMPTS[:1])
+    assert not caplog.records
+
+
+def test_the_score_is_the_overall_dimension_by_default(saved: Path, tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tensors, meta = load_state(saved / REWARD)
+    save_state(tmp_path / "overall.safetensors", tensors, {**meta, "dimensions": ["a", "overall"]})
+    torch.testing.assert_close(
+        LearnedReward(tmp_path / "overall.safetensors")(images, PROMPTS[:2]),
+        LearnedReward(saved, "b")(images, PROMPTS[:2]),
+    )
+
+
+def test_an_encoder_that_changed_on_the_disk_is_refused(tmp_path: Path) -> None:
+    encoder = SiglipTokens(str(save_siglip(tmp_path / "siglip")))
+    network = build_network(encoder, LinearHead(), 1, 1, 0)
+    save_reward(tmp_path / REWARD, network, RewardDescription.of(network, LinearHead(), ("overall",)), [])
+    images = torch.rand(1, 3, 28, 28)
+    changed = SiglipTokens(str(tmp_path / "siglip"))
+    changed.encoder = copy.deepcopy(changed.encoder)
+    next(iter(changed.encoder.parameters())).data.add_(1e-3)
+    with pytest.raises(ValueError, match="has other weights than in training"):
+        LearnedReward(tmp_path, encoder=changed)(images, PROMPTS[:1])
+    assert LearnedReward(tmp_path)(images, PROMPTS[:1]).isfinite().all()
+
+
 def test_samples_that_cannot_be_scored(saved: Path) -> None:
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     whole = LearnedReward(saved)(images, PROMPTS[:3])

@@ -23,7 +23,7 @@ from genalign.evaluation.benchmarks.compbench_prompts import ATTRIBUTES, CATEGOR
 from genalign.evaluation.benchmarks.tifa import as_json, ask
 from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.geneval.scoring import Box, Detection, overlap
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.types import Prompt, PromptSet
 
 _NEAR = 150.0  # pixels
@@ -60,7 +60,7 @@ class CompBenchScorer:
 
     judges: Judges
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Score images (B, 3, H, W) in [0, 1]; the details are what each part rests on."""
         scores, details = [list[float]() for _ in prompts], [dict[str, Any]() for _ in prompts]
         needed = [_parts(prompt) for prompt in prompts]
@@ -71,7 +71,7 @@ class CompBenchScorer:
                 for row, (value, detail) in zip(rows, values, strict=True):
                     scores[row].append(value)
                     details[row][name] = detail
-        return Judgment(torch.tensor([math.fsum(row) / len(row) for row in scores]), details)
+        return ExplainedScores(torch.tensor([math.fsum(row) / len(row) for row in scores]), details)
 
 
 def _parts(prompt: Prompt) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from genalign.evaluation.benchmarks.benchmark import (
 )
 from genalign.evaluation.benchmarks.tifa import QuestionJudge, as_json, ask
 from genalign.evaluation.evaluate import SampleRecord
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.runtime.text_files import read_json
 from genalign.types import Prompt, PromptSet
 
@@ -63,11 +63,11 @@ class FullMarkScorer:
 
     judge: QuestionJudge
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Score images (B, 3, H, W) in [0, 1]; the details are the probabilities of yes."""
         answers = ask(self.judge, samples, [require_metadata(prompt, "questions") for prompt in prompts])
         scores = [float((part >= 0.5).all()) if part.isfinite().all() else torch.nan for part in answers]
-        return Judgment(torch.tensor(scores), [as_json(part) for part in answers])
+        return ExplainedScores(torch.tensor(scores), [as_json(part) for part in answers])
 
 
 def aggregate_conceptmix(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:

@@ -34,7 +34,7 @@ from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.geneval.grammar import NUMBERS, plural
 from genalign.evaluation.geneval.scoring import Box
 from genalign.evaluation.geneval.vocabulary import OBJECTS, natural_plural
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.runtime.media import image_files, read_image
 from genalign.runtime.prompt_files import load_prompts
 from genalign.types import FeatureFunction, Prompt, PromptSet
@@ -86,7 +86,7 @@ class DiversityScorer:
         needed = (self.judges.need(name) for name in _JUDGES["style"])
         return StyleNeighbors(*needed)
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Measure images (B, 3, H, W) in [0, 1]."""
         details: list[Any] = [None] * len(prompts)
         finite = samples.isfinite().flatten(1).all(1).tolist()
@@ -97,7 +97,7 @@ class DiversityScorer:
                 for row, value in zip(rows, values, strict=True):
                     details[row] = value
         scores = [math.nan if detail is None else 1.0 for detail in details]
-        return Judgment(torch.tensor(scores), details)
+        return ExplainedScores(torch.tensor(scores), details)
 
     def _measure(self, dimension: str, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Any]:
         if dimension == "id":

@@ -25,7 +25,7 @@ from genalign.evaluation.benchmarks.benchmark import (
 )
 from genalign.evaluation.benchmarks.tifa import QuestionJudge, as_json, ask, questions
 from genalign.evaluation.evaluate import SampleRecord
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.runtime.text_files import read_text
 from genalign.types import Prompt, PromptSet
 
@@ -95,7 +95,7 @@ class DpgScorer:
 
     judge: QuestionJudge
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Score images (B, 3, H, W) in [0, 1]; the details are the probabilities of yes."""
         groups = [questions(prompt) for prompt in prompts]
         answers = ask(self.judge, samples, [[question.text for question in group] for group in groups])
@@ -106,7 +106,7 @@ class DpgScorer:
                 if any(counted[parent] == 0 for parent in question.parents):
                     counted[number] = 0
             scores.append(counted.mean() if part.isfinite().all() else torch.tensor(torch.nan))
-        return Judgment(torch.stack(scores), [as_json(part) for part in answers])
+        return ExplainedScores(torch.stack(scores), [as_json(part) for part in answers])
 
 
 def aggregate_dpg(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:

@@ -21,7 +21,7 @@ from genalign.evaluation.benchmarks.benchmark import (
 )
 from genalign.evaluation.benchmarks.tifa import as_json, ask
 from genalign.evaluation.evaluate import SampleRecord
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Prompt, PromptSet
 
@@ -58,11 +58,13 @@ class SoftTifaScorer:
 
     judge: AnswerJudge
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Score images (B, 3, H, W) in [0, 1]; the details are the probabilities."""
         pairs = [require_metadata(prompt, "vqa_list") for prompt in prompts]
         answers = ask(lambda images, pairs: self.judge(images, *zip(*pairs, strict=True)), samples, pairs)
-        return Judgment(torch.stack([part.log().mean().exp() for part in answers]), [as_json(part) for part in answers])
+        return ExplainedScores(
+            torch.stack([part.log().mean().exp() for part in answers]), [as_json(part) for part in answers]
+        )
 
 
 def aggregate_geneval2(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:

@@ -27,7 +27,7 @@ from genalign.evaluation.benchmarks.benchmark import (
     require_metadata,
 )
 from genalign.evaluation.evaluate import SampleRecord
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.runtime.media import eight_bits
 from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Prompt, PromptSet
@@ -75,7 +75,7 @@ class OcrScorer:
 
     reader: Reader
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Score images (B, 3, H, W) in [0, 1]; the details are the texts, None for an image that is not finite."""
         texts: list[str | None] = []
         for image, pixels in zip(samples, eight_bits(samples).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
@@ -84,7 +84,7 @@ class OcrScorer:
             math.nan if text is None else edit_similarity(text, require_metadata(prompt, "text"))
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        return Judgment(torch.tensor(scores), [{"text": text} for text in texts])
+        return ExplainedScores(torch.tensor(scores), [{"text": text} for text in texts])
 
 
 def aggregate_ocr(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:

@@ -25,7 +25,7 @@ from genalign.evaluation.benchmarks.benchmark import (
 )
 from genalign.evaluation.benchmarks.tifa import QuestionJudge, as_json, ask, check_answers
 from genalign.evaluation.evaluate import SampleRecord
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.runtime.text_files import read_text
 from genalign.types import Prompt, PromptSet
 
@@ -91,7 +91,7 @@ class ChecklistScorer:
 
     judge: ChecklistJudge
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
         """Score images (B, 3, H, W) in [0, 1]; the details are the marks.
 
         Raises ValueError where the judge returns no marks in [0, 1] for each test point.
@@ -110,7 +110,7 @@ class ChecklistScorer:
             for part, group in zip(self.judge(samples, prompts, points), points, strict=True)
         ]
         scores = [float((part >= 0.5).float().mean()) if part.isfinite().all() else torch.nan for part in marks]
-        return Judgment(torch.tensor(scores), [as_json(part) for part in marks])
+        return ExplainedScores(torch.tensor(scores), [as_json(part) for part in marks])
 
 
 def aggregate_unigenbench(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:

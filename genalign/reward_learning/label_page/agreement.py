@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from genalign.reward_learning.annotators import side_choices
-from genalign.reward_learning.preferences import JudgedSample, Judgment
+from genalign.reward_learning.annotators import judged_units, side_choices
+from genalign.reward_learning.preferences import Judgment
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def label_agreement(judgments: Sequence[Judgment]) -> LabelAgreement:
     for first, second in itertools.combinations(by_annotator, 2):
         common = [key for key in answers[first] if key in answers[second]]
         equal = [answers[first][key] == answers[second][key] for key in common]
-        decided_keys = [key[0] == "graded" or 0 not in (answers[first][key], answers[second][key]) for key in common]
+        decided_keys = [key[0] != "compared" or 0 not in (answers[first][key], answers[second][key]) for key in common]
         agreed_decided = sum(itertools.compress(equal, decided_keys))
         if common:
             pair = AnnotatorPair((first, second), len(common), sum(equal), sum(decided_keys), agreed_decided)
@@ -89,16 +89,8 @@ def label_agreement(judgments: Sequence[Judgment]) -> LabelAgreement:
     return LabelAgreement(tuple(annotators), tuple(agreements))
 
 
-def _answers(judgment: Judgment) -> Iterator[tuple[tuple[Hashable, ...], float]]:
-    """The answers of a judgment: the sign of each comparison of two samples, or the grade of each sample."""
-    text = judgment.prompt.text
-    for dimension, scores in judgment.scores.items():
-        own: list[tuple[JudgedSample, float]] = sorted(
-            zip(judgment.samples, scores, strict=True), key=lambda one: str(one[0].content)
-        )
-        if judgment.kind in ("rating", "label"):
-            yield from ((("graded", judgment.kind, dimension, text, sample.content), score) for sample, score in own)
-        else:
-            for (sample, score), (other, second) in itertools.combinations(own, 2):
-                key = ("compared", dimension, text, sample.content, other.content)
-                yield key, (score > second) - (score < second)
+def _answers(judgment: Judgment) -> Iterator[tuple[tuple[object, ...], float]]:
+    """The answers of a judgment in all dimensions: of two samples who wins, or the grade of each sample."""
+    kind = judgment.kind if judgment.kind in ("rating", "label") else "compared"
+    for dimension in judgment.scores:
+        yield from (((kind, dimension, *unit), value) for unit, value in judged_units(judgment, dimension))

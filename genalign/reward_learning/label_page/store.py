@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import threading
@@ -18,10 +17,8 @@ from genalign.reward_learning.label_page.questions import (
     key_of,
     read_questions,
 )
-from genalign.reward_learning.preferences import PREFERENCES, Judgment, append_judgments, read_judgments
+from genalign.reward_learning.preferences import PREFERENCES, Judgment, append_judgments, mend, read_judgments
 from genalign.runtime.files import sync
-
-logger = logging.getLogger(__name__)
 
 _UPCOMING = 3  # questions after the current one whose samples a browser may load in advance
 
@@ -81,7 +78,7 @@ class LabelStore:
         self._lock = threading.Lock()
         self._index = {question.key: index for index, question in enumerate(self.questions.asked)}
         self._records: dict[str, _Record] = {}
-        _complete_last_line(self._path)
+        mend(self._path)
         judgments = self.judgments()
         _require_compatible(judgments, settings, self._path)
         for judgment in judgments:
@@ -213,29 +210,6 @@ class LabelStore:
         os.replace(temporary, self._path)
         sync(self._folder)
         return set(judgment.scores)
-
-
-def _complete_last_line(path: Path) -> None:
-    """End the last line of a file, and remove it where it is the beginning of one, as after a power cut.
-
-    Raises ValueError for a file of another encoding than UTF-8, to which no line can be appended.
-    """
-    content = path.read_bytes() if path.is_file() else b""
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8, so that no judgment can be appended: save it as UTF-8") from None
-    if not content or content.endswith(b"\n"):
-        return
-    last = content.rpartition(b"\n")[2]
-    try:
-        json.loads(last)
-    except ValueError:
-        os.truncate(path, len(content) - len(last))
-        logger.warning("removed the last line of %s, which was not written to its end: %d bytes", path, len(last))
-        return
-    with path.open("ab") as file:
-        file.write(b"\n")
 
 
 def _require_compatible(judgments: Sequence[Judgment], settings: LabelPageSettings, path: Path) -> None:

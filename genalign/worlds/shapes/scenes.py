@@ -22,7 +22,7 @@ _RADII = ((8.0, 12.0), (8.0, 12.0), (8.0, 11.0), (8.0, 10.0), (6.5, 9.0), (6.0, 
 
 
 @dataclass(frozen=True)
-class Item:
+class Shape:
     """One shape: center and radius in pixels, y pointing down, ``rgb`` in [0, 255] (the palette's color, jittered)."""
 
     shape: str
@@ -43,11 +43,11 @@ class Item:
 class Scene:
     """Shapes on a flat background; later items cover earlier ones."""
 
-    items: tuple[Item, ...]
+    items: tuple[Shape, ...]
     background: tuple[float, float, float] = BACKGROUND
 
 
-def coverage(item: Item) -> Array:
+def coverage(item: Shape) -> Array:
     """The share of each pixel that ``item`` covers, (SIZE, SIZE) in [0, 1], by 4 x 4 supersampling."""
     grid = (np.arange(SIZE * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
     x1, y1, x2, y2 = item.box
@@ -124,15 +124,15 @@ def jittered(color: str, rng: np.random.Generator) -> tuple[float, float, float]
     return float(red), float(green), float(blue)
 
 
-def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[Item] | None:
+def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[Shape] | None:
     """Place objects with at least 3 px between their boxes; None if this draw has no room for all."""
-    items: list[Item] = []
+    items: list[Shape] = []
     for shape, color in names:
         for _ in range(60):
             r = rng.uniform(*_RADII[len(names) - 1])
             margin = 1.2 * r + 1
             x, y = rng.uniform(margin, SIZE - margin, 2)
-            item = Item(shape, color, float(x), float(y), float(r), jittered(color, rng))
+            item = Shape(shape, color, float(x), float(y), float(r), jittered(color, rng))
             (x1, y1, x2, y2), boxes = item.box, [other.box for other in items]
             if all(max(x1 - box[2], box[0] - x2, y1 - box[3], box[1] - y2) >= 3.0 for box in boxes):
                 items.append(item)

@@ -63,7 +63,7 @@ def test_models_are_compared_resumed_and_labeled(
     assert read_judgments(folder / COMPARISONS) == comparisons
     other = _config(tmp_path, tiny_folder, seed=1)
     assert main(["reward", "collect", "--config", other]) == 2
-    assert "was collected with other settings: choose another output" in capsys.readouterr().err
+    assert "were collected with other settings: choose another output" in capsys.readouterr().err
 
     noise = {"flips": 0.3, "ties": 0.2}
     annotators = {"ada": {}, "bob": {"taste": "rewards.jpeg.incompressibility", "weight": 0.5}}
@@ -194,5 +194,17 @@ def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pyt
     for changes, message in wrong:
         assert main(["reward", "collect", "--config", _config(tmp_path, tiny_folder, **changes)]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+    config = _config(tmp_path, tiny_folder, prompts="nowhere.txt")
+    assert main(["reward", "collect", "--config", config]) == 2 and "no prompt file" in capsys.readouterr().err
+    one = _config(tmp_path, tiny_folder, comparisons_per_prompt=1)  # nothing was made by the settings before
+    assert main(["reward", "collect", "--config", one]) == 0
+    by = {"class_path": "genalign.reward_learning.labeling.RewardLabeler"}
+    by["init_args"] = {"rewards": {"overall": "tests.genalign.cli.test_reward_collect.broken"}}  # type: ignore[assignment]
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump({"by": by}))
+    assert main(["reward", "label", str(tmp_path / "pairs"), "--config", str(tmp_path / "broken.yaml")]) == 2
+    assert not (tmp_path / "pairs/preferences.jsonl").exists()
+    with pytest.raises(FileNotFoundError, match="judge the comparisons with genalign reward label"):
+        read_judgments(tmp_path / "pairs")
+    capsys.readouterr()
     assert main(["reward", "label", str(tmp_path)]) == 2
     assert "there is no" in capsys.readouterr().err  # comparisons.jsonl

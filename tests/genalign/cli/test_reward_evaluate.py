@@ -158,11 +158,18 @@ def test_training_pairs_are_found_by_hash(folder: Path, capsys: pytest.CaptureFi
     command = ["reward", "evaluate", "outside_brightness:Trained", "--preferences", str(data), "--output", "out"]
     assert main([*command, "--args.path", str(trained / "reward.safetensors")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "was trained on 5 of the 24 items, by the hash of their files, which are in 5 of the 12 pairs" in printed
+    assert "was trained on 5 of the 24 samples, by the hash of their files, which are in 5 of the 12 pairs" in printed
     assert "1 of 12 pairs have no score and are left out" in printed
+    assert "these pairs count in the section training data alone" in printed
     measures = _evaluated(folder / "out")["measures"]
-    assert measures["training data/not trained on"]["of"] == "7 pairs"
-    assert measures["training data/trained on"]["of"] == "4 pairs"
+    assert measures["training data/pairs that were trained on"]["of"] == "4 pairs"
+    assert measures["accuracy/without ties"]["of"].startswith("7 pairs")
+    assert measures["agreement with annotators/reward with annotators"]["n"] == 7
+    every = [JudgedSample(path).digest() for path in sorted(data.glob("*.png"))]
+    (trained / "training_items.json").write_text(json.dumps([{"digest": one, "prompt": "any"} for one in every]))
+    assert main([*command[:-1], "all", "--args.path", str(trained / "reward.safetensors")]) == 0
+    assert "all measures are of training data, collect other pairs" in " ".join(capsys.readouterr().out.split())
+    assert _evaluated(folder / "all")["measures"]["accuracy/without ties"]["of"].startswith("11 pairs")
 
 
 def test_a_judge_of_pairs_in_both_orders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +230,18 @@ def test_bad_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
     _preferences(folder)
     assert main(["reward", "evaluate", "outside_brightness:brightness", "--output", "out", *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_reward_that_fails_is_one_line_and_the_output_is_free_for_the_right_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = _preferences(folder)
+    command = ["reward", "evaluate", "rewards.learned:LearnedReward", "--preferences", str(data), "--output", "out"]
+    assert main([*command, "--args.path", "nowhere"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reward failed on a first batch: FileNotFoundError: there is no nowhere" in error
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    assert main(["reward", "evaluate", "outside_brightness:brightness", *command[3:]]) == 0
 
 
 def test_clips_of_one_sample_rate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from genalign.cli.main import main
 from genalign.cli.parsing import parse
 from genalign.evaluation.report.words import number, percent
 from genalign.reward_learning.label_noise import EnsembleVote, Smoothing
-from genalign.reward_learning.preferences import PREFERENCES, JudgedSample, Judgment, append_judgments
+from genalign.reward_learning.preferences import COMPARISONS, PREFERENCES, JudgedSample, Judgment, append_judgments
 from genalign.runtime.media import read_image, save_images
 from genalign.types import Prompt
 from genalign.worlds.shapes.prompts import prompts as shapes_prompts
@@ -183,6 +184,20 @@ def test_the_example_configuration_is_read() -> None:
     assert settings.votes == EnsembleVote(share=0.2)
 
 
+def test_an_ensemble_on_pairs_is_centered_by_default(tmp_path: Path) -> None:
+    path = config(tmp_path)
+
+    def terms(*arguments: str) -> list[str]:
+        settings, _ = parse(reward_train.RewardTrain, ["--config", path, *arguments], "reward train")
+        assert settings.objective.centered == bool(settings.objective.regularizers or settings.loss)
+        return [type(term).__name__ for term in settings.objective.regularizers]
+
+    ensemble = ("--fit.members", "2")
+    assert terms() == [] and terms(*ensemble) == ["Centering"]
+    assert terms(*ensemble, "--regularizers", "[]") == []
+    assert terms(*ensemble, "--loss", "genalign.reward_learning.losses.Regression") == []
+
+
 def wrong(capsys: pytest.CaptureFixture[str], path: str, *more: str) -> str:
     assert main(["reward", "train", "--config", path, *more]) == 2
     return capsys.readouterr().err
@@ -212,6 +227,16 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     append_judgments(mixed, append)
     assert "the judgments mix ratings" in wrong(capsys, path, "--preferences", str(mixed), "--held_out_fraction", "0")
     assert "there is no" in wrong(capsys, path, "--preferences", str(tmp_path / "none"))
+    assert "no judgment has the dimension 'taste': there are overall" in wrong(capsys, path, "--dimensions", "[taste]")
+    append_judgments(tmp_path / "pairs", [replace(one, scores={}) for one in judgments], COMPARISONS)
+    unjudged = str(tmp_path / "pairs" / COMPARISONS)
+    assert "have no scores: make them with genalign reward label" in wrong(capsys, path, "--preferences", unjudged)
+    assert "LastLayerLaplace is of one member that learns from pairs" in wrong(
+        capsys,
+        config(tmp_path, disentangle={"nuisances": {"red": f"{__name__}.redness"}}, output=str(tmp_path / "early")),
+        *("--uncertainty.precision", "1"),
+    )
+    assert not (tmp_path / "early").exists()  # before anything is encoded
     assert "are training samples as well" in wrong(capsys, path, "--held_out", str(tmp_path / "pairs"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()

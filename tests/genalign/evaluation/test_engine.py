@@ -13,7 +13,7 @@ from genalign.evaluation import sources
 from genalign.evaluation.engine import evaluate, evaluate_share, numbered_files
 from genalign.evaluation.evaluate import SampleSpec, load_evaluation, plan_samples
 from genalign.evaluation.folder import EvaluationFolder
-from genalign.evaluation.scorers import JoinedScorer, Judgment, RewardScorer
+from genalign.evaluation.scorers import ExplainedScores, JoinedScorer, RewardScorer
 from genalign.evaluation.sources import FileSource, PipelineSource
 from genalign.runtime.distributed import RankShare
 from genalign.runtime.media import read_image
@@ -118,7 +118,7 @@ def test_features_of_a_sample_that_is_not_finite_are_left_out(tmp_path):
 def test_a_scorer_may_explain_its_scores(tmp_path):
     def explained(samples, prompts):
         scores = brightness(samples, prompts)
-        return Judgment(scores, [[round(score, 3), None] for score in scores.tolist()])
+        return ExplainedScores(scores, [[round(score, 3), None] for score in scores.tolist()])
 
     whole = evaluated({"e": explained, "b": brightness}, output=tmp_path)
     assert [r.details for r in whole.records] == [{"e": [round(gray(s.seed), 3), None]} for s in SPECS]

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from genalign.reward_learning.examples import Examples, examples
+from genalign.reward_learning.examples import Examples, examples, prompt_numbers
 from genalign.reward_learning.judged_pairs import (
     annotator_votes,
     item_grades,
-    item_prompts,
     judged_pairs,
     training_items,
     win_shares,
@@ -59,7 +58,7 @@ def _rated(samples: list[JudgedSample]) -> Examples:
 def test_ratings_become_pairs_of_mean_grades_and_votes_of_each_annotators_own(samples: list[JudgedSample]) -> None:
     data = _rated(samples)
     assert item_grades(data, "overall").tolist() == [3.0, 3.5, 3.0, 2.0, 2.0]
-    assert item_prompts(data.items).tolist() == [0, 0, 0, 1, 1]
+    assert prompt_numbers(data.items).tolist() == [0, 0, 0, 1, 1]
     pairs = judged_pairs(data, "overall")
     assert pairs.rows.tolist() == [[0, 1], [0, 2], [1, 2], [3, 4]]
     assert pairs.preferred.tolist() == [0.0, 0.5, 1.0, 0.5] and pairs.margin.tolist() == [0.5, 0.0, 0.5, 0.0]
@@ -75,7 +74,7 @@ def test_complete_rankings_say_what_samples_are_worth(samples: list[JudgedSample
     ]
     data = examples([ranking, *partial])
     pairs = judged_pairs(data, "overall")
-    shares = win_shares(pairs, item_prompts(data.items))
+    shares = win_shares(pairs, prompt_numbers(data.items))
     assert shares[:3].tolist() == [0.25, 1.0, 0.25] and bool(shares[3:].isnan().all())
     assert pairs.margin[:3].tolist() == [4.0, 0.0, 4.0]
 

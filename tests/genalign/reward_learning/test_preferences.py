@@ -94,6 +94,9 @@ def test_what_a_killed_process_left_incomplete_is_removed(folder: Path, caplog: 
         read_judgments(folder)
     mend(file)
     assert file.read_bytes() == whole and "is incomplete, and is removed" in caplog.text
+    file.write_bytes(whole + '{"prompt": "é'.encode()[:-1])  # within a character
+    mend(file)
+    assert file.read_bytes() == whole
     file.write_bytes(whole + whole.rstrip(b"\n"))  # as editors leave it
     mend(file)
     append_judgments(folder, [judgment])

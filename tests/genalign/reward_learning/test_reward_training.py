@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_samples
+from genalign.reward_learning.examples import prompt_numbers, split_by_prompt
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import LinearHead, MLPHead
-from genalign.reward_learning.held_out import (
-    accuracy_of_grades,
-    accuracy_of_pairs,
-    calibration_bins,
-    expected_calibration_error,
-    prompt_numbers,
-)
+from genalign.reward_learning.held_out import accuracy_of_grades, accuracy_of_pairs
 from genalign.reward_learning.label_noise import EnsembleVote, FlipRobust, Smoothing, apply_votes
 from genalign.reward_learning.losses import (
     BradleyTerryLoss,
@@ -32,7 +27,13 @@ from genalign.reward_learning.losses import (
     TiedBradleyTerryLoss,
 )
 from genalign.reward_learning.network import RewardNetwork
-from genalign.reward_learning.pair_measures import CalibrationBin
+from genalign.reward_learning.pair_measures import (
+    CalibrationBin,
+    UnmeasurableError,
+    calibration,
+    calibration_bins,
+    expected_calibration_error,
+)
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
 from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation
 from genalign.reward_learning.training import (
@@ -47,6 +48,8 @@ from genalign.reward_learning.training import (
     truncate_metrics,
 )
 from genalign.reward_learning.uncertainty import LastLayerLaplace
+from genalign.runtime.files import load_state, save_state
+from genalign.runtime.media import AudioMedium
 from genalign.types import Prompt
 from tests.genalign.reward_learning.toy_rewards import PixelTokens, toy_data, write_judgments
 
@@ -94,8 +97,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Pat
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, second.network.state_dict()[name]), name
     if members > 1:
-        one, two = (head.last.weight for head in list(whole.network.heads)[:2])
-        assert not torch.allclose(one, two)  # type: ignore[arg-type]
+        one, two = (head.get_parameter("last.weight") for head in list(whole.network.heads)[:2])
+        assert not torch.allclose(one, two)
 
 
 def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
@@ -103,6 +106,10 @@ def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
     trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
     with pytest.raises(ValueError, match="is of other judgments"):
         trained(toy_data(write_judgments(tmp_path, 20, seed=7)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
+    tensors, meta = load_state(checkpoint)
+    save_state(checkpoint, tensors, {**meta, "encoder": "another"})
+    with pytest.raises(ValueError, match="is of other weights of the frozen encoder"):
+        trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path: Path) -> None:
@@ -243,6 +250,48 @@ def test_tokens_are_encoded_once_and_continued(tmp_path: Path) -> None:
     assert len(counts) == 5
     store.encode(Killed(), items[::-1], red, batch_size=4)  # other items: all anew
     assert len(counts) == 9
+    other = Killed()
+    other.scale.data.mul_(2)  # a checkpoint that changed on the disk: all anew
+    assert len(counts) == 9 and torch.equal(
+        store.encode(other, items[::-1], red, batch_size=4).tokens(torch.arange(16)),
+        2 * data.tokens.tokens(torch.arange(16).flip(0)),
+    )
+    assert len(counts) == 13
+
+
+def test_tokens_of_an_encoding_that_another_one_overwrote_are_not_taken(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 4), 0.0)
+    items, store = data.training.items, TokenFolder(tmp_path / "tokens")
+    store.encode(PixelTokens(), items)
+
+    class Overwrites(PixelTokens):
+        def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            return torch.zeros(len(samples), 4, 3)
+
+    def killed(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("genalign.reward_learning.encoding.write_json", killed)
+        store.encode(Overwrites(), items)
+    assert torch.equal(store.encode(PixelTokens(), items).tokens(torch.arange(8)), data.tokens.tokens(torch.arange(8)))
+
+
+def test_held_out_scores_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 8))
+    assert isinstance(data.tokens, StoredTokens) and isinstance(data.tokens.stored, Tensor)
+    data.tokens.stored[-1] = torch.nan
+    with pytest.raises(ValueError, match="scores of held-out samples are not finite at step"):
+        trained(data, RewardObjective(BradleyTerryLoss()))
+
+
+def test_a_grade_that_no_training_item_has_is_left_out_of_the_held_out_loss() -> None:
+    values, scores = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0.3], [0.1], [0.2]])
+    objective = CumulativeLogit().prepare(values)
+    whole = objective(scores[:2], values[:2], torch.zeros(2))
+    for unseen in (3.0, 5.0, 0.0):
+        more = torch.tensor([[1.0], [2.0], [unseen]])
+        torch.testing.assert_close(objective(scores, more, torch.zeros(3)), whole)
 
 
 def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
@@ -250,19 +299,28 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Regression learns from judgments of the kind rating, and there is none"):
         trained(data, RewardObjective(Regression()))
     ratings = toy_data(write_judgments(tmp_path, 8, "rating"))
-    with pytest.raises(ValueError, match="FlipRobust corrects a loss of pairs, and Regression learns from grades"):
+    with pytest.raises(ValueError, match="FlipRobust is of pairs, and Regression learns from grades"):
         trained(ratings, RewardObjective(Regression(), FlipRobust()))
+    for term in (Centering(), GradientPenalty(between=True)):
+        with pytest.raises(ValueError, match=f"{type(term).__name__} is of pairs, and Regression learns from grades"):
+            trained(ratings, RewardObjective(Regression(), regularizers=[GradientPenalty(), term]))
+    with pytest.raises(ValueError, match=r"fit\.patience needs held-out judgments of the kind rating"):
+        trained(
+            toy_data(write_judgments(tmp_path, 8, "rating"), 0.0),
+            RewardObjective(Regression()),
+            replace(FAST, patience=1),
+        )
     two = replace(data.training, dimensions=("overall", "detail"))
     with pytest.raises(ValueError, match="Disentangle is of one dimension"):
         RewardObjective(BradleyTerryLoss(), disentangle=Disentangle({"a": len})).require_fit(two)
     burst = replace(FAST, optimizer=FitSettings(learning_rate=1e30, clip=None))
-    with pytest.raises(ValueError, match="the loss is not finite at step"):
+    with pytest.raises(ValueError, match="not finite at step"):
         trained(data, RewardObjective(BradleyTerryLoss()), burst)
     sound = tmp_path / "clip.wav"
-    sound.write_bytes(b"")
+    sound.write_bytes(AudioMedium(8000).encode(torch.zeros(1, 100)))
     clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
     item = replace(data.training.items[0], sample=clip.samples[0])
-    with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and .*clip.wav is sound"):
+    with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and a sample of .* is sound"):
         read_samples([item], PixelTokens())
     assert len(nothing_held_out(data.training).items) == 0
 
@@ -283,16 +341,25 @@ def test_accuracies_and_calibration_by_hand() -> None:
     confident = torch.full((100,), 2.0)
     right = (torch.arange(100) < 80).float()
     expected = abs(float(torch.sigmoid(torch.tensor(2.0))) - 0.8)
-    assert expected_calibration_error(confident, right, bins=1) == pytest.approx(expected, abs=1e-6)
+    assert expected_calibration_error(confident, right, torch.arange(100)) == pytest.approx(expected, abs=1e-6)
     (one,) = calibration_bins(confident, right, torch.arange(100), bins=1)
     assert one.pairs == 100 and one.accuracy.mean == pytest.approx(0.8) and one.accuracy.n == 100
     assert one.confidence - one.accuracy.mean == pytest.approx(expected, abs=1e-6)
     by_prompt = calibration_bins(confident, right, torch.arange(100) // 50, bins=1)[0].accuracy
     assert by_prompt.mean == pytest.approx((1 + 30 / 50) / 2) and by_prompt.n == 2
     assert CalibrationBin.from_dict(json.loads(json.dumps(one.as_dict()))) == one
-    assert calibration_bins(confident, torch.full((100,), 0.5), torch.arange(100)) == ()
-    assert expected_calibration_error(confident, right.fill_(0.5)) is None
+    lead, prompts = torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.arange(100) // 3
+    error = expected_calibration_error(lead, right, prompts)
+    assert error == pytest.approx(calibration(lead, right, prompts).ece.mean, abs=1e-12)  # that of an evaluation
+    with pytest.raises(UnmeasurableError, match="no pair could be scored"):
+        calibration_bins(confident, torch.full((100,), torch.nan), torch.arange(100))
     assert prompt_numbers([]).tolist() == []
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.1, 1), (0.5, 2), (0.9, 3)])
+def test_a_prompt_at_least_is_on_each_side(tmp_path: Path, fraction: float, held_out: int) -> None:
+    rest, held = split_by_prompt(write_judgments(tmp_path, 4), fraction, 0)
+    assert len(held) == held_out and len(rest) == 4 - held_out
 
 
 def test_metrics_after_the_checkpoint_are_removed(tmp_path: Path) -> None:

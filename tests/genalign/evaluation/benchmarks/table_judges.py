@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genalign.evaluation.benchmarks import Benchmark, Judges
 from genalign.evaluation.evaluate import SampleRecord
-from genalign.evaluation.scorers import Judgment
+from genalign.evaluation.scorers import ExplainedScores
 from genalign.types import PromptSet
 
 
@@ -45,7 +45,7 @@ def score_images(
     scores, details = list[dict[str, float]](), list[dict[str, object]]()
     for name, scorer in benchmark.scorers(judges).items():
         judgment = scorer(images, listed)
-        assert isinstance(judgment, Judgment) and judgment.scores.shape == (len(listed),)
+        assert isinstance(judgment, ExplainedScores) and judgment.scores.shape == (len(listed),)
         scores.append({name: judgment.scores.tolist()})
         details.append({name: list(judgment.details)})
     records = [

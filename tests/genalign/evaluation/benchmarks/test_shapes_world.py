@@ -22,7 +22,7 @@ from genalign.evaluation.benchmarks.tifa import TifaReward, questions
 from genalign.evaluation.engine import evaluate
 from genalign.evaluation.evaluate import load_evaluation, plan_samples
 from genalign.evaluation.geneval.grammar import NUMBER_WORDS, plural, with_article
-from genalign.evaluation.scorers import Judgment, RewardScorer, Scorer
+from genalign.evaluation.scorers import ExplainedScores, RewardScorer, Scorer
 from genalign.evaluation.sources import PipelineSource
 from genalign.runtime.media import read_image, save_images
 from genalign.types import Prompt, PromptSet
@@ -54,11 +54,11 @@ def hard(images: Tensor, texts: Sequence[str]) -> Tensor:
     return torch.where(answers.isnan(), answers, (answers == 1).float())
 
 
-def truth(images: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+def truth(images: Tensor, prompts: Sequence[Prompt]) -> ExplainedScores:
     """The verifier's partial credit, and all that it says."""
     verdicts = verify(images, [BY_TEXT[prompt.text].metadata for prompt in prompts])
     details = [{"strict": v.strict, "partial": v.partial, "criteria": [list(c) for c in v.criteria]} for v in verdicts]
-    return Judgment(torch.tensor([v.partial for v in verdicts]), details)
+    return ExplainedScores(torch.tensor([v.partial for v in verdicts]), details)
 
 
 def run(name: str, files: Sequence[Path], judges: Judges, more: dict[str, Scorer] | None = None) -> tuple[Any, ...]:

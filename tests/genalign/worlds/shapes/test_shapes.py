@@ -20,7 +20,7 @@ from genalign.types import Metadata, Prompt
 from genalign.worlds.shapes.color import palette_lab, srgb_to_lab
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, SHAPES, SIZE
 from genalign.worlds.shapes.prompts import held_out_triples, is_held_out_pair, prompts
-from genalign.worlds.shapes.scenes import OUTLINES, Item, Scene, coverage, render, sample_scene
+from genalign.worlds.shapes.scenes import OUTLINES, Scene, Shape, coverage, render, sample_scene
 
 
 def sizes(suite: str) -> dict[str, int]:
@@ -150,7 +150,7 @@ def test_rendering_is_deterministic() -> None:
 
 @pytest.mark.parametrize("shape", list(OUTLINES))
 def test_outlines_stay_in_their_box(shape: str) -> None:
-    item = Item(shape, "red", 31.3, 33.8, 12.0, (220.0, 40.0, 40.0))
+    item = Shape(shape, "red", 31.3, 33.8, 12.0, (220.0, 40.0, 40.0))
     mask = coverage(item)
     x1, y1, x2, y2 = item.box
     rows, columns = np.nonzero(mask)
@@ -160,8 +160,8 @@ def test_outlines_stay_in_their_box(shape: str) -> None:
 
 
 def test_later_items_cover_earlier_ones() -> None:
-    below = Item("square", "red", 32.0, 32.0, 10.0, (220.0, 40.0, 40.0))
-    above = Item("circle", "blue", 32.0, 32.0, 8.0, (45.0, 85.0, 220.0))
+    below = Shape("square", "red", 32.0, 32.0, 10.0, (220.0, 40.0, 40.0))
+    above = Shape("circle", "blue", 32.0, 32.0, 8.0, (45.0, 85.0, 220.0))
     (image,) = render([Scene((below, above))])
     assert (image[:, 32, 32] * 255).tolist() == pytest.approx([45, 85, 220], abs=1e-3)
     assert (image[:, 24, 24] * 255).tolist() == pytest.approx([220, 40, 40], abs=1e-3)

@@ -17,7 +17,7 @@ from genalign.types import Metadata
 from genalign.worlds import shapes
 from genalign.worlds.shapes import detection, scenes, template_matching
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, Array, Outline, _polygon
-from genalign.worlds.shapes.scenes import Item, Scene, jittered, render, sample_scene
+from genalign.worlds.shapes.scenes import Scene, Shape, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import ShapeDetection, detect, verify, verify_detections
 from tests.genalign.worlds.cases import (
     Case,
@@ -87,7 +87,7 @@ def with_another(scene: Scene, shape: str, rng: np.random.Generator) -> Scene | 
     color = list(PALETTE)[rng.integers(len(PALETTE))]
     for _ in range(200):
         x, y = rng.uniform(10.6, SIZE - 10.6, 2)
-        item = Item(shape, color, float(x), float(y), 8.0, jittered(color, rng))
+        item = Shape(shape, color, float(x), float(y), 8.0, jittered(color, rng))
         if all(np.hypot(item.x - other.x, item.y - other.y) > 1.2 * (8 + other.r) * 1.25 for other in scene.items):
             return replace(scene, items=(*scene.items, item))
     return None
@@ -130,7 +130,7 @@ def alone(shape: str, count: int, seed: int) -> list[Scene]:
         color = list(PALETTE)[index % len(PALETTE)]
         r = rng.uniform(8, 12)
         x, y = rng.uniform(1.2 * r + 1, SIZE - 1.2 * r - 1, 2)
-        scenes.append(Scene((Item(shape, color, float(x), float(y), float(r), jittered(color, rng)),)))
+        scenes.append(Scene((Shape(shape, color, float(x), float(y), float(r), jittered(color, rng)),)))
     return scenes
 
 
@@ -299,7 +299,9 @@ def test_a_tilt_is_allowed(degrees: float) -> None:
 def test_five_small_objects_are_counted(shape: str) -> None:
     rng = np.random.default_rng(71_008)
     places = [(12, 14), (32, 14), (52, 14), (22, 44), (44, 44)]
-    scenes = [Scene(tuple(Item(shape, color, x, y, 6.5, jittered(color, rng)) for x, y in places)) for color in PALETTE]
+    scenes = [
+        Scene(tuple(Shape(shape, color, x, y, 6.5, jittered(color, rng)) for x, y in places)) for color in PALETTE
+    ]
     five = [Case(scene, counting(shape, "five").metadata) for scene in scenes]
     assert strict_rate(five, untouched) == 1
     assert strict_rate(five, blurred) >= 0.9
@@ -309,8 +311,8 @@ def test_objects_of_one_color_merge_and_of_two_do_not() -> None:
     rng = np.random.default_rng(71_006)
 
     def pair(second: str, gap: float) -> Scene:
-        left = Item("square", "red", 20.0, 32.0, 9.0, jittered("red", rng))
-        return Scene((left, Item("square", second, 20 + 2 * 0.92 * 9 + gap, 32.0, 9.0, jittered(second, rng))))
+        left = Shape("square", "red", 20.0, 32.0, 9.0, jittered("red", rng))
+        return Scene((left, Shape("square", second, 20 + 2 * 0.92 * 9 + gap, 32.0, 9.0, jittered(second, rng))))
 
     apart, touching, overlapping = detect(render([pair("red", 3), pair("red", 0), pair("blue", -2)]))
     assert [item.shape for item in apart] == ["square", "square"]
@@ -329,7 +331,7 @@ def test_a_striped_blob_is_an_object() -> None:
 
 
 def test_a_detection_has_shape_color_box_and_area() -> None:
-    scene = Scene((Item("square", "blue", 30.0, 26.0, 10.0, (45.0, 85.0, 220.0)),))
+    scene = Scene((Shape("square", "blue", 30.0, 26.0, 10.0, (45.0, 85.0, 220.0)),))
     ((item,),) = detect(render([scene]))
     assert (item.shape, item.color) == ("square", "blue")
     assert item.box == pytest.approx((20.8, 16.8, 39.2, 35.2), abs=1)
