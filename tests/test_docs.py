@@ -137,7 +137,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (pickscore,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("README.md")], re.DOTALL)
     (tmp_path / "pickscore.yaml").write_text(pickscore)
     pages = "".join(
-        PAGES[Path("docs") / page] for page in ("offline.md", "methods/personal.md", "methods/few_steps.md")
+        PAGES[Path("docs") / page]
+        for page in ("offline.md", "reward_learning.md", "methods/personal.md", "methods/few_steps.md")
     )
     for block in re.findall(r"```yaml\n(.*?)```", pages, re.DOTALL):
         if named := re.match(r"# (\w+\.yaml):", block):

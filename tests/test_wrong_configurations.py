@@ -90,7 +90,8 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "choose one of prompts, shapes, tones, geneval, geneval-original, benchmark, as in genalign evaluate prompts"),
     ("no such evaluation", ("evaluate", "shape"), "no command 'evaluate shape': did you mean 'shapes'?"),
     ("no demo", ("demo", "bells"), "there is no demo of 'bells': choose from shapes, tones"),
-    ("no reward", ("reward",), "choose one of check, references, direction, as in genalign reward check"),
+    ("no reward", ("reward",),
+     "choose one of check, collect, label, train, evaluate, references, direction, as in genalign reward check"),
     ("no comparison", ("compare",),
      "output, base, runs, seeds are missing: set them in the file of --config or as arguments, e.g. --output"
      " runs/mine, --base ..., --runs ..., --seeds ..."),
