@@ -394,6 +394,7 @@ SHADOWED = "{work}/rewards/__init__.py is imported as 'rewards' in place of gena
 HIDDEN = "rewards.red.function: rewards has no mine: 'rewards' was imported from {own}, genalign's"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "path", "message"),
     [(["-m"], "", SHADOWED), (["-P", "-m"], "{work}", SHADOWED), (["-P", "-m"], "", HIDDEN)],

@@ -429,6 +429,7 @@ DTYPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DTYPES)
 def test_dtypes_do_not_mix(case: str) -> None:
     name, options = DTYPES[case]
@@ -446,6 +447,7 @@ def test_whole_networks_exchange_their_weights_without_waiting() -> None:
     assert sum(waits.values()) == 1 and "synchronize" in next(iter(waits))  # when the reference is first used
 
 
+@pytest.mark.slow
 def test_a_round_that_waits_on_the_cpu_is_copied_once_without_waiting() -> None:
     model = Model.open("sd15", offload="all", decode_batch=2)
     settings = replace(SETTINGS, offload_rollouts=True, micro_batch=2, overlap_scoring=False)

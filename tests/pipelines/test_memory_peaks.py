@@ -160,6 +160,7 @@ def compare(name: str, recipe: Recipe, case: str, blocks: int | None, settings: 
         assert counted[phase] == pytest.approx(size, rel=0.1), (phase, expected, counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_phases_take_what_the_device_counts(case: str) -> None:
     compare("sd35_medium", recipes.flow_grpo(window=1), case, 1)

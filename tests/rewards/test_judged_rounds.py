@@ -48,6 +48,7 @@ def train(folder: Path, model: Path, rewards: dict[str, Any], **settings: Any) -
     return metrics
 
 
+@pytest.mark.slow
 def test_a_round_by_verdicts_references_and_dimensions(tmp_path: Path, tiny_folder: Path) -> None:
     requests: list[Seen] = []
     with judging(brighter, requests) as endpoint:

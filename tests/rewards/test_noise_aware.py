@@ -85,6 +85,7 @@ def test_attention_of_open_clip_is_adapted_too() -> None:
     assert all("visual" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_clean_reward_of_noisy_samples() -> None:
     rng, reward = np.random.default_rng(0), ClipReward("shapes-clip")
     texts = prompts("iid").prompts[:200:25]

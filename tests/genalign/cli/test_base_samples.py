@@ -72,6 +72,7 @@ def test_references_are_written_and_read_by_a_run(
     assert "refs.json has the scores of the base model" in message and "steps is 2 there and 1 here" in message
 
 
+@pytest.mark.slow
 def test_without_a_file_of_references_every_reward_is_scored(folder: Path, tiny_folder: Path) -> None:
     rewards = {"red": {"function": RED}, "size": {"function": "rewards.jpeg.compressibility"}}
     sections = {"prompts": "prompts.txt", "rewards": rewards}

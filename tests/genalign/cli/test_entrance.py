@@ -204,6 +204,7 @@ def test_an_output_that_cannot_be_is_refused_in_one_line(
     assert Path("file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_warning_of_the_hub_is_printed_once(tmp_path: Path) -> None:
     program = (
         "import logging; from genalign.__main__ import main; main(['report', 'nowhere']);"

@@ -143,6 +143,7 @@ def test_trackers_receive_flat_metrics() -> None:
     assert flat_numbers(row) == {"reward": 1.0, "metrics/d/loss": 2.0, **estimates}
 
 
+@pytest.mark.slow
 def test_a_sample_grid_does_not_change_the_training(config: Path, tmp_path: Path) -> None:
     def trained(name: str, *arguments: str) -> list[dict[str, Any]]:
         run = ["--config", str(config), "--before_after", "null", "--output", str(tmp_path / name)]

@@ -60,6 +60,7 @@ def test_a_mixture_is_an_adapter_like_any_other(tiny_folder: Path, adapters: lis
     assert main(["soup", *arguments, "--weights", "[1, 1]"]) == 2  # it exists
 
 
+@pytest.mark.slow
 def test_a_front_evaluates_the_mixtures_of_two_adapters(
     tiny_folder: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

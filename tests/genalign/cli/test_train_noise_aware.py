@@ -61,6 +61,7 @@ def test_a_student_of_two_rewards_is_refused(tiny_folder: Path, tmp_path: Path, 
     assert "a student predicts one reward, not partial, strict: give one, and train a student of each" in message
 
 
+@pytest.mark.slow
 def test_train_noise_aware_is_deterministic(tiny_folder: Path, tmp_path: Path) -> None:
     student = "SelfDistilled\n  init_args: {lora_rank: 2}"
     weights = []

@@ -34,6 +34,7 @@ def _faults(environment: dict[str, str], name: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_freed_memory_is_used_again() -> None:
     kept, given_back = _faults({}, "kept"), _faults({"MALLOC_TOP_PAD_": "131072"}, "as it was")

@@ -341,6 +341,7 @@ def test_steering_beats_one_sample_and_lam_0_equals_best_of_n(tiny: SD3) -> None
     torch.testing.assert_close(nothing.scores, plain.scores, rtol=0, atol=1e-5)  # lam 0 weighs all alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guide", [None, RewardGradient(), RewardGradient(0.5), DoobGuide(8, tau=1.0, gamma=0.5)], ids=repr
 )

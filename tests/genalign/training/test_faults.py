@@ -153,6 +153,7 @@ def blind(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [raising, hanging])
 def test_a_reward_that_raises_or_hangs_once_changes_nothing(opened: SD3, clean: Run, fault: RewardFunction) -> None:
     run = Run(opened, NamedReward("partial", Faulty([6], fault), timeout=5.0)).finished()
@@ -161,6 +162,7 @@ def test_a_reward_that_raises_or_hangs_once_changes_nothing(opened: SD3, clean: 
     assert [result.failed_rewards for result in run.results] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_scores_that_are_nan_or_infinite_are_left_out(opened: SD3, clean: Run) -> None:
     run = Run(opened, Faulty([6], blind)).finished()
     assert [result.failed_rewards for result in run.results] == [0, 2, 0]
@@ -217,6 +219,7 @@ def test_a_server_outage_of_five_minutes_changes_nothing(opened: SD3) -> None:
     assert torch.equal(with_outage.weights(), without.weights())
 
 
+@pytest.mark.slow
 def test_an_image_that_is_not_finite_costs_its_own_score_only(opened: SD3, clean: Run) -> None:
     def checking(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         assert samples.isfinite().all()  # there is a black image in its place
@@ -263,6 +266,7 @@ def without_gradient(run: Run, updates: range) -> None:
     run.spoil(fault)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped_and_written(opened: SD3, clean: Run, tmp_path: Path) -> None:
     run = Run(opened, suspects=tmp_path / "suspects")
     without_gradient(run, range(5, 6))

@@ -184,6 +184,7 @@ def test_fifty_kills_lose_nothing(runs: ChildRuns) -> None:
     _require_same_end(run, runs.work / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_have_more_rounds_and_no_other_settings(
     runs: ChildRuns, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -292,6 +292,7 @@ def test_a_round_of_every_arm(bench: str, arm: str, bench_folder: Path, monkeypa
     assert metrics["failed_rewards"] == 0 and metrics["nfe"] > 0
 
 
+@pytest.mark.slow
 def test_records_of_finished_runs(bench_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arms of a bench with evaluations before and after: differences, planted shifts, and the best of three."""
     monkeypatch.chdir(bench_folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.worlds.shapes.scenes import Item, Scene
+from genalign.worlds.shapes.scenes import Scene, Shape
 from genalign.worlds.shapes.scenes import render as draw
 from genalign.worlds.tones.scenes import Clip, Event
 from genalign.worlds.tones.scenes import render as play
@@ -15,7 +15,7 @@ from scripts.benchmarks.planted_ratings import depth, rated_clips, rated_scenes,
 
 def _scene(*colors: tuple[str, tuple[float, float, float]]) -> Scene:
     places = zip(colors, (16.0, 48.0), strict=False)
-    return Scene(tuple(Item("circle", color, x, 32.0, 9.0, rgb) for (color, rgb), x in places))
+    return Scene(tuple(Shape("circle", color, x, 32.0, 9.0, rgb) for (color, rgb), x in places))
 
 
 def test_warm_colors_are_rated_high() -> None:

@@ -56,6 +56,7 @@ def work(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     search_pool.pipeline.cache_clear()
 
 
+@pytest.mark.slow
 def test_pools_and_live_searches_become_records(work: Path) -> None:
     search_pool.record(work)
     search_benchmark.tune(work)

@@ -47,6 +47,7 @@ def test_an_unknown_word_does_not_end_the_prompt() -> None:
     assert tokenizer.unk_token_id != tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_captions_of_scenes_are_true_and_do_not_depend_on_the_number_of_workers() -> None:
     one, two = (shapes_dataset.captioned_scenes(64, seed=3, workers=workers) for workers in (1, 2))
     assert torch.equal(one.images, two.images) and one.prompts == two.prompts

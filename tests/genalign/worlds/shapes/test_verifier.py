@@ -175,6 +175,7 @@ def test_truth_is_accepted(verified: Verified, corruption: Corruption, least: fl
     assert strict_share(verified[corruption]) >= least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corruption", [untouched, generated])
 def test_near_misses_are_refused_and_score_less(
     verified: Verified, misses: list[tuple[int, str, Case]], corruption: Corruption

@@ -162,7 +162,7 @@ def misses(cases: list[Case]) -> list[tuple[int, str, Case]]:
         (mu_law, 0.99),
         (jittered, 0.99),
         (vibrato, 0.99),
-        (griffin_lim, 0.97),
+        pytest.param(griffin_lim, 0.97, marks=pytest.mark.slow),
         (generated, 0.95),
     ],
 )
