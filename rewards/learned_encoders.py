@@ -147,9 +147,7 @@ class ClipTokens(_OfSamplesAndTexts):
             "lora_rank": lora_rank,
         }
         self.token_kind = tokens
-        with torch.random.fork_rng(devices=[]):  # opening an encoder for the first time draws random numbers
-            frozen = load_clip(model, processor)
-            self.encoder = trainable_copy(frozen, _tower, _blocks, blocks, lora_rank)
+        self.encoder = trainable_copy(load_clip(model, processor), _tower, _blocks, blocks, lora_rank)
 
     def _features(self, samples: Tensor) -> Features:
         if self.token_kind == "parts":
@@ -191,8 +189,7 @@ class ClapTokens(_OfSamplesAndTexts):
         _require_tokens(tokens)
         self._arguments = {"model": model, "sample_rate": sample_rate, "tokens": tokens, "lora_rank": lora_rank}
         self.token_kind, self._sample_rate = tokens, sample_rate
-        with torch.random.fork_rng(devices=[]):
-            self.encoder = trainable_copy(load_clap(model), _tower, lambda own: (), 0, lora_rank)
+        self.encoder = trainable_copy(load_clap(model), _tower, lambda own: (), 0, lora_rank)
 
     @property
     def sample_rate(self) -> int:
@@ -251,8 +248,7 @@ class DinoTokens(RewardEncoder):
         config = self.network.config
         self.skipped = 1 + int(getattr(config, "num_register_tokens", 0))
         self.prepare = of_size(prepare, size, int(config.patch_size))
-        with torch.random.fork_rng(devices=[]):
-            self.text = None if text is None else load_clip(text)
+        self.text = None if text is None else load_clip(text)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -34,8 +34,7 @@ class Regressor(nn.Module):
         self.settings = {"model": model, "hidden": hidden, "sample_rate": sample_rate}
         self.sample_rate = sample_rate
         self.arguments = () if sample_rate is None else (sample_rate,)
-        with torch.random.fork_rng(devices=[]):  # the first opening of an encoder draws random numbers, later ones none
-            self.encoder: DualEncoder = load_clip(model) if sample_rate is None else load_clap(model)
+        self.encoder: DualEncoder = load_clip(model) if sample_rate is None else load_clap(model)
         width = self.encoder.text(["a"]).shape[1]
         self.head = nn.Sequential(nn.Linear(4 * width, hidden), nn.GELU(), nn.Linear(hidden, 1))
 

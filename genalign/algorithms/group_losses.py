@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Unit
-from genalign.algorithms.losses import mean_square
-from genalign.algorithms.matching import NoisedSamples, dpo_loss, normalized_error, optimality, sign_pairs
+from genalign.algorithms.losses import mean_square, optimality
+from genalign.algorithms.matching import NoisedSamples
+from genalign.algorithms.matching_losses import dpo_loss, normalized_error, sign_pairs
 
 
 @dataclass(frozen=True)

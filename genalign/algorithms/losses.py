@@ -165,3 +165,8 @@ def require_per_sample(count: int, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != (count,):
             raise ValueError(f"{name} must be ({count},), one entry per sample, not {tuple(tensor.shape)}")
+
+
+def optimality(credit: Tensor, largest: float = 5.0) -> Tensor:
+    """Map credit (N,) to [0, 1], linearly between +-``largest``: DiffusionNFT's probability of being right."""
+    return credit.clamp(-largest, largest) / (2 * largest) + 0.5

@@ -24,7 +24,8 @@ from genalign.algorithms.group_losses import (
     RankedPreferenceLoss,
     ReferencePreferenceLoss,
 )
-from genalign.algorithms.matching import DPOLoss, KTOLoss, MatchingObjective, RewardWeightedLoss
+from genalign.algorithms.matching import MatchingObjective
+from genalign.algorithms.matching_losses import DPOLoss, KTOLoss, RewardWeightedLoss
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.algorithms.recipes import matching
 

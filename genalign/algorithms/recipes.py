@@ -16,7 +16,8 @@ from genalign.algorithms.advantages import Std
 from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, SetContrast, VirtualBest
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.losses import KLForm
-from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
+from genalign.algorithms.matching import MatchingLoss, MatchingObjective
+from genalign.algorithms.matching_losses import AWMLoss, DPOLoss, KTOLoss, NFTLoss
 from genalign.algorithms.preference_pairs import Criterion
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.algorithms.step_credit import Reduction, RewardGain, TurningPoint, ValueAnchored

@@ -111,4 +111,7 @@ def load_clap(model: str, dtype: Precision = "float32") -> ClapEncoder:
     return _opened(assets.resolve(model), dtype)
 
 
-_opened = functools.cache(ClapEncoder)
+@functools.cache
+def _opened(model: str, dtype: Precision) -> ClapEncoder:
+    with torch.random.fork_rng(devices=[]):  # opening draws random numbers, and only the first call opens
+        return ClapEncoder(model, dtype)

@@ -221,16 +221,18 @@ def load_clip(model: str, processor: str | None = None, dtype: Precision = "floa
 @functools.cache
 def _opened(model: str, processor: str | None, dtype: Precision) -> ClipEncoder:
     path = Path(model)
-    if (path / "open_clip_config.json").is_file():
-        if processor is not None:
-            raise ValueError(f"{path} is an open_clip folder, which holds its own tokenizer: leave processor out")
-        import open_clip
-
-        name = f"local-dir:{path}"
-        return OpenClipEncoder(open_clip.create_model(name), name, dtype)
-    if path.exists() and not (path / "config.json").is_file():
+    is_open_clip = (path / "open_clip_config.json").is_file()
+    if is_open_clip and processor is not None:
+        raise ValueError(f"{path} is an open_clip folder, which holds its own tokenizer: leave processor out")
+    if not is_open_clip and path.exists() and not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither an open_clip_config.json nor a config.json: give the folder that open_clip's"
             " push_to_hf_hub or CLIPModel.save_pretrained wrote"
         )
-    return TransformersClipEncoder(model, processor or model, dtype)
+    with torch.random.fork_rng(devices=[]):  # opening draws random numbers, and only the first call opens
+        if is_open_clip:
+            import open_clip
+
+            name = f"local-dir:{path}"
+            return OpenClipEncoder(open_clip.create_model(name), name, dtype)
+        return TransformersClipEncoder(model, processor or model, dtype)

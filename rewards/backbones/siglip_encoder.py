@@ -64,4 +64,5 @@ def load_siglip(model: str, dtype: Precision = "float32") -> SiglipEncoder:
 
     Raises ValueError for a folder of another kind.
     """
-    return SiglipEncoder(model, dtype)
+    with torch.random.fork_rng(devices=[]):  # opening draws random numbers, and only the first call opens
+        return SiglipEncoder(model, dtype)

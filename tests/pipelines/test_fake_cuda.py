@@ -22,7 +22,8 @@ from genalign import search
 from genalign.algorithms import few_step_recipes, pathwise_recipes, preference_recipes, recipes
 from genalign.algorithms import recipe_changes as changes
 from genalign.algorithms.credit import GroupRelative, NormalizedSum
-from genalign.algorithms.matching import MatchingObjective, RewardWeightedLoss
+from genalign.algorithms.matching import MatchingObjective
+from genalign.algorithms.matching_losses import RewardWeightedLoss
 from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.step_schedules import LastSteps

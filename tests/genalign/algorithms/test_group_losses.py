@@ -15,7 +15,8 @@ from genalign.algorithms.group_losses import (
     ReferencePreferenceLoss,
     ranking_loss,
 )
-from genalign.algorithms.matching import DPOLoss, NoisedSamples
+from genalign.algorithms.matching import NoisedSamples
+from genalign.algorithms.matching_losses import DPOLoss
 from genalign.diffusion.paths import FlowPath
 from genalign.types import NoiseLevel
 

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import TermScales, UpdateBatch
-from genalign.algorithms.matching import (
+from genalign.algorithms.matching import MatchingLoss, MatchingObjective, NoisedSamples
+from genalign.algorithms.matching_losses import (
     AlphaLink,
     AWMLoss,
     ChiSquaredLink,
     DPOLoss,
     KTOLoss,
     Link,
-    MatchingLoss,
-    MatchingObjective,
     NFTLoss,
-    NoisedSamples,
     awm_log_probability,
     dpo_loss,
     kto_loss,

@@ -21,7 +21,8 @@ from genalign.algorithms.interfaces import (
     traits_of,
     with_stronger_kl,
 )
-from genalign.algorithms.matching import DPOLoss, KTOLoss, MatchingObjective, RewardWeightedLoss
+from genalign.algorithms.matching import MatchingObjective
+from genalign.algorithms.matching_losses import DPOLoss, KTOLoss, RewardWeightedLoss
 from genalign.algorithms.objective_sum import ObjectivePart, SumObjective
 from genalign.algorithms.pathwise import PathwiseObjective
 from genalign.algorithms.tails import Chain

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from genalign.algorithms.credit import DifficultyWeighted, NormalizedSum, TaskNormalized
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.matching import (
-    AWMLoss,
-    ChiSquaredLink,
-    DPOLoss,
-    MatchingObjective,
-    NoisedSamples,
-    RewardWeightedLoss,
-)
+from genalign.algorithms.matching import MatchingObjective, NoisedSamples
+from genalign.algorithms.matching_losses import AWMLoss, ChiSquaredLink, DPOLoss, RewardWeightedLoss
 from genalign.algorithms.pathwise import Ascent
 from genalign.algorithms.pathwise_recipes import (
     align_prop,

@@ -596,11 +596,11 @@ def test_pairs_are_judged_in_a_browser_by_keys_clicks_and_touch(tmp_path: Path) 
         assert last["7"]["scores"]["overall"] == [0.5, 0.5] and len(lines(folder)) == 8
         assert {line["annotator"] for line in lines(folder)} == {"Ada"}
         (folder / "preferences.jsonl").write_text(
-            "".join(json.dumps(always_left(line)) + "\n" for line in lines(folder)) * 2
+            "".join(json.dumps(always_left(line)) + "\n" for line in lines(folder)) * 3
         )
         tab.open(f"{url}/agreement")
         tab.wait("document.querySelector('table')")
-        warned = "Ada found the left sample better in 16 of 16 pairs"
+        warned = "Ada found the left sample better in 24 of 24 pairs"
         assert warned in tab.value("document.querySelector('p.warning').textContent")
         assert tab.messages == [] and tab.value("document.title") != "run"
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from genalign import assets
 from genalign.algorithms import recipes
 from genalign.algorithms.interfaces import Objective, TermScales, UpdateBatch, UpdateContext, half_micro_batch
-from genalign.algorithms.matching import KTOLoss
+from genalign.algorithms.matching_losses import KTOLoss
 from genalign.algorithms.recipe import Lag, Recipe
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
