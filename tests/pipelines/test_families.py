@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import pipelines
-from genalign.algorithms import matching
+from genalign.algorithms import matching_losses
 from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipes import dense_grpo, dragon, flow_grpo, nft, prdp
@@ -335,12 +335,12 @@ def test_one_step_of_training_lowers_the_loss(
         return difference.double().flatten(1).square().mean(1) / sizes.pop(0)
 
     # NFT divides its errors by sizes that change in training; its steps descend the errors divided by the first sizes
-    monkeypatch.setattr(matching, "normalized_error", by_own_size)
+    monkeypatch.setattr(matching_losses, "normalized_error", by_own_size)
     before = _metrics(trainer, batch)
     assert before.log_ratio_max == 0.0
     monkeypatch.undo()
     trainer.learner.learn(0, prompts.prompts, parts, outcome, trainer.kernel)
-    monkeypatch.setattr(matching, "normalized_error", by_first_size)
+    monkeypatch.setattr(matching_losses, "normalized_error", by_first_size)
     assert _metrics(trainer, batch).mean("loss") < before.mean("loss")
 
 
