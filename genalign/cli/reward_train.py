@@ -108,7 +108,7 @@ class RewardTrain:
 
     @property
     def objective(self) -> RewardObjective:
-        """What is minimized."""
+        """The loss with its correction for label noise, and the terms that are added to it."""
         loss = self.loss or BradleyTerryLoss()
         default = [Centering()] if self.fit.members > 1 and isinstance(loss, PairLoss) else []
         terms = default if self.regularizers is None else self.regularizers
@@ -362,16 +362,7 @@ def _card(
         "## On held-out judgments",
         "",
     ]
-    measured = run.held_out()
-    if measured is None:
-        lines.append("Nothing was held out.")
-    else:
-        lines += ["| dimension | accuracy (95 % interval) |", "|---|---|"]
-        accuracies = measured.accuracy.items()
-        lines += [f"| {name} | {'-' if own is None else own.text('.3f')} |" for name, own in accuracies]
-        lines += ["", f"Loss {measured.loss:.4f}."]
-        if measured.calibration is not None:
-            lines += [f"Expected calibration error of sigmoid(difference): {measured.calibration:.3f}."]
+    lines += _held_out_lines(run)
     if precisions:
         lines += ["", f"Prior precision of the last layer: {', '.join(f'{value:.3g}' for value in precisions)}."]
     if objective.nuisances:
@@ -381,3 +372,17 @@ def _card(
         columns = zip(objective.nuisances, data.tokens.nuisances[rows].unbind(1), strict=True)
         lines += [f"| {name} | {float(correlation(values, scores)):+.3f} |" for name, values in columns]
     return "\n".join(lines) + "\n"
+
+
+def _held_out_lines(run: RewardTraining) -> list[str]:
+    """The lines of a card on held-out judgments."""
+    measured = run.held_out()
+    if measured is None:
+        return ["Nothing was held out."]
+    lines = ["| dimension | accuracy (95 % interval) |", "|---|---|"]
+    accuracies = measured.accuracy.items()
+    lines += [f"| {name} | {'-' if own is None else own.text('.3f')} |" for name, own in accuracies]
+    lines += ["", f"Loss {measured.loss:.4f}."]
+    if measured.calibration is not None:
+        lines += [f"Expected calibration error of sigmoid(difference): {measured.calibration:.3f}."]
+    return lines

@@ -51,7 +51,7 @@ class Pairs:
         return len(self.rows)
 
     def select(self, index: Sequence[int]) -> Pairs:
-        """Select the pairs ``index``."""
+        """Select pairs by their numbers ``index``, in that order."""
         at = torch.tensor(list(index), dtype=torch.long)
         names = tuple(self.annotators[place] for place in index)
         return Pairs(self.rows[at], self.preferred[at], self.difference[at], names)
@@ -75,7 +75,7 @@ class Grades:
         return len(self.rows)
 
     def select(self, index: Sequence[int]) -> Grades:
-        """Select the grades ``index``."""
+        """Select grades by their numbers ``index``, in that order."""
         at = torch.tensor(list(index), dtype=torch.long)
         return Grades(self.rows[at], self.values[at], tuple(self.annotators[place] for place in index))
 
@@ -125,31 +125,22 @@ def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> E
             ratings and labels are mixed.
     """
     names = tuple(dimensions) or tuple(dict.fromkeys(name for judgment in judgments for name in judgment.scores))
-    for name in names or ("",):
-        if not any(name in judgment.scores for judgment in judgments):
-            raise ValueError(f"no judgment has the dimension {name!r}" if name else "no judgment has a score")
-    if {"rating", "label"} <= {judgment.kind for judgment in judgments}:
-        raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
+    _require_learnable(judgments, names)
     items: dict[tuple[str, str], Item] = {}
     places: dict[tuple[str, str], int] = {}
     pairs, grades = list[tuple[int, int, list[float], Kind, str]](), list[tuple[int, list[float], str]]()
     for judgment in map(Judgment.in_shown_order, judgments):
-        if not judgment.scores:
-            raise ValueError(f"a judgment of {judgment.prompt.text!r} has no scores: judge it first")
-        digests = [sample.digest() for sample in judgment.samples]
-        if len(set(digests)) < len(digests):
-            raise ValueError(f"the samples of a judgment of {judgment.prompt.text!r} have equal files: leave it out")
         rows = []
-        for sample, digest in zip(judgment.samples, digests, strict=True):
-            key = (judgment.prompt.text, digest)
-            items.setdefault(key, Item(judgment.prompt, sample, digest))
+        for item in _items(judgment):
+            key = (item.prompt.text, item.digest)
+            items.setdefault(key, item)
             rows.append(places.setdefault(key, len(places)))
         scores = [judgment.scores.get(name, (math.nan,) * len(rows)) for name in names]
-        by_sample, annotator = list(zip(*scores, strict=True)), judgment.annotator or ""
+        judged, annotator = list(zip(rows, zip(*scores, strict=True), strict=True)), judgment.annotator or ""
         if judgment.kind in ("rating", "label"):
-            grades += [(row, list(own), annotator) for row, own in zip(rows, by_sample, strict=True)]
+            grades += [(row, list(own), annotator) for row, own in judged]
         else:
-            for (row, first), (other, second) in itertools.combinations(zip(rows, by_sample, strict=True), 2):
+            for (row, first), (other, second) in itertools.combinations(judged, 2):
                 gaps = [a - b for a, b in zip(first, second, strict=True)]
                 pairs.append((row, other, gaps, judgment.kind, annotator))
     difference = _matrix((gaps for _, _, gaps, _, _ in pairs), len(names))
@@ -171,6 +162,25 @@ def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> E
             tuple(annotator for *_, annotator in grades),
         ),
     )
+
+
+def _require_learnable(judgments: Sequence[Judgment], names: Sequence[str]) -> None:
+    """Raise ValueError where judgments have no scores, none in a dimension, or are ratings beside labels."""
+    for name in names or ("",):
+        if not any(name in judgment.scores for judgment in judgments):
+            raise ValueError(f"no judgment has the dimension {name!r}" if name else "no judgment has a score")
+    if {"rating", "label"} <= {judgment.kind for judgment in judgments}:
+        raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
+    if unscored := next((judgment for judgment in judgments if not judgment.scores), None):
+        raise ValueError(f"a judgment of {unscored.prompt.text!r} has no scores: judge it first")
+
+
+def _items(judgment: Judgment) -> list[Item]:
+    """Return the items of a judgment, in its order. Raises ValueError where two samples have equal files."""
+    items = [Item(judgment.prompt, sample, sample.digest()) for sample in judgment.samples]
+    if len({item.digest for item in items}) < len(items):
+        raise ValueError(f"the samples of a judgment of {judgment.prompt.text!r} have equal files: leave it out")
+    return items
 
 
 def _matrix(rows: Iterable[Sequence[float]], width: int) -> Tensor:

@@ -33,7 +33,7 @@ Setting = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class World:
+class BenchWorld:
     """An embedded world, and what its rewards are learned on.
 
     Attributes:
@@ -69,12 +69,12 @@ class World:
         return {"guidance": 1.0, **self.settings()["evaluation"]}
 
 
-SHAPES = World(
+SHAPES = BenchWorld(
     "shapes",
     "rewards.shapes.ShapesReward",
     {"class_path": "rewards.learned_encoders.ClipTokens", "init_args": {"model": "shapes-clip"}},
 )
-TONES = World(
+TONES = BenchWorld(
     "tones",
     "rewards.tones.TonesReward",
     {
@@ -105,13 +105,13 @@ def run_with(*command: str, settings: Setting, file: Path, base: Path | None = N
     run_genalign(*command, *([] if base is None else ["--config", str(base)]), "--config", str(file))
 
 
-def write_prompts(file: Path, world: World, count: int, suite: str, seed: int) -> None:
+def write_prompts(file: Path, world: BenchWorld, count: int, suite: str, seed: int) -> None:
     """Write prompts of a suite, as many of each task."""
     drawn = drawn_in_turn(world.prompts(suite), count, seed=seed)
     write_text(file, "".join(json.dumps(prompt.metadata) + "\n" for prompt in drawn))
 
 
-def judged_pairs(work: Path, world: World, suite: str, groups: int) -> Path:
+def judged_pairs(work: Path, world: BenchWorld, suite: str, groups: int) -> Path:
     """Collect comparisons of the base model's samples, and judge them once for each share of flipped labels."""
     folder = work / f"{world.name}-pairs-{suite}"
     collect = {
@@ -127,7 +127,7 @@ def judged_pairs(work: Path, world: World, suite: str, groups: int) -> Path:
     return folder
 
 
-def judge(folder: Path, world: World, flips: tuple[float, ...]) -> None:
+def judge(folder: Path, world: BenchWorld, flips: tuple[float, ...]) -> None:
     """Let the verifier judge the comparisons of a folder, as one annotator for each share of flipped labels."""
     annotators = {annotator(share): {"noise": {"flips": share}} for share in flips}
     labeler = "genalign.reward_learning.labeling.RewardLabeler"
@@ -157,7 +157,7 @@ def drawn_pairs(folder: Path, size: int, flips: float, seed: int) -> list[str]:
     return own[:size]
 
 
-def trained_reward(work: Path, world: World, name: str, seed: int, preferences: Path, members: int = 1) -> Setting:
+def trained_reward(work: Path, world: BenchWorld, name: str, seed: int, preferences: Path, members: int = 1) -> Setting:
     """Train a reward on a file of judgments, and return it as configurations name it."""
     run = work / "rewards" / world.name / name / f"seed-{seed}"
     settings = {
@@ -172,7 +172,7 @@ def trained_reward(work: Path, world: World, name: str, seed: int, preferences: 
     return {"class_path": "rewards.learned.LearnedReward", "init_args": {"path": str(run)}}
 
 
-def learned(work: Path, world: World, proxy: Proxy) -> dict[int, Setting]:
+def learned(work: Path, world: BenchWorld, proxy: Proxy) -> dict[int, Setting]:
     """Train the rewards of a proxy, one for each seed."""
     folder, rewards = judged_pairs(work, world, "train", GROUPS), dict[int, Setting]()
     for seed in SEEDS:
@@ -182,7 +182,7 @@ def learned(work: Path, world: World, proxy: Proxy) -> dict[int, Setting]:
     return rewards
 
 
-def measured(work: Path, world: World, name: str, seed: int, reward: Setting) -> dict[str, Any]:
+def measured(work: Path, world: BenchWorld, name: str, seed: int, reward: Setting) -> dict[str, Any]:
     """Measure a reward on clean pairs of val prompts, and on many samples of comp prompts; as ``evaluation.json``."""
     output = work / "measures" / world.name / name / f"seed-{seed}"
     pairs, pool = judged_pairs(work, world, "val", 1), sample_pool(work, world)
@@ -196,7 +196,7 @@ def measured(work: Path, world: World, name: str, seed: int, reward: Setting) ->
     return content
 
 
-def sample_pool(work: Path, world: World) -> Path:
+def sample_pool(work: Path, world: BenchWorld) -> Path:
     """Make many samples of comp prompts by the base model, of as many prompts of each task."""
     folder, prompts = work / f"{world.name}-pool", work / f"{world.name}-pool.jsonl"
     write_prompts(prompts, world, POOLED_PROMPTS, "comp", seed=0)
@@ -214,7 +214,7 @@ def sample_pool(work: Path, world: World) -> Path:
 
 
 def optimized(
-    work: Path, world: World, name: str, rewards: Mapping[int, Setting], own: Setting | None = None
+    work: Path, world: BenchWorld, name: str, rewards: Mapping[int, Setting], own: Setting | None = None
 ) -> dict[int, Path]:
     """Train on the reward of each seed for ``MINUTES``, or by the settings ``own``; the verifier only reports."""
     runs = {}

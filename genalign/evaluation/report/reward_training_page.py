@@ -48,7 +48,7 @@ class RewardRun:
 
     @classmethod
     def read(cls, folder: Path) -> RewardRun:
-        """Read a folder."""
+        """Read the folder of a reward's training, finished or not."""
         card = folder / "card.md"
         return cls(
             read_rows(folder / "metrics.jsonl"),
@@ -61,7 +61,7 @@ class RewardRun:
 
     @property
     def fit(self) -> Mapping[str, Any]:
-        """The settings of the fit."""
+        """How long and how the reward is trained, as its configuration has it."""
         return self.config.get("fit") or {}
 
     @property
