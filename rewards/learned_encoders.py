@@ -76,21 +76,31 @@ def trainable_copy(
     shared |= {id(value): value for value in [getattr(network, "tokenizer", None)]}
     own: nn.Module = copy.deepcopy(network, shared)
     if lora_rank:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        linear = {id(layer) for part in tower(own) for layer in part.modules() if type(layer) is nn.Linear}
-        names = [name for name, layer in own.named_modules() if id(layer) in linear]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=names), own)
+        _add_lora(own, tower(own), lora_rank)
     if blocks:
         available = last_blocks(own)
         if blocks > len(available):
             raise ValueError(f"blocks must be at most {len(available)}, the blocks of the encoder, not {blocks}")
-        for layer in (layer for block in available[-blocks:] for layer in block.modules()):
-            for name, weight in layer.named_parameters(recurse=False):
-                setattr(layer, name, nn.Parameter(weight.detach().clone().float()))
+        _unfreeze_copies(available[-blocks:])
     return own.eval()
+
+
+def _add_lora(network: nn.Module, tower: Iterable[nn.Module], rank: int) -> None:
+    """Add LoRA to the linear layers of a part of a network, with the same first weights each time."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = {id(layer) for part in tower for layer in part.modules() if type(layer) is nn.Linear}
+    names = [name for name, layer in network.named_modules() if id(layer) in linear]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network)
+
+
+def _unfreeze_copies(blocks: Sequence[nn.Module]) -> None:
+    """Replace the frozen weights of blocks, which another network shares, by trainable copies in float32."""
+    for layer in (layer for block in blocks for layer in block.modules()):
+        for name, weight in layer.named_parameters(recurse=False):
+            setattr(layer, name, nn.Parameter(weight.detach().clone().float()))
 
 
 class _OfSamplesAndTexts(RewardEncoder):

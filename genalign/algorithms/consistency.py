@@ -83,7 +83,6 @@ class ConsistencyObjective:
 
     unit: ClassVar[Unit] = "sample"
     clip_range: ClassVar[float | None] = None
-    distance_target: ClassVar[float] = 1e-3  # of predictions
     steps: int = 50
     skip: int = 1
     guidance: float = 1.0

@@ -406,18 +406,12 @@ class KLRegularized(Protocol):
 
 
 Distance = Callable[[], Tensor]
-"""Measures the distance (N,) of the current policy from an earlier one, on a few samples."""
+"""Measures the mean squared difference (N,) of the current policy's predictions from an earlier one's, on samples."""
 
 
 @runtime_checkable
 class MeasuresDistance(Protocol):
-    """An objective that measures how far updates move the policy, as ``training.trust_region`` needs it.
-
-    ``distance_target`` is the distance that a round should move the policy by default.
-    """
-
-    @property
-    def distance_target(self) -> float: ...
+    """An objective that measures how far updates move the policy, as ``training.trust_region`` needs it."""
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
         """Predict with the current weights; return what measures the distance of later weights on the same samples."""

@@ -157,7 +157,6 @@ class MatchingObjective:
     """
 
     clip_range: ClassVar[float | None] = None
-    distance_target: ClassVar[float] = 1e-3  # of predictions
     loss: MatchingLoss
     draws: int = 2
     low: float = 0.02

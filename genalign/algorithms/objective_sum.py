@@ -71,24 +71,10 @@ class SumObjective:
             all(one.needs_spread for one in own),
         )
 
-    @property
-    def distance_target(self) -> float:
-        return self._measuring.distance_target
-
-    @property
-    def _measuring(self) -> MeasuresDistance:
-        """The first part that measures distances. Raises ValueError if none does."""
-        for part in self.parts:
-            if isinstance(part.objective, MeasuresDistance):
-                return part.objective
-        raise ValueError(
-            "no part of this sum of objectives measures how far an update moves the policy: set training.learning_rate"
-            " to a number"
-        )
-
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Measure the distance as the first part does that measures one. Raises ValueError if none does."""
-        return self._measuring.distance_from_now(context, batch, seed)
+        """Measure the distance as the first part does that measures one."""
+        measuring = next(part.objective for part in self.parts if isinstance(part.objective, MeasuresDistance))
+        return measuring.distance_from_now(context, batch, seed)
 
     def with_stronger_kl(self, minimum: float) -> SumObjective:
         """Strengthen the penalty of the first part that has one. Raises ValueError if none has."""
@@ -122,3 +108,9 @@ class SumObjective:
             metrics = PartMetrics(context.metrics, part.name, share, counted=place == counted)
             named = derived_seed(seed, part.name)
             part.objective.backward(replace(context, metrics=metrics), batch, scale.times(part.weight), named)
+
+
+def measures_distance(objective: Objective) -> bool:
+    """Return whether an objective, or a part of a sum, measures how far updates move the policy."""
+    parts = [part.objective for part in objective.parts] if isinstance(objective, SumObjective) else [objective]
+    return any(isinstance(part, MeasuresDistance) for part in parts)

@@ -169,7 +169,6 @@ class PathwiseObjective:
 
     unit: ClassVar[Unit] = "sample"
     clip_range: ClassVar[float | None] = None
-    distance_target: ClassVar[float] = 1e-3  # of predictions
     tail: Tail
     ascent: Ascent = Ascent()
     further: Sequence[LatentDirection] = ()

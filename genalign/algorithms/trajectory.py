@@ -30,12 +30,11 @@ from genalign.algorithms.losses import (
     kl_penalty,
     require_per_sample,
 )
+from genalign.algorithms.matching import noised_distance
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
-from genalign.diffusion.transitions import Kernel, Transition, trainable_steps
+from genalign.diffusion.transitions import Kernel, trainable_steps
 from genalign.types import Grid
-
-_DISTANCE_TARGET = 0.05  # nats
 
 
 class StepLoss(Protocol):
@@ -113,23 +112,6 @@ class MaskedSurrogate:
         return torch.where(mask, -credit * ratio, 0.0)
 
 
-def transition_divergence(context: UpdateContext, batch: UpdateBatch) -> Distance:
-    """Replay a stored transition of each of B samples; return what measures the divergence (B,) of later ones from it.
-
-    It is the Kullback-Leibler divergence in nats, a sum over dimensions. Samples take the stored steps in turn, those
-    of each prompt from another step on.
-    """
-    rows = torch.arange(len(batch))
-    pairs = ReplayBatch(rows, (rows + batch.group) % len(batch.rollout.steps), len(batch))
-
-    @torch.no_grad()
-    def transitions() -> Transition:
-        return context.replay(batch, pairs).new
-
-    before = transitions()
-    return lambda: transitions().kl(before) * before.mean[0].numel()
-
-
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
     """TempFlow-GRPO's weights (S,) of steps, std / mean(std) (arXiv 2508.04324, eq. 8).
 
@@ -154,7 +136,6 @@ class PolicyGradient:
             the metrics show for any sharpness.
     """
 
-    distance_target: ClassVar[float] = _DISTANCE_TARGET
     unit: ClassVar[Unit] = "sample"
     loss: StepLoss
     kl: float = 0.0
@@ -175,8 +156,8 @@ class PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Return what measures the divergence of a stored transition of each sample from that of now, in nats."""
-        return transition_divergence(context, batch)
+        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
+        return noised_distance(context, batch, seed)
 
     def terms(self, batch: UpdateBatch) -> TermCounts:
         """Count the transitions that have credit."""
@@ -319,7 +300,6 @@ class CoupledObjective:
     log-ratio has the same gradient for any fixed denominator.
     """
 
-    distance_target: ClassVar[float] = _DISTANCE_TARGET
     unit: ClassVar[Unit] = "group"
     loss: CoupledLoss
 
@@ -331,8 +311,8 @@ class CoupledObjective:
         return TermCounts(self.loss.terms(batch.credit, batch.group), 0)
 
     def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Return what measures the divergence of a stored transition of each sample from that of now, in nats."""
-        return transition_divergence(context, batch)
+        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
+        return noised_distance(context, batch, seed)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))

@@ -18,28 +18,20 @@ from genalign.evaluation.report.reward_training_page import write_reward_trainin
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.annotators import side_choices
 from genalign.reward_learning.encoding import ItemTokens, LiveTokens, TokenFolder, measured_nuisances
+from genalign.reward_learning.ensemble_vote import ensemble_votes
 from genalign.reward_learning.examples import Examples, examples, split_by_prompt
 from genalign.reward_learning.heads import LinearHead
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, apply_votes, changed_lines
+from genalign.reward_learning.laplace import laplace_posteriors, require_laplace
 from genalign.reward_learning.losses import BradleyTerryLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
+from genalign.reward_learning.objective import RewardData, RewardObjective, nothing_held_out
 from genalign.reward_learning.preference_formats import read_preferences
 from genalign.reward_learning.preferences import Judgment
 from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
-from genalign.reward_learning.training import (
-    RewardData,
-    RewardFit,
-    RewardObjective,
-    RewardTraining,
-    build_network,
-    ensemble_votes,
-    laplace_posteriors,
-    nothing_held_out,
-    require_laplace,
-    truncate_metrics,
-)
+from genalign.reward_learning.training import RewardFit, RewardTraining, build_network, truncate_metrics
 from genalign.reward_learning.uncertainty import LastLayerLaplace
 from genalign.runtime.files import load_state, save_state, without_infinities, write_json, write_text
 from genalign.runtime.progress import Progress

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from genalign.diffusion.noise import derived_seed
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.encoding import ItemTokens, StoredTokens
-from genalign.reward_learning.examples import Examples, Pairs, prompt_numbers
+from genalign.reward_learning.examples import Pairs, prompt_numbers
 from genalign.reward_learning.fitting import FitSettings, Fitter
 from genalign.reward_learning.held_out import (
     HeldOutMetrics,
@@ -24,23 +23,18 @@ from genalign.reward_learning.held_out import (
     accuracy_of_grades,
     accuracy_of_pairs,
 )
-from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, count_votes
-from genalign.reward_learning.losses import GradeLoss, PairLoss, PreferenceLoss, masked_mean
+from genalign.reward_learning.losses import GradeLoss, PairLoss, masked_mean
 from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, RewardNetwork
+from genalign.reward_learning.objective import RewardData, RewardObjective
 from genalign.reward_learning.pair_measures import CalibrationBin, calibration_bins, expected_calibration_error
 from genalign.reward_learning.regularizers import (
-    Centering,
-    Disentangle,
-    Regularizer,
     ScoredBatch,
     correlation,
-    needs_pairs,
 )
-from genalign.reward_learning.uncertainty import LaplacePosterior, LastLayerLaplace, PairFeatures, fit_laplace
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
 
 _STANDARDIZED_BY, _LIVE = 4096, 256  # items whose tokens give mean and deviation: stored ones, computed ones
-_CHUNK = 256  # items scored at once
+CHUNK = 256  # items scored at once
 
 
 @dataclass(frozen=True)
@@ -70,68 +64,6 @@ class RewardFit:
         least = min(self.epochs, self.batch_size, self.members, self.evaluate_every)
         if least < 1 or (self.patience is not None and self.patience < 1):
             raise ValueError(f"epochs, batch_size, members, evaluate_every and patience must be at least 1, not {self}")
-
-
-@dataclass(frozen=True)
-class RewardObjective:
-    """What is minimized: a loss of preferences, as corrected for label noise, and terms beside it."""
-
-    loss: PreferenceLoss
-    noise: NoiseCorrection | None = None
-    regularizers: Sequence[Regularizer] = ()
-    disentangle: Disentangle | None = None
-
-    def require_fit(self, data: Examples) -> None:
-        """Raise ValueError where it cannot learn from ``data``, or its parts do not fit together."""
-        name = type(self.loss).__name__
-        learned = len(data.pairs) if isinstance(self.loss, PairLoss) else len(data.grades)
-        if not learned:
-            raise ValueError(
-                f"{name} learns from judgments of the kind {' or '.join(self.loss.kinds)}, and there is none to train"
-                " on: take a loss of the kinds that there are"
-            )
-        of_pairs = [*filter(None, [self.noise]), *(term for term in self.regularizers if needs_pairs(term))]
-        if of_pairs and not isinstance(self.loss, PairLoss):
-            raise ValueError(f"{type(of_pairs[0]).__name__} is of pairs, and {name} learns from grades: leave it out")
-        if self.disentangle is not None and len(data.dimensions) > 1:
-            raise ValueError(
-                f"Disentangle is of one dimension, and there are {', '.join(data.dimensions)}: select one with"
-                " dimensions"
-            )
-
-    @property
-    def centered(self) -> bool:
-        """Whether the scores of a prompt have an origin that members share: by grades, or by ``Centering``."""
-        return isinstance(self.loss, GradeLoss) or any(isinstance(term, Centering) for term in self.regularizers)
-
-    @property
-    def nuisances(self) -> tuple[str, ...]:
-        """The names of the nuisances."""
-        return () if self.disentangle is None else tuple(self.disentangle.nuisances)
-
-
-@dataclass(frozen=True)
-class RewardData:
-    """Training and held-out judgments; ``tokens`` has the items of training first, and then those held out."""
-
-    training: Examples
-    held_out: Examples
-    tokens: ItemTokens
-
-    def has_held_out(self, loss: PreferenceLoss) -> bool:
-        """Return whether a judgment of the kinds of ``loss`` is held out."""
-        return len(self.held_out.pairs if isinstance(loss, PairLoss) else self.held_out.grades) > 0
-
-    def digest(self) -> str:
-        """Return a hash of the items and of what was judged of them."""
-        digest = hashlib.sha256()
-        for part in (self.training, self.held_out):
-            for item in part.items:
-                digest.update(f"{item.digest}/{item.prompt.text}\n".encode())
-            pairs, grades = part.pairs, part.grades
-            for tensor in (pairs.rows, pairs.preferred, pairs.difference, grades.rows, grades.values):
-                digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
 
 
 def build_network(
@@ -170,7 +102,7 @@ def standardize(network: RewardNetwork, tokens: ItemTokens, count: int) -> None:
     rows = torch.linspace(0, count - 1, min(count, most)).round().long()
     sums = torch.zeros(2, network.encoder.width, dtype=torch.float64)
     total = 0
-    for part in torch.split(rows, _CHUNK):
+    for part in torch.split(rows, CHUNK):
         values = tokens.tokens(part).flatten(0, 1).double().cpu()
         sums += torch.stack([values.sum(0), values.square().sum(0)])
         total += len(values)
@@ -325,7 +257,7 @@ class RewardTraining:
     @torch.no_grad()
     def scores(self, rows: Tensor) -> Tensor:
         """Score items by their numbers in the tokens, as (N, M, K + J) on the CPU."""
-        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in torch.split(rows, _CHUNK)]
+        parts = [self.network.outputs(self.data.tokens.tokens(part)).cpu() for part in torch.split(rows, CHUNK)]
         return torch.cat(parts)
 
     def _evaluate(self, means: Sequence[float]) -> dict[str, Any]:
@@ -456,88 +388,6 @@ class RewardTraining:
         self.best_weights = without_prefix("best.", tensors)
         self.step, self.stale, self.stopped = meta["step"], meta["stale"], meta["stopped"]
         self.best = math.inf if meta["best"] is None else meta["best"]
-
-
-def ensemble_votes(
-    build: Callable[[int], RewardNetwork],
-    data: RewardData,
-    objective: RewardObjective,
-    fit: RewardFit,
-    settings: EnsembleVote,
-) -> PairVotes:
-    """Train an ensemble each of whose members sees half of the prompts, and let it vote on the pairs of the others.
-
-    Args:
-        build: Builds an untrained network of so many members.
-        data: Training judgments; nothing is held out.
-        objective: What is minimized.
-        fit: Epochs, batches and optimizer.
-        settings: Number of members.
-
-    Raises:
-        ValueError: The loss is not of pairs, or all pairs have one prompt.
-    """
-    settings.require_pairs(objective.loss)
-    pairs = data.training.pairs
-    prompt = prompt_numbers(data.training.items)[pairs.rows[:, 0]] if len(pairs) else torch.empty(0)
-    count = len(torch.unique(prompt))
-    if count < 2:
-        raise ValueError("an ensemble votes on pairs of prompts that a member has not seen: give two prompts or more")
-    places = torch.unique(prompt, return_inverse=True)[1]
-    seen = torch.zeros(settings.members, len(pairs), dtype=torch.bool)
-    for member in range(settings.members):
-        generator = torch.Generator().manual_seed(derived_seed(fit.seed, "voter", member))
-        seen[member] = (torch.randperm(count, generator=generator) < (count + 1) // 2)[places]
-    network = build(settings.members)
-    alone, whole = RewardData(data.training, nothing_held_out(data.training), data.tokens), replace(fit, patience=None)
-    training = RewardTraining(network, alone, objective, whole, [own.nonzero().squeeze(1) for own in seen])
-    for _ in training.run():
-        pass
-    outputs = training.scores(torch.arange(len(data.training.items)))
-    scores = outputs.sum(2, keepdim=True) if objective.disentangle else outputs
-    leads = (scores[pairs.rows[:, 0]] - scores[pairs.rows[:, 1]]).transpose(0, 1)
-    return count_votes(leads.masked_fill(seen[..., None], torch.nan), pairs)
-
-
-def nothing_held_out(training: Examples) -> Examples:
-    """Return examples of the same dimensions without items, pairs or grades."""
-    return Examples((), training.dimensions, training.pairs.select([]), training.grades.select([]))
-
-
-def require_laplace(settings: LastLayerLaplace, objective: RewardObjective, held_out: Examples, members: int) -> None:
-    """Raise ValueError for an ensemble, a loss of grades, nuisances, or a precision by held-out pairs without any."""
-    if members > 1 or not isinstance(objective.loss, PairLoss) or objective.disentangle:
-        raise ValueError(
-            "LastLayerLaplace is of one member that learns from pairs, without nuisances: an ensemble has its deviation"
-        )
-    if settings.precision == "held-out" and bool(held_out.pairs.preferred.isnan().all(0).any()):
-        raise ValueError('LastLayerLaplace(precision="held-out") needs held-out pairs: hold out more prompts')
-
-
-@torch.no_grad()
-def laplace_posteriors(training: RewardTraining, settings: LastLayerLaplace) -> list[LaplacePosterior]:
-    """Approximate the posterior of the last layer of a trained network with one member, for each dimension.
-
-    Raises ValueError as ``require_laplace`` does.
-    """
-    data = training.data
-    require_laplace(settings, training.objective, data.held_out, len(training.members))
-    head, offset = training.members[0].head, len(data.training.items)
-    every = torch.arange(offset + len(data.held_out.items))
-    parts = [
-        head.features(training.network.standardized(data.tokens.tokens(p))).cpu() for p in torch.split(every, _CHUNK)
-    ]
-    features, posteriors = torch.cat(parts), list[LaplacePosterior]()
-    for column in range(len(data.training.dimensions)):
-        chosen = []
-        for examples, first in ((data.training, 0), (data.held_out, offset)):
-            preferred = examples.pairs.preferred[:, column]
-            judged = ~preferred.isnan()
-            left, right = (examples.pairs.rows[judged] + first).unbind(1)
-            chosen.append(PairFeatures(features[left] - features[right], preferred[judged]))
-        weights, center = head.last.weight[column].cpu(), features[:offset].mean(0)
-        posteriors.append(fit_laplace(settings, weights, center, *chosen))
-    return posteriors
 
 
 def truncate_metrics(path: Path, step: int) -> None:

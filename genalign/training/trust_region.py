@@ -1,7 +1,9 @@
 """A trust region: a learning rate that moves the policy by a set distance in every round, whatever rate it began with.
 
-The distance is the objective's own (``interfaces.MeasuresDistance``), measured on a few samples of the round. An update
-that moves the policy too far is shortened, or taken back.
+The distance is the mean squared change of predictions on a few samples of the round, noised to random levels
+(``interfaces.MeasuresDistance``). It means the same for every recipe, sampler and step, unlike the Kullback-Leibler
+divergence of a sampling step, which is 1,000 times larger at the last step than at the first. An update that moves the
+policy too far is shortened, or taken back.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from genalign.algorithms.interfaces import MeasuresDistance, Objective
+from genalign.algorithms.interfaces import Objective
+from genalign.algorithms.objective_sum import measures_distance
 from genalign.diffusion.policy import Policy, WeightSnapshot
 
 logger = logging.getLogger(__name__)
 _TRIES = 4  # of shortening an update
 _EXCESS = 2.0  # the largest distance as a multiple of the target
 _CHANGE = 4.0  # the largest factor between the rates of two rounds
+_MEASURABLE = 0.25  # the smallest share of the target that is steered to: rounding in bfloat16 alone is a tenth of it
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,19 @@ class TrustRegion:
     """How far a round moves the policy.
 
     Args:
-        target: Distance between the policies before and after a round; null takes the recipe's own. For recipes that
-            train stored steps it is the Kullback-Leibler divergence of a step in nats, for recipes that train on final
-            samples the mean squared difference of predictions.
+        target: Mean squared change of the network's predictions in a round.
         initial_rate: Learning rate of the first round.
         probe: Number of samples of a round on which the distance is measured.
     """
 
-    target: float | None = None
+    target: float = 1e-3
     initial_rate: float = 3e-4
     probe: int = 32
 
     def __post_init__(self) -> None:
         for name in ("target", "initial_rate", "probe"):
-            value = vars(self)[name]
-            if value is not None and not value > 0:
-                raise ValueError(f"training.trust_region.{name} must be positive, not {value}")
+            if not vars(self)[name] > 0:
+                raise ValueError(f"training.trust_region.{name} must be positive, not {vars(self)[name]}")
 
 
 @dataclass
@@ -58,14 +59,13 @@ class RateController:
 
     @classmethod
     def of(cls, settings: TrustRegion, objective: Objective) -> Self:
-        """Take the target from the settings, or from the objective. Raises ValueError if it measures no distance."""
-        if not isinstance(objective, MeasuresDistance):
+        """Begin with the settings. Raises ValueError for an objective that measures no distance."""
+        if not measures_distance(objective):
             raise ValueError(
                 f"training.learning_rate auto needs to know how far an update moves the policy, which"
                 f" {type(objective).__name__} does not measure: set training.learning_rate to a number"
             )
-        target = objective.distance_target if settings.target is None else settings.target
-        return cls(target, settings.initial_rate)
+        return cls(settings.target, settings.initial_rate)
 
 
 @dataclass
@@ -75,7 +75,8 @@ class RoundLimit:
     Attributes:
         rates: The learning rate of the run, which this round adapts.
         distance: Measures the distance of the current weights from those at the start of the round.
-        share: The target of this round as a fraction of the run's.
+        share: The target of this round as a fraction of the run's, which falls with the schedule. Below a quarter the
+            rate follows the schedule alone: in bfloat16 the distance of so small an update is mostly rounding.
         moved: The distance after the latest update.
     """
 
@@ -92,7 +93,7 @@ class RoundLimit:
             before: Its weights before the update.
             done: The fraction of the round's updates that are made, this one included.
         """
-        target = self.rates.target * self.share * done
+        target = self.rates.target * max(self.share, _MEASURABLE) * done
         for _ in range(_TRIES):
             self.moved = self.distance()
             if self.moved <= _EXCESS * target:
@@ -106,6 +107,6 @@ class RoundLimit:
 
     def adapt_rate(self) -> None:
         """Set the learning rate of the next round from the distance of this one: it grows with the rate squared."""
-        if self.moved > 0:
+        if self.moved > 0 and self.share >= _MEASURABLE:
             factor = math.sqrt(self.rates.target * self.share / self.moved)
             self.rates.rate *= min(max(factor, 1 / _CHANGE), _CHANGE)

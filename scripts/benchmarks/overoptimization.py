@@ -73,6 +73,22 @@ def overoptimization(work: Path) -> None:
     runs["dragon"] = optimized(work, SHAPES, "dragon", rewards[UNGUARDED.name], dragon)
     runs |= {guard: _guarded(work, guard, rewards) for guard in GUARDS}
 
+    records = _records(measures, runs)
+    curves = {name: {str(seed): curve(run) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
+    by_n = {name: {str(seed): one["best_of_n"] for seed, one in own.items()} for name, own in measures.items()}
+    claim = (
+        "Held-out strict accuracy while rewards that were learned from pairs are optimized, by the number of pairs and"
+        " the share of flipped labels"
+    )
+    header = head(claim, "python scripts/benchmarks/proofs.py overoptimization")
+    more = {"curves": without_infinities(curves), "best_of_n": by_n, "measures": _measure_table(measures, runs)}
+    write_results(RESULTS, "overoptimization_shapes", {**header, **more}, records)
+
+
+def _records(
+    measures: Mapping[str, Mapping[int, Mapping[str, Any]]], runs: Mapping[str, Mapping[int, Path]]
+) -> list[PromptRecord]:
+    """The truth of the best of a pool, the gains of training, what was lost again, and what guards changed."""
     records: list[PromptRecord] = []
     for name, measured_by_seed in measures.items():
         for seed, content in measured_by_seed.items():
@@ -86,16 +102,7 @@ def overoptimization(work: Path) -> None:
     for guard in GUARDS:
         metric = f"strict, {guard} - unguarded"
         records += differences(f"{guard}.difference", metric, "strict", runs[UNGUARDED.name], runs[guard])
-    records.sort(key=lambda record: record.name)
-    curves = {name: {str(seed): curve(run) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
-    by_n = {name: {str(seed): one["best_of_n"] for seed, one in own.items()} for name, own in measures.items()}
-    claim = (
-        "Held-out strict accuracy while rewards that were learned from pairs are optimized, by the number of pairs and"
-        " the share of flipped labels"
-    )
-    header = head(claim, "python scripts/benchmarks/proofs.py overoptimization")
-    more = {"curves": without_infinities(curves), "best_of_n": by_n, "measures": _measure_table(measures, runs)}
-    write_results(RESULTS, "overoptimization_shapes", {**header, **more}, records)
+    return sorted(records, key=lambda record: record.name)
 
 
 # Training with guards

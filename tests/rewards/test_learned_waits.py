@@ -10,8 +10,9 @@ import torch
 
 from genalign.reward_learning.heads import IdentityHead
 from genalign.reward_learning.losses import BradleyTerryLoss
+from genalign.reward_learning.objective import RewardObjective
 from genalign.reward_learning.regularizers import Centering
-from genalign.reward_learning.training import RewardFit, RewardObjective, RewardTraining, build_network
+from genalign.reward_learning.training import RewardFit, RewardTraining, build_network
 from rewards import vqa
 from rewards.learned_encoders import YesTokenLogits
 from tests.fake_cuda import FakeCuda

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_samples
+from genalign.reward_learning.ensemble_vote import ensemble_votes
 from genalign.reward_learning.examples import prompt_numbers, split_by_prompt
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import LinearHead, MLPHead
 from genalign.reward_learning.held_out import accuracy_of_grades, accuracy_of_pairs
 from genalign.reward_learning.label_noise import EnsembleVote, FlipRobust, Smoothing, apply_votes
+from genalign.reward_learning.laplace import laplace_posteriors
 from genalign.reward_learning.losses import (
     BradleyTerryLoss,
     CumulativeLogit,
@@ -27,6 +29,7 @@ from genalign.reward_learning.losses import (
     TiedBradleyTerryLoss,
 )
 from genalign.reward_learning.network import RewardNetwork
+from genalign.reward_learning.objective import RewardData, RewardObjective, nothing_held_out
 from genalign.reward_learning.pair_measures import (
     CalibrationBin,
     UnmeasurableError,
@@ -36,17 +39,7 @@ from genalign.reward_learning.pair_measures import (
 )
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
 from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation
-from genalign.reward_learning.training import (
-    RewardData,
-    RewardFit,
-    RewardObjective,
-    RewardTraining,
-    build_network,
-    ensemble_votes,
-    laplace_posteriors,
-    nothing_held_out,
-    truncate_metrics,
-)
+from genalign.reward_learning.training import RewardFit, RewardTraining, build_network, truncate_metrics
 from genalign.reward_learning.uncertainty import LastLayerLaplace
 from genalign.runtime.files import load_state, save_state
 from genalign.runtime.media import AudioMedium

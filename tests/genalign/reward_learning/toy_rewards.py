@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from genalign.reward_learning.encoding import StoredTokens
 from genalign.reward_learning.examples import Examples, examples, split_by_prompt
 from genalign.reward_learning.network import RewardEncoder
+from genalign.reward_learning.objective import RewardData, nothing_held_out
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
-from genalign.reward_learning.training import RewardData, nothing_held_out
 from genalign.runtime.media import save_images
 from genalign.types import Prompt
 

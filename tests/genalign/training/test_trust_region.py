@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.matching import MatchingObjective
+from genalign.algorithms.interfaces import MeasuresDistance, MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipes import dragon, flow_grpo, nft, prdp
-from genalign.algorithms.trajectory import transition_divergence
 from genalign.diffusion.policy import Policy
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
@@ -22,27 +20,27 @@ from pipelines import SD3
 from tests.genalign.training.toy_runs import SETTINGS, toy_trainer, weights
 
 RECIPES = {
-    "flow_grpo": (lambda: flow_grpo(window=2, clip_range=1e-2), 0.5),
-    "prdp": (lambda: prdp(window=2, beta=1e-2, clip_range=1e-2), 0.5),
-    "nft": (nft, 1e-3),
-    "dragon": (dragon, 1e-3),
+    "flow_grpo": lambda: flow_grpo(window=2, clip_range=1e-2),
+    "prdp": lambda: prdp(window=2, beta=1e-2, clip_range=1e-2),
+    "nft": nft,
+    "dragon": dragon,
 }
+TARGET = 1e-3
 
 
-def auto(rate: float, target: float | None = None, **changes: object) -> TrainerSettings:
-    region = TrustRegion(target, initial_rate=rate, probe=4)
+def auto(rate: float, **changes: object) -> TrainerSettings:
+    region = TrustRegion(TARGET, initial_rate=rate, probe=4)
     return replace(SETTINGS, learning_rate="auto", trust_region=region, **changes)
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1.0])
 @pytest.mark.parametrize("name", RECIPES)
 def test_rounds_move_the_policy_by_the_target_whatever_the_first_rate(tiny: SD3, name: str, rate: float) -> None:
-    recipe, target = RECIPES[name][0](), RECIPES[name][1]
-    trainer = toy_trainer(tiny, recipe, settings=auto(rate, target, rounds=8))
+    trainer = toy_trainer(tiny, RECIPES[name](), settings=auto(rate, rounds=8))
     results = list(trainer.rounds())
     moved = [result.metrics["policy_distance"] for result in results]
-    assert all(math.isfinite(distance) and distance <= 2.5 * target for distance in moved)
-    assert target / 6 < sum(moved[-3:]) / 3 < 2 * target  # two updates of a round may point opposite ways
+    assert all(math.isfinite(distance) and distance <= 2.5 * TARGET for distance in moved)
+    assert TARGET / 6 < sum(moved[-3:]) / 3 < 2 * TARGET  # two updates of a round may point opposite ways
     assert all(tensor.isfinite().all() for tensor in weights(trainer))
 
 
@@ -93,6 +91,18 @@ def test_an_update_that_moves_too_far_at_any_length_is_taken_back() -> None:
     assert weight(policy) == 1.0 and limit.rates.rate == pytest.approx(1e-4)
 
 
+def test_rounding_does_not_take_the_small_updates_of_a_schedules_end_back() -> None:
+    policy, limit = overshot()
+    rounding = 0.1 * limit.rates.target  # as bfloat16 moves predictions, however small the update is
+    limit.distance = lambda: (weight(policy) - 1) ** 2 + rounding
+    limit.share = 0.01
+    before = policy.snapshot()
+    policy.denoiser.weight.data.fill_(1.05)
+    limit.shorten(policy, before, done=0.5)
+    limit.adapt_rate()
+    assert weight(policy) == pytest.approx(1.05) and limit.rates.rate == 1.0
+
+
 @pytest.mark.parametrize(("moved", "factor"), [(0.25, 1.0), (1.0, 0.5), (1e-6, 4.0), (1e6, 0.25), (0.0, 1.0)])
 def test_the_rate_follows_the_root_of_the_distance_by_at_most_four(moved: float, factor: float) -> None:
     limit = RoundLimit(RateController(0.25, 1.0), lambda: moved, 1.0, moved)
@@ -101,7 +111,7 @@ def test_the_rate_follows_the_root_of_the_distance_by_at_most_four(moved: float,
 
 
 def test_a_falling_schedule_shrinks_the_steps_and_not_the_rate_below_it(tiny: SD3) -> None:
-    settings = auto(1e-2, 0.5, rounds=6, learning_rate_schedule="linear")
+    settings = auto(1e-2, rounds=6, learning_rate_schedule="linear")
     trainer = toy_trainer(tiny, flow_grpo(window=2, clip_range=1e-2), settings=settings)
     moved = [result.metrics["policy_distance"] for result in trainer.rounds()]
     assert moved[-1] < moved[2] / 4  # the distance of a round grows with the rate squared
@@ -128,33 +138,12 @@ def move(trainer: Trainer) -> None:
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
 
 
-def test_the_divergence_of_transitions_is_in_nats(tiny: SD3) -> None:
-    trainer = toy_trainer(tiny, flow_grpo(window=2))
-    context, batch = first_batch(trainer)
-    distance = transition_divergence(context, batch)
-    assert distance().tolist() == [0.0] * len(batch)
-    move(trainer)
-    measured = distance()
-    rollout, expected = batch.rollout, []
-    for row in range(len(batch)):
-        stored = row % len(rollout.steps)  # the samples take the stored steps in turn
-        step = trainer.grid[torch.tensor([rollout.steps[stored]])]
-        inputs = rollout.inputs.conditioning[rollout.inputs.prompt[[row]]]
-        x = rollout.states[[row], rollout.before[stored]]
-        with torch.no_grad():
-            new = trainer.pipeline.predict(x, step, inputs, trainer.guidance)
-        path, (alpha, c) = trainer.pipeline.path, (step.alpha_next.item(), trainer.kernel(step).c.item())
-        old = rollout.prediction[[row], stored]
-        means = [alpha * path.x0(x, each, step) + c * path.eps(x, each, step) for each in (new, old)]
-        expected.append(float((means[0] - means[1]).double().square().sum()) / (2 * trainer.kernel(step).s.item() ** 2))
-    assert measured.tolist() == pytest.approx(expected, rel=1e-3) and min(expected) > 0
-
-
-def test_matching_measures_the_change_of_predictions(tiny: SD3) -> None:
-    trainer = toy_trainer(tiny, nft())
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_objective_measures_the_change_of_predictions(tiny: SD3, name: str) -> None:
+    trainer = toy_trainer(tiny, RECIPES[name]())
     context, batch = first_batch(trainer)
     objective = trainer.recipe.objective
-    assert isinstance(objective, MatchingObjective)
+    assert isinstance(objective, MeasuresDistance)
     distance = objective.distance_from_now(context, batch, seed=0)
     assert distance().tolist() == [0.0] * len(batch)
     move(trainer)
