@@ -18,8 +18,8 @@ def digest(text: str) -> bytes:
 def split(suite: str, grammar: Iterable[tuple[Prompt, bool]], longer: Iterable[Prompt]) -> PromptSet:
     """The prompts of a split of ``grammar``: (prompt, whether it is held out).
 
-    train: seen prompts without ``val``; val: a tenth of each task's seen prompts; iid: all seen prompts, for new
-    noise; comp: held-out compositions; len: the ``longer`` prompts, of a count that is never trained.
+    train: seen prompts without ``val``; val: a tenth of each task's seen prompts, two at least; iid: all seen prompts,
+    for new noise; comp: held-out compositions; len: the ``longer`` prompts, of a count that is never trained.
     """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
@@ -27,9 +27,9 @@ def split(suite: str, grammar: Iterable[tuple[Prompt, bool]], longer: Iterable[P
         return PromptSet("len", tuple(longer))
     prompts = [prompt for prompt, held_out in grammar if held_out == (suite == "comp")]
     if suite in ("train", "val"):
-        validation: set[str] = set()  # a tenth of every task's prompts, rounded up, the lowest by hash
+        validation: set[str] = set()  # the lowest by hash; one prompt of a task would leave its interval open
         for group in PromptSet("seen", tuple(prompts)).by_task().values():
-            validation.update(sorted((prompt.text for prompt in group), key=digest)[: -(-len(group) // 10)])
+            validation.update(sorted((prompt.text for prompt in group), key=digest)[: max(2, -(-len(group) // 10))])
         prompts = [prompt for prompt in prompts if (prompt.text in validation) == (suite == "val")]
     return PromptSet(suite, tuple(prompts))
 
