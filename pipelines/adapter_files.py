@@ -96,7 +96,11 @@ def read_adapter(
     Raises:
         ValueError: The file is damaged, holds entries that are of none of the networks, or no adapter at all.
     """
-    state, metadata = _read(path)
+    if problem := damage(path):
+        raise ValueError(f"{path} {problem}")
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        metadata = dict(file.metadata() or {})
     try:
         adapters = _match(state, networks, denoiser)
     except _UnmatchedError as error:
@@ -188,14 +192,6 @@ def _component(
             rest = [parts[0].removeprefix(f"{prefix}_"), *parts[1:]]
             return (component if component in layers else None), rest
     return denoiser, parts
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if problem := damage(path):
-        raise ValueError(f"{path} {problem}")
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        return state, dict(file.metadata() or {})
 
 
 def _stored_config(path: Path, component: str, is_denoiser: bool, metadata: Mapping[str, str]) -> LoraConfig | None:

@@ -89,7 +89,7 @@ class Adapters:
         if (problem := damage(path)) is not None:
             raise ValueError(f"{path} {problem}")
         if own := OwnAdapter.read(path):
-            own.put_on(self.pipe.components[self.denoiser_name])
+            own.attach_to(self.pipe.components[self.denoiser_name])
             self._is_loaded, self._kind = True, kind_of(path)
             logger.info("the adapter %s, %s, is on %s", path, self._kind, self.denoiser_name)
             return student_metadata(path)

@@ -349,8 +349,8 @@ class DiffusersPipeline(Family):
         Raises ValueError for samples of another size, or a family whose samples are not encoded.
         """
         if samples.shape[1:] != self.sample_shape:
-            own, given = ("x".join(map(str, shape)) for shape in (self.sample_shape, samples.shape[1:]))
-            raise ValueError(f"the model's samples are {own}, not {given}: bring them to its size first")
+            own, other = ("x".join(map(str, shape)) for shape in (self.sample_shape, samples.shape[1:]))
+            raise ValueError(f"the model's samples are {own}, not {other}: bring them to its size first")
         size = len(samples) if self.memory.decode_batch is None else self.memory.decode_batch
         precision = contextlib.nullcontext() if self._float32_vae else self._mixed_precision()
         with on_device(self._decoders, self.device, self.memory.offload == "all"), precision:

@@ -66,7 +66,8 @@ class CompiledBlocks:
         for block in blocks_of(network):
             by_class[type(block)].append(block)
         for kind, blocks in by_class.items():
-            limit = _GRAPHS * len({_shapes(block) for block in blocks})
+            shapes = {tuple((name, p.shape, p.dtype) for name, p in block.named_parameters()) for block in blocks}
+            limit = _GRAPHS * len(shapes)  # blocks of equal shapes share graphs
             compiled = compile_(kind.forward, dynamic=False, recompile_limit=limit, isolate_recompiles=True)
             for block in blocks:
                 block.forward = partial(self._run, compiled, block)
@@ -82,11 +83,21 @@ class CompiledBlocks:
         return size
 
     def _run(self, compiled: Callable[..., Any], block: nn.Module, *inputs: Any, **named: Any) -> Any:
+        """Run a compiled block, and detach its outputs where gradients were off before.
+
+        They become leaves that ask for a gradient, so that the graph of the next block is the same.
+        """
         outputs = compiled(block, *inputs, **named)
         if not self._detach:
             return outputs
-        leaves: dict[int, Any] = {}  # an output that comes twice stays one tensor, as the graphs expect
-        return tree_map(lambda output: leaves.setdefault(id(output), _detached(output)), outputs)
+        leaves: dict[int, Tensor] = {}  # an output that comes twice stays one tensor, as the graphs expect
+
+        def detached(output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return output
+            return leaves.setdefault(id(output), output.detach().requires_grad_())
+
+        return tree_map(detached, outputs)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -112,15 +123,3 @@ class CompiledBlocks:
             self._detach = False
             if recomputes:
                 self._network.gradient_checkpointing = True
-
-
-def _detached(output: Any) -> Any:
-    """Detach a tensor that has a gradient, and make it a leaf that asks for one, so that the next graph is the same."""
-    if isinstance(output, Tensor) and output.requires_grad:
-        return output.detach().requires_grad_()
-    return output
-
-
-def _shapes(module: nn.Module) -> tuple[object, ...]:
-    """Describe the shapes of the weights of a block: blocks that are equal in them share graphs."""
-    return tuple((name, parameter.shape, parameter.dtype) for name, parameter in module.named_parameters())

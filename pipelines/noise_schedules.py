@@ -107,11 +107,14 @@ class VPSchedule(NoiseSchedule):
         scheduler = self._converted(self.first_order)
         scheduler.set_timesteps(num_steps)
         grid = grid_of(scheduler)
-        if sigmas is not None and not _equal(sigmas, grid.sigma[:-1].tolist()):
-            raise ValueError(
-                "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely:"
-                " give sampling.num_steps without sampling.sigmas"
-            )
+        if sigmas is not None:
+            own = grid.sigma[:-1].tolist()
+            close = (math.isclose(a, b, abs_tol=1e-7) for a, b in zip(sigmas, own, strict=True))  # records are rounded
+            if len(sigmas) != len(own) or not all(close):
+                raise ValueError(
+                    "the network of this family takes integer timesteps alone, so that noise levels cannot be set"
+                    " freely: give sampling.num_steps without sampling.sigmas"
+                )
         return grid
 
     def level(self, u: Tensor) -> NoiseLevel:
@@ -132,13 +135,6 @@ class VPSchedule(NoiseSchedule):
         """
         read = inspect.signature(type(self.scheduler)).parameters
         return kind(**{key: self.scheduler.config[key] for key in inspect.signature(kind).parameters if key in read})
-
-
-def _equal(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Return whether two lists of noise levels are the same, up to the rounding in records."""
-    return len(first) == len(second) and all(
-        math.isclose(a, b, abs_tol=1e-7) for a, b in zip(first, second, strict=True)
-    )
 
 
 class EDMSchedule(NoiseSchedule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from genalign.types import Precision
 from rewards.backbones.pixels import pictures
+from rewards.backbones.weight_files import load_frozen
 
 _LONGEST_QUESTION = 35  # tokens, as in the original
 
@@ -33,7 +33,7 @@ class BlipVqa:
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Answer questions (n) about images (n, 3, H, W) in [0, 1] as (n,) in float32; NaN for an image with NaN."""
-        network, processor = _load(self.model, self.dtype)
+        network, processor = load_frozen(self.model, "BlipForQuestionAnswering", "BlipProcessor", self.dtype)
         network.to(images.device)
         tokens, by_length = list[list[int]](), dict[int, list[int]]()
         listed = pictures(images)
@@ -65,11 +65,3 @@ def _probability_of_yes(network: Any, processor: Any, pixels: Tensor, questions:
     words = [processor.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
     probabilities: Tensor = output.logits[:, 0].float()[:, words].softmax(-1)[:, 0]
     return probabilities
-
-
-@functools.cache
-def _load(model: str, dtype: Precision) -> tuple[Any, Any]:
-    from transformers import BlipForQuestionAnswering, BlipProcessor
-
-    network = BlipForQuestionAnswering.from_pretrained(model, dtype=getattr(torch, dtype))
-    return network.requires_grad_(False).eval(), BlipProcessor.from_pretrained(model)

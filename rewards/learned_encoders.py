@@ -81,7 +81,9 @@ def trainable_copy(
         available = last_blocks(own)
         if blocks > len(available):
             raise ValueError(f"blocks must be at most {len(available)}, the blocks of the encoder, not {blocks}")
-        _unfreeze_copies(available[-blocks:])
+        for layer in (layer for block in available[-blocks:] for layer in block.modules()):
+            for name, weight in layer.named_parameters(recurse=False):  # frozen, and shared with the original
+                setattr(layer, name, nn.Parameter(weight.detach().clone().float()))
     return own.eval()
 
 
@@ -94,13 +96,6 @@ def _add_lora(network: nn.Module, tower: Iterable[nn.Module], rank: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network)
-
-
-def _unfreeze_copies(blocks: Sequence[nn.Module]) -> None:
-    """Replace the frozen weights of blocks, which another network shares, by trainable copies in float32."""
-    for layer in (layer for block in blocks for layer in block.modules()):
-        for name, weight in layer.named_parameters(recurse=False):
-            setattr(layer, name, nn.Parameter(weight.detach().clone().float()))
 
 
 class _OfSamplesAndTexts(RewardEncoder):
@@ -275,11 +270,11 @@ class DinoTokens(RewardEncoder):
     def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         tokens: Tensor = self.network(self.prepare(samples)).last_hidden_state
         whole = tokens[:, :1]
-        found = whole if self.token_kind == "pooled" else torch.cat([whole, tokens[:, self.skipped :]], dim=1)
+        selected = whole if self.token_kind == "pooled" else torch.cat([whole, tokens[:, self.skipped :]], dim=1)
         if self.text is None:
-            return found
+            return selected
         texts = self.text.text([prompt.text for prompt in prompts])
-        return torch.cat([found, texts[:, None].expand(-1, found.shape[1], -1)], dim=-1)
+        return torch.cat([selected, texts[:, None].expand(-1, selected.shape[1], -1)], dim=-1)
 
 
 def _load_dino(model: str) -> tuple[Any, ImagePreprocessor]:
@@ -349,7 +344,10 @@ class YesTokenLogits(RewardEncoder):
 
     def _log_odds(self, samples: Tensor, questions: Sequence[str]) -> Tensor:
         """Compute log-odds (B,) of yes; questions of one length form a batch, so that nothing is padded."""
-        texts = [self._template(question) for question in questions]
+        texts, options = list[str](), {"add_generation_prompt": True, "tokenize": False}
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], **options))
         by_length: dict[int, list[int]] = {}
         for row, text in enumerate(texts):
             by_length.setdefault(len(self.processor.tokenizer(text).input_ids), []).append(row)
@@ -360,12 +358,6 @@ class YesTokenLogits(RewardEncoder):
             parts.append(logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1))
         places = torch.tensor(order).argsort().to(samples.device, non_blocking=True)
         return torch.cat(parts)[places]
-
-    def _template(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        options = {"add_generation_prompt": True, "tokenize": False}
-        text: str = self.processor.apply_chat_template([{"role": "user", "content": content}], **options)
-        return text
 
     def _logits(self, samples: Tensor, rows: Sequence[int], texts: Sequence[str]) -> Tensor:
         """Compute the logits (b, vocabulary) in float32 of the first word about the samples ``rows``."""

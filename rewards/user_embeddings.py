@@ -69,11 +69,11 @@ class MeanDifferenceLearner:
 
 def _accuracies(embeddings: dict[str, Tensor], comparisons: Comparisons) -> dict[str, float]:
     """Return the share of comparisons whose preferred sample is nearer to the embedding, by user."""
-    found: dict[str, list[float]] = {}
+    hits: dict[str, list[float]] = {}
     for row, user in enumerate(comparisons.annotators):
         margin = float(embeddings[user][0] @ (comparisons.preferred[row] - comparisons.rejected[row]))
-        found.setdefault(user, []).append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
-    return {user: sum(values) / len(values) for user, values in found.items()}
+        hits.setdefault(user, []).append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
+    return {user: sum(values) / len(values) for user, values in hits.items()}
 
 
 def dual_encoder(model: str, sample_rate: int | None) -> DualEncoder:

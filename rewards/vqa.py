@@ -153,8 +153,13 @@ class AnswerModel(VisionLanguageModel):
         texts = [f"{question} Answer in one word." for question in questions]
         for rows, probabilities in self.first_tokens(images, texts):
             for row, values in zip(rows, probabilities.cpu(), strict=True):
-                if _is_word(tokenizer, int(values.argmax())):
-                    scores[row] = values[_first_tokens_of(tokenizer, answers[row])].sum().clamp(max=1)
+                if not _is_word(tokenizer, int(values.argmax())):
+                    continue
+                words = [form for word in spellings(answers[row]) for form in (word, word.capitalize())]
+                ids = [tokenizer.encode(f"{space}{w}", add_special_tokens=False) for w in words for space in ("", " ")]
+                # without those that are no word, such as a space
+                first = sorted({own[0] for own in ids if own and _is_word(tokenizer, own[0])})
+                scores[row] = values[first].sum().clamp(max=1)
         return scores.to(images.device)
 
 
@@ -162,13 +167,6 @@ def spellings(answer: str) -> frozenset[str]:
     """Return an answer in lower case, and for the word of a number up to ten its digits."""
     word = answer.strip().lower()
     return frozenset({word, str(_NUMBERS.index(word))} if word in _NUMBERS else {word})
-
-
-def _first_tokens_of(tokenizer: Any, answer: str) -> list[int]:
-    """Return the first tokens of an answer's spellings, without those that are no word, such as a space."""
-    words = [form for word in spellings(answer) for form in (word, word.capitalize())]
-    encoded = [tokenizer.encode(text, add_special_tokens=False) for word in words for text in (word, f" {word}")]
-    return sorted({ids[0] for ids in encoded if ids and _is_word(tokenizer, ids[0])})
 
 
 def _is_word(tokenizer: Any, token: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genalign.algorithms.consistency import consistency_function
+from genalign.algorithms.consistency_distillation import consistency_function
 from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
 from genalign.algorithms.losses import mean_square
 from genalign.algorithms.matching import noised_samples

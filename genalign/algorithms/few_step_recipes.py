@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from genalign.algorithms.companions import FakeScore, LatentProxy
-from genalign.algorithms.consistency import ConsistencyObjective
+from genalign.algorithms.consistency_distillation import ConsistencyObjective
 from genalign.algorithms.latent_directions import DistributionMatching, ProxyAscent, WeightedAscent
 from genalign.algorithms.objective_sum import ObjectivePart, SumObjective
 from genalign.algorithms.pathwise import Ascent, EqualCredit, PathwiseObjective

@@ -49,17 +49,17 @@ class CentredRewardLoss:
         old = normalized_error(noised.old - noised.target).detach()
         gain = old - normalized_error(noised.prediction - noised.target)
         aim = noised.on_device(optimality(credit.double()))
-        signs = [None] if self.temperature is None else [1.0, -1.0]
-        same = noised.on_device(group[:, None] == group[None])
-        losses = [self._about_centre(gain, aim, same, sign) for sign in signs]
+        if self.temperature is None:
+            exponents = [torch.zeros_like(aim)]
+        else:
+            exponents = [sign * aim / float(self.temperature) for sign in (1.0, -1.0)]
+        same = noised.on_device(group[:, None] == group[None])  # (N, N)
+        losses = []
+        for exponent in exponents:  # each loss (N,) is about the centres of the groups by its own weights (N, N)
+            weights = torch.softmax(torch.where(same, exponent, -torch.inf), dim=1)
+            centred = gain - (weights @ gain).detach()
+            losses.append(5 / self.beta * (self.beta * centred - (aim - weights @ aim)).square())
         return torch.stack(losses).mean(0)
-
-    def _about_centre(self, gain: Tensor, aim: Tensor, same: Tensor, sign: float | None) -> Tensor:
-        """The loss (N,) about the weighted centres of the groups; ``same`` (N, N) marks samples of one group."""
-        exponent = torch.zeros_like(aim) if sign is None else sign * aim / float(self.temperature or 1.0)
-        weights = torch.softmax(torch.where(same, exponent, -torch.inf), dim=1)
-        centred = gain - (weights @ gain).detach()
-        return 5 / self.beta * (self.beta * centred - (aim - weights @ aim)).square()
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,10 @@ class MatchingObjective:
             noised = self._noised(context, batch, rows, draws, seed)
             distance = mean_square(noised.prediction, noised.reference)
             context.metrics.add("kl", distance)
-            weights = noised.on_device(self._anchor_weights(batch.credit[rows]).repeat(len(draws)))
+            weights = torch.ones(len(rows))
+            if self.anchor_least is not None:  # the better a sample, the more its distance counts
+                weights = self.anchor_least + (1 - self.anchor_least) * optimality(batch.credit[rows])
+            weights = noised.on_device(weights.repeat(len(draws)))
             total = self.anchor * scales.distances * (weights * distance).sum()
             if self.trail:
                 assert noised.memory is not None, "an objective with a trail predicts with the memory"
@@ -242,7 +245,8 @@ class MatchingObjective:
         noising = self._noising(context, batch, rows.repeat(len(draws)), [d for d in draws for _ in rows], seed)
         with torch.no_grad(), context.policy.reference():
             reference = noising.predict(context.pipeline, self.anchor_guidance)
-        memory = self._earlier(context, context.memory, noising, "a memory") if self._needs_memory else None
+        needs_memory = self.old == "memory" or bool(self.trail)
+        memory = self._earlier(context, context.memory, noising, "a memory") if needs_memory else None
         old = memory if self.old == "memory" else None
         if self.old == "sampling":
             old = self._earlier(context, context.old, noising, "a lag")
@@ -250,10 +254,6 @@ class MatchingObjective:
         policies = prediction, reference, prediction.detach() if old is None else old, memory
         path = context.pipeline.path
         return NoisedSamples(path, noising.x0, noising.x, noising.level, noising.target, *policies)
-
-    @property
-    def _needs_memory(self) -> bool:
-        return self.old == "memory" or bool(self.trail)
 
     @staticmethod
     @torch.no_grad()
@@ -263,12 +263,6 @@ class MatchingObjective:
             raise ValueError(f"this objective compares with earlier weights: give the recipe {name}")
         with context.policy.using(weights):
             return noising.predict(context.pipeline)
-
-    def _anchor_weights(self, credit: Tensor) -> Tensor:
-        """By how much the distance of each sample (N,) counts."""
-        if self.anchor_least is None:
-            return torch.ones(len(credit))
-        return self.anchor_least + (1 - self.anchor_least) * optimality(credit)
 
     def _noising(
         self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: Sequence[int], seed: int

@@ -135,17 +135,14 @@ class Ascent:
         total = sum((reward.weight * column for reward, column in columns), torch.zeros_like(length))
         context.metrics.add("loss", -total.nan_to_num())
         context.metrics.add("reward_gradient", length)
-        context.metrics.add("saturated", _at_the_ends_of_its_range(ascent.samples))
+        # Images are clamped to [0, 1] and sound to [-1, 1]: values at the ends have no gradient.
+        lowest = 0.0 if ascent.samples.ndim == 4 else -1.0
+        clamped = (ascent.samples <= lowest) | (ascent.samples >= 1)
+        context.metrics.add("saturated", clamped.float().flatten(1).mean(1))
         if self.limit is not None:
             factor = (self.limit / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
             gradient = gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
         return gradient
-
-
-def _at_the_ends_of_its_range(samples: Tensor) -> Tensor:
-    """The share (N,) of values of images in [0, 1], or of sound in [-1, 1], that are clamped and have no gradient."""
-    lowest = 0.0 if samples.ndim == 4 else -1.0
-    return ((samples <= lowest) | (samples >= 1)).float().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

@@ -99,11 +99,11 @@ class Collect:
             return
         if self.strategy is not None or self.budget is not None:
             raise ValueError("a strategy searches for references: set references to true, or leave it and budget out")
-        given = [name for name in ("prompts", "samples", "preferences") if getattr(self, name) is not None]
-        if len(given) != 1:
+        sources = [name for name in ("prompts", "samples", "preferences") if getattr(self, name) is not None]
+        if len(sources) != 1:
             raise ValueError(
-                f"give one of prompts, samples and preferences, not {' and '.join(given) or 'none'}: whose samples are"
-                " collected?"
+                f"give one of prompts, samples and preferences, not {' and '.join(sources) or 'none'}: whose samples"
+                " are collected?"
             )
         if not self.rewards and self.preferences is None:
             raise ValueError(
@@ -135,8 +135,8 @@ def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
     names = tuple(reward.name for reward in rewards)
     if settings.preferences is not None:
         names = (PREFERENCE, *names)
-    made_by = {name: value for name, value in plain.items() if name not in ("output", *_OF_REFERENCES)}
-    info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, made_by)
+    origin = {name: value for name, value in plain.items() if name not in ("output", *_OF_REFERENCES)}
+    info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, origin)
     _begin(output, info)
     parts, count = _parts(pipeline, settings, rewards)
     with progress.phase("collecting", count) as advance:

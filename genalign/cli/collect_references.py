@@ -145,11 +145,11 @@ def _written(
         setup = SearchSetup(
             pipeline, rewards, settings.strategy, settings.budget, settings.sampling, settings.batch_size
         )
-        result = setup.search([prompt for prompt, _ in part], seeds[0], SILENT)
-        samples = result.samples
-        for row, found in zip(scores, result.per_prompt, strict=True):
-            row["scores"] = _named(rewards, found.scores[0])
-            row["plain"] = None if found.plain is None else _named(rewards, found.plain.scores)
+        search = setup.search([prompt for prompt, _ in part], seeds[0], SILENT)
+        samples = search.samples
+        for row, result in zip(scores, search.per_prompt, strict=True):
+            row["scores"] = _named(rewards, result.scores[0])
+            row["plain"] = None if result.plain is None else _named(rewards, result.plain.scores)
     for (prompt, _), finite in zip(part, samples.isfinite().flatten(1).all(1).tolist(), strict=True):
         if not finite:
             raise ValueError(f"a sample of {prompt.text!r} is not finite: take another dtype or fewer steps")

@@ -240,15 +240,13 @@ GROUPS = {
 
 
 def split_command(words: Sequence[str]) -> tuple[Command | None, Sequence[str]]:
-    """Split the words of a command line into the command that they name, if any, and its arguments."""
+    """Split the words of a command line into the command that they name, if any, and its arguments.
+
+    The names of presets, as in --config preset:sdxl-80gb, are replaced by their files; unknown names stay.
+    """
     for count in (2, 1):
         if command := COMMANDS.get(" ".join(words[:count])):
-            return command, _with_presets(words[count:])
+            files = {f"preset:{name}": str(preset(name)) for name in presets()}
+            files |= {f"--config={name}": f"--config={file}" for name, file in files.items()}
+            return command, [files.get(word, word) for word in words[count:]]
     return None, words
-
-
-def _with_presets(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of presets, as in --config preset:sdxl-80gb, by their files; unknown names stay."""
-    replacements = {f"preset:{name}": str(preset(name)) for name in presets()}
-    names = {**replacements, **{f"--config={name}": f"--config={file}" for name, file in replacements.items()}}
-    return [names.get(word, word) for word in arguments]

@@ -166,7 +166,12 @@ class _Text:
 
 
 def _required(match: re.Match[str], text: _Text) -> str:
-    return _missing(match[1].rstrip("."), text.place, text.message[: match.start()], text.message[match.end() :])
+    """Name the missing settings of a command, or the missing arguments of a class that a setting names."""
+    names, before, after = match[1].rstrip("."), text.message[: match.start()], text.message[match.end() :]
+    classes = re.findall(r"^.*?Namespace\(class_path='([\w.]+)'", after) or re.findall(r"class_path '([\w.]+)'", before)
+    if classes and not classes[-1].startswith("genalign.cli."):
+        return f"{text.place}: {classes[-1]} needs {names}: write {'them' if ',' in names else 'it'} under init_args"
+    return missing_settings([f"{text.place}.{name}" if text.place else name for name in names.split(", ")])
 
 
 def _abstract(match: re.Match[str], text: _Text) -> str:
@@ -236,14 +241,6 @@ def missing_settings(names: Sequence[str]) -> str:
     examples = ", ".join(f"--{name} {EXAMPLES.get(name, '...')}" for name in names)
     verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
     return f"{', '.join(names)} {verb} missing: set {them} in the file of --config or as arguments, e.g. {examples}"
-
-
-def _missing(names: str, place: str, before: str, after: str) -> str:
-    """Name the missing settings of a command, or the missing arguments of a class that a setting names."""
-    classes = re.findall(r"^.*?Namespace\(class_path='([\w.]+)'", after) or re.findall(r"class_path '([\w.]+)'", before)
-    if classes and not classes[-1].startswith("genalign.cli."):
-        return f"{place}: {classes[-1]} needs {names}: write {'them' if ',' in names else 'it'} under init_args"
-    return missing_settings([f"{place}.{name}" if place else name for name in names.split(", ")])
 
 
 def _reward_named(path: str) -> str | None:

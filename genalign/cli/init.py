@@ -88,9 +88,11 @@ def configuration(context: CommandContext, settings: Init, reward: Any) -> str:
     distinct = len({prompt.text for prompt in prompts.prompts})
     if settings.model is not None:
         _require_model(context, settings.model)
-    body = _preset_body(settings) if settings.preset else _own_body(settings)
+    body = _body(settings)
     path = yaml.safe_load(body)["model"]["path"]
     name = (reward["class_path"] if isinstance(reward, dict) else reward).rsplit(".", 1)[-1]
+    function = yaml.safe_dump(reward, default_flow_style=True, width=sys.maxsize)  # within one line
+    function = function.removesuffix("\n").removesuffix("\n...")
     evaluations = _EVALUATIONS if distinct > 1 else "# No evaluations: they need a second prompt, to hold out.\n"
     if distinct > 1:
         held_out = len(split_held_out(prompts, Train.held_out_fraction)[1].prompts)
@@ -102,7 +104,7 @@ output: runs/{Path(path).name}
 prompts: {_quoted(settings.prompts)}  # {distinct} different ones
 rewards:
   # weight: in the sum of several; score_batch: samples in one call, for large networks
-  {_quoted(name)}: {{function: {_flow(reward)}, weight: 1.0}}
+  {_quoted(name)}: {{function: {function}, weight: 1.0}}
 
 {body}
 {evaluations}"""
@@ -127,8 +129,12 @@ def _require_model(context: CommandContext, path: str) -> None:
     context.outline(Model(path))
 
 
-def _own_body(settings: Init) -> str:
-    """Settings of model and training for any model, on this machine's kind of device."""
+def _body(settings: Init) -> str:
+    """Settings of model and training: of a preset with the user's model, or for this machine's kind of device."""
+    if settings.preset:
+        text = assets.preset(str(settings.preset)).read_text(encoding="utf-8")
+        path = yaml.safe_load(text)["model"]["path"]
+        return text.replace(f"  path: {path}\n", f"  path: {_quoted(settings.model)}\n") if settings.model else text
     if settings.model is None:
         raise ValueError("name a model, --model PATH_OR_ID, or a preset, --preset sd35-medium-80gb")
     lines = f"model:\n  path: {_quoted(settings.model)}\n"
@@ -139,19 +145,6 @@ def _own_body(settings: Init) -> str:
     return f"{lines}  device: cpu  # or cuda, with dtype: bfloat16\n{_RECIPE.replace('BATCH', '# batch_size: 12')}"
 
 
-def _preset_body(settings: Init) -> str:
-    """The text of a preset, with the user's model in place of its own."""
-    text = assets.preset(str(settings.preset)).read_text(encoding="utf-8")
-    path = yaml.safe_load(text)["model"]["path"]
-    return text.replace(f"  path: {path}\n", f"  path: {_quoted(settings.model)}\n") if settings.model else text
-
-
 def _quoted(text: str) -> str:
     """Write a text as a YAML scalar, in quotes where YAML would read something else."""
     return text if yaml.safe_load(f"x: {text}") == {"x": text} else json.dumps(text, ensure_ascii=False)
-
-
-def _flow(reward: Any) -> str:
-    """Write a configured reward as YAML within one line."""
-    text: str = yaml.safe_dump(reward, default_flow_style=True, width=sys.maxsize)
-    return text.removesuffix("\n").removesuffix("\n...")

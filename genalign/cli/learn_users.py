@@ -39,20 +39,16 @@ def learn_users_command(context: CommandContext, arguments: Sequence[str]) -> in
     path, progress = Path(settings.preferences), Progress()
     with progress.phase("learning"):
         comparisons = annotated_pairs(path)
-        known = None if settings.known is None else Path(settings.known)
-        accuracy = settings.learner.learn(comparisons, Path(settings.output), known)
-    counts = Counter(comparison.annotator for comparison in comparisons)
+        earlier = None if settings.known is None else Path(settings.known)
+        accuracy = settings.learner.learn(comparisons, Path(settings.output), earlier)
+    counts, held_out = Counter(comparison.annotator for comparison in comparisons), accuracy.held_out
     rows = [
-        (user, str(count), f"{accuracy.seen[user]:.2f}", _share(accuracy.held_out.get(user)))
+        (user, str(count), f"{accuracy.seen[user]:.2f}", f"{held_out[user]:.2f}" if user in held_out else "-")
         for user, count in counts.items()
     ]
     print_table(("user", "comparisons", "predicted of those seen", "held out"), rows)
     print(f"users: {settings.output}")
     return 0
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def annotated_pairs(path: Path) -> list[AnnotatedPair]:

@@ -172,7 +172,12 @@ def _kind_of_weights(form: str, task: str) -> dict[str, Any]:
 def _use(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str) -> str:
     """Python that loads the exported weights by ``name``, and what its reader must know."""
     if form == "genalign":
-        code, note = _genalign_snippet(base, settings, samples, name), _only_here(output)
+        code = _genalign_snippet(base, settings, samples, name)
+        note = (
+            f"\n\nThis is {kind_of(adapter_file(output))}, no plain LoRA: it acts differently on each sample. Its"
+            " matrices, loaded as a LoRA by diffusers or another program, would sample something else, so that its file"
+            " has names that they refuse."
+        )
     else:
         code, note = _snippet(base, settings, output, form, samples, name), _sampler(base, _evaluated(settings))
     text = f"```python\n{code}\n```{note}"
@@ -222,9 +227,9 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
 def _genalign_snippet(base: Base, settings: Mapping[str, Any], samples: list[Sample], name: str) -> str:
     """Python that loads an adapter which is no plain LoRA by ``name``, and makes a sample with it."""
     prompt = samples[0].prompt if samples else "a bell" if _is_audio(base, samples) else "a photo of a cat"
-    chosen = {key: value for key, value in _evaluated(settings).items() if value not in (None, {})}
-    kernel, model = chosen.pop("kernel", None), settings["model"]
-    sampling = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
+    arguments = {key: value for key, value in _evaluated(settings).items() if value not in (None, {})}
+    kernel, model = arguments.pop("kernel", None), settings["model"]
+    sampling = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     names = ["Sampling", *(["assets"] if base.is_embedded else [])]
     if kernel is not None:
         names, sampling = [_as_call(kernel).split("(")[0], *names], f"{sampling}, kernel={_as_call(kernel)}"
@@ -243,15 +248,6 @@ def _genalign_snippet(base: Base, settings: Mapping[str, Any], samples: list[Sam
         f"(samples,) = generate(model, prompts, [0], grid, guidance, 1{', sampling.kernel' if kernel else ''})",
     ]
     return "\n".join(lines)
-
-
-def _only_here(output: Path) -> str:
-    """Say what kind of adapter an export holds, and why no other program samples with it."""
-    kind = kind_of(adapter_file(output))
-    return (
-        f"\n\nThis is {kind}, no plain LoRA: it acts differently on each sample. Its matrices, loaded as a LoRA by"
-        " diffusers or another program, would sample something else, so that its file has names that they refuse."
-    )
 
 
 def _student_guidance(output: Path, base: Base) -> float | None:

@@ -253,7 +253,10 @@ def _values(
         try:
             values[name] = parser.instantiate(_parsed(parser, own))[name]
         except (*INPUT_ERRORS, TypeError) as error:
-            lines.append(_with_section(explain(str(error), list(entries)), name, list(entries)))
+            line = explain(str(error), list(entries))
+            setting = line.split()[0]
+            shared = sum(entry.endswith(f".{setting}") for entry in entries) > 1  # by sections: write it in full
+            lines.append(f"{name}.{line}" if shared and f"{name}.{setting}" in entries else line)
     return values, lines
 
 
@@ -290,13 +293,6 @@ def _wrong_values(
             break
         rest = fewer
     return lines
-
-
-def _with_section(line: str, section: str, names: Sequence[str]) -> str:
-    """Write the setting that a message begins with in full, if sections share its name."""
-    word = line.split()[0]
-    shared = sum(name.endswith(f".{word}") for name in names) > 1
-    return f"{section}.{line}" if shared and f"{section}.{word}" in names else line
 
 
 def _refusal(parser: ArgumentParser, raw: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,8 @@ from torch import Tensor
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table, prompt_set, require_rate
 from genalign.prompts import drawn_in_turn
-from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
+from genalign.reward_learning.preferences import JudgedSample
+from genalign.runtime.media import inside
 from genalign.runtime.prompt_files import read_listing
 from genalign.scoring import protocol
 from genalign.scoring.reward_check import Expected, Probe, check
@@ -193,7 +194,8 @@ def load_samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt], int | Non
     else:
         folder = Path(settings.samples)
         listing = dict(list(read_listing(folder).items())[: settings.count])
-        prompts, parts = list(listing.values()), [_read_sample(inside(folder, name)) for name in listing]
+        prompts, files = list(listing.values()), [inside(folder, name) for name in listing]
+        parts = [JudgedSample(file).read_with_rate() for file in files]
         if len({(part.shape, rate) for part, rate in parts}) != 1:
             raise ValueError(f"the samples in {folder} differ in size or sample rate, or there are none")
         samples, rate = torch.stack([part for part, _ in parts]), parts[0][1]
@@ -201,11 +203,3 @@ def load_samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt], int | Non
         side = (settings.size, settings.size)
         samples = torch.nn.functional.interpolate(samples, size=side, mode="bicubic", antialias=True).clamp(0, 1)
     return samples, prompts, rate
-
-
-def _read_sample(path: Path) -> tuple[Tensor, int | None]:
-    """Read a waveform and its sample rate in Hz, or an image and None."""
-    if path.suffix.lower() not in AUDIO_SUFFIXES:
-        return read_image(path), None
-    clip = read_waveform(path)
-    return clip.waveform, clip.sample_rate

@@ -129,15 +129,15 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
     return 0
 
 
-def _begin(output: Path, made_by: dict[str, object]) -> None:
+def _begin(output: Path, settings: dict[str, object]) -> None:
     """Write how the samples are collected. Raises ValueError for a folder whose samples were made in another way."""
-    known = (output / COLLECTION).is_file()
-    if known and read_json(output / COLLECTION) == made_by:
+    has_record = (output / COLLECTION).is_file()
+    if has_record and read_json(output / COLLECTION) == settings:
         return
     if _files(output) or (output / COMPARISONS).is_file():
-        how = "collected with other settings" if known else "made by another program"
+        how = "collected with other settings" if has_record else "made by another program"
         raise ValueError(f"{output} has samples that were {how}: choose another output")
-    write_json(output / COLLECTION, made_by)
+    write_json(output / COLLECTION, settings)
 
 
 def _planned(settings: RewardCollect) -> list[_Sample]:

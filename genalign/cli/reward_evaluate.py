@@ -17,12 +17,11 @@ from genalign.cli.context import CommandContext, named_rewards, print_table, req
 from genalign.cli.generation_settings import RewardChoice
 from genalign.cli.reward import named_settings, reward_version
 from genalign.evaluation.report.reward_page import write_reward
-from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS, training_items
 from genalign.reward_learning.preference_formats import read_preferences
-from genalign.reward_learning.preferences import JudgedSample, Judgment
+from genalign.reward_learning.preferences import JudgedSample
 from genalign.reward_learning.reward_evaluation import evaluate_judge, evaluate_reward
 from genalign.reward_learning.reward_report import EvaluationOptions, RewardEvaluation
 from genalign.runtime.files import write_json, write_text
@@ -93,7 +92,11 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
     judgments = read_preferences(Path(settings.preferences)) if settings.preferences else []
     samples = _listed_items(Path(settings.samples)) if settings.samples else []
     _require_same(output, plain, version)
-    scorer = ItemScorer(_reader(settings, judgments, samples), ScoreFile(output / _SCORES), settings.batch_size)
+    # All samples are read like the first one, whose sample rate the rewards must take.
+    _, rate = (samples[0].sample if samples else judgments[0].samples[0]).read_with_rate()
+    require_rate({"reward": settings.reward, "truth": settings.truth, "others": settings.others}, rate)
+    reader = ItemReader(settings.size, settings.device, rate)
+    scorer = ItemScorer(reader, ScoreFile(output / _SCORES), settings.batch_size)
     trained_on = _trained_on(settings, plain["reward"])
     if settings.pairwise:
         report = evaluate_judge(scorer, settings.reward, "reward", judgments, trained_on, settings.measure)
@@ -126,13 +129,6 @@ def _listed_items(folder: Path) -> list[Item]:
     return items
 
 
-def _reader(settings: RewardEvaluate, judgments: Sequence[Judgment], samples: Sequence[Item]) -> ItemReader:
-    """Return a reader of samples like the first one, whose sample rate the rewards must take."""
-    _, rate = (samples[0].sample if samples else judgments[0].samples[0]).read_with_rate()
-    require_rate({"reward": settings.reward, "truth": settings.truth, "others": settings.others}, rate)
-    return ItemReader(settings.size, settings.device, rate)
-
-
 def _trained_on(settings: RewardEvaluate, reward: Any) -> frozenset[str] | None:
     """Read the digests of the items that the reward was trained on, if there is a list of them."""
     if settings.trained_on is not None:
@@ -160,22 +156,18 @@ def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
 
 
 def _print(report: RewardEvaluation) -> None:
-    """Print the measures by section, and what should be known about them."""
+    """Print the measures by section, shares in percent, and what should be known about them."""
     rows = list[tuple[str, ...]]()
     for section, measures in report.sections().items():
         for place, one in enumerate(measures):
-            value, interval = _texts(one.value, one.is_share)
+            value, form = one.value, ".1%" if one.is_share else ".3f"
+            mean = format(value.mean, form) if math.isfinite(value.mean) else "infinite"
+            bounds = value.low, value.high
+            low, high = (format(bound, form) if math.isfinite(bound) else "unknown" for bound in bounds)
+            interval = "-" if value.low == value.high or low == high == "unknown" else f"{low} to {high}"
             label = section if place == 0 else ""
-            rows.append((label, escape(one.name), value, interval, str(one.value.n), escape(one.counted)))
+            rows.append((label, escape(one.name), mean, interval, str(value.n), escape(one.counted)))
     print_table(("", "measure", "value", "95 % interval", "prompts", "of"), rows)
     for note in report.notes:
         print(note)
     print(", ".join(f"{count} {name}" for name, count in report.counts.items()))
-
-
-def _texts(value: Estimate, is_share: bool) -> tuple[str, str]:
-    """Write a value and its interval, shares in percent."""
-    form = ".1%" if is_share else ".3f"
-    low, high = (format(bound, form) if math.isfinite(bound) else "unknown" for bound in (value.low, value.high))
-    interval = "-" if value.low == value.high or low == high == "unknown" else f"{low} to {high}"
-    return (format(value.mean, form) if math.isfinite(value.mean) else "infinite"), interval

@@ -91,8 +91,8 @@ def reward_label_command(context: CommandContext, arguments: Sequence[str]) -> i
         return _label(settings, settings.by)
     page, folder = settings.page, Path(settings.folder)
     kind: Literal["pair", "rating", "label"] = settings.kind if settings.kind in ("rating", "label") else "pair"
-    asked = LabelPageSettings(kind, page.dimensions, page.scale, page.instructions, settings.seed)
-    serve_labels(folder, asked, page.host, page.port, os.environ.get(page.token_variable) or None, page.token_variable)
+    labels = LabelPageSettings(kind, page.dimensions, page.scale, page.instructions, settings.seed)
+    serve_labels(folder, labels, page.host, page.port, os.environ.get(page.token_variable) or None, page.token_variable)
     if _has_content(folder / PREFERENCES):
         _print_annotators(read_judgments(folder))
     return 0
@@ -113,9 +113,9 @@ def _label(settings: RewardLabel, labeler: Labeler) -> int:
     with Progress().phase("judging", len(rest)) as advance:
         for first in range(0, len(rest), settings.batch_size):
             batch = rest[first : first + settings.batch_size]
-            made = [one for one in labeler.label(batch, settings.device) if one is not None]
-            append_judgments(folder, made)
-            judgments += made
+            new = [one for one in labeler.label(batch, settings.device) if one is not None]
+            append_judgments(folder, new)
+            judgments += new
             advance(len(batch))
     count = len(judgments) - earlier
     if rest and not count:

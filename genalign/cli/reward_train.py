@@ -24,10 +24,10 @@ from genalign.reward_learning.heads import LinearHead
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, apply_votes, changed_lines
 from genalign.reward_learning.laplace import laplace_posteriors, require_laplace
-from genalign.reward_learning.losses import BradleyTerryLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
 from genalign.reward_learning.objective import RewardData, RewardObjective, nothing_held_out
 from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.preference_losses import BradleyTerryLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.preferences import Judgment
 from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, correlation
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
@@ -57,8 +57,8 @@ class RewardTrain:
         exclude_annotators: Annotators whose judgments are left out.
         encoder: What is read of samples and prompts, as in rewards.learned_encoders.ClipTokens.
         head: Head on the encoder's tokens, as in genalign.reward_learning.heads.MLPHead; null takes LinearHead.
-        loss: Loss of the preferences, as in genalign.reward_learning.losses.TiedBradleyTerryLoss; null takes that of
-            Bradley and Terry.
+        loss: Loss of the preferences, as in genalign.reward_learning.preference_losses.TiedBradleyTerryLoss; null takes
+            that of Bradley and Terry.
         label_noise: Correction of the loss for flipped labels, as in genalign.reward_learning.label_noise.FlipRobust;
             null takes labels as they are.
         votes: Vote of an ensemble on the training pairs, after which the worst are changed; null leaves them.
@@ -197,8 +197,8 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
     held_out = None if settings.held_out is None else read_preferences(Path(settings.held_out))
     if held_out is None:
         judgments, held_out = split_by_prompt(judgments, settings.held_out_fraction, settings.fit.seed)
-    known = {judgment.annotator for judgment in [*judgments, *held_out]}
-    if unknown := sorted(set(settings.exclude_annotators) - known):
+    annotators = {judgment.annotator for judgment in [*judgments, *held_out]}
+    if unknown := sorted(set(settings.exclude_annotators) - annotators):
         raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {settings.preferences}")
     learned, counts = _usable(judgments, "training", settings, loss)
     if not learned:
@@ -242,7 +242,7 @@ def _usable(
     if {"rating", "label"} <= kinds:
         raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
     skipped = dict.fromkeys(("of another kind", "without a score", "of excluded annotators"), 0)
-    chosen = []
+    usable = []
     for judgment in judgments:
         if judgment.annotator in settings.exclude_annotators:
             skipped["of excluded annotators"] += 1
@@ -251,18 +251,18 @@ def _usable(
         elif not any(name in judgment.scores for name in settings.dimensions or judgment.scores):
             skipped["without a score"] += 1
         else:
-            chosen.append(judgment)
-    if one_sided := [choices for choices in side_choices(chosen) if choices.one_sided]:
+            usable.append(judgment)
+    if one_sided := [choices for choices in side_choices(usable) if choices.one_sided]:
         raise ValueError(str(one_sided[0]))
     counts = JudgmentCounts(
         len(judgments),
         {why: count for why, count in skipped.items() if count},
-        dict(Counter(judgment.kind for judgment in chosen)),
-        dict(Counter(judgment.annotator or "" for judgment in chosen)),
-        len({judgment.prompt.text for judgment in chosen}),
+        dict(Counter(judgment.kind for judgment in usable)),
+        dict(Counter(judgment.annotator or "" for judgment in usable)),
+        len({judgment.prompt.text for judgment in usable}),
     )
     print(f"{what}: {counts}")
-    return chosen, counts
+    return usable, counts
 
 
 def _tokens(

@@ -67,8 +67,7 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign soup``: write one mixture, or evaluate several and draw their front."""
     settings, _ = parsing.parse(Soup, arguments, "soup")
     output, sources = Path(settings.output), [Path(adapter) for adapter in settings.adapters]
-    _require_one_base(sources)
-    adapters = [TrainedAdapter.read(_weights_of(source)) for source in sources]
+    adapters = _read(sources)
     if settings.weights is not None:
         if output.exists():
             raise FileExistsError(f"{output} exists: choose another output, or remove it")
@@ -79,9 +78,12 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
     for number in range(settings.points):
         share = number / (settings.points - 1)
         folder = output / f"share-{share:.3f}"
-        if not _is_written(folder / "lora", settings.adapters, [1 - share, share], settings.rank):
-            _write(folder / "lora", adapters, settings.adapters, [1 - share, share], settings.rank)
-        where = ["--lora", str(folder / "lora"), "--output", str(folder / "evaluation")]
+        lora, weights = folder / "lora", [1 - share, share]
+        if not (lora / RECORD).is_file():
+            _write(lora, adapters, settings.adapters, weights, settings.rank)
+        elif json.loads((lora / RECORD).read_text()) != _record(settings.adapters, weights, settings.rank):
+            raise ValueError(f"{lora} holds another mixture, see its {RECORD}: choose another output, or remove it")
+        where = ["--lora", str(lora), "--output", str(folder / "evaluation")]
         if status := prompts_command(context, ["--config", str(settings.evaluate), *where]):
             return status
         points.append(FrontPoint(share, load_evaluation(folder / "evaluation").overall))
@@ -90,31 +92,22 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _is_written(folder: Path, names: Sequence[str], weights: Sequence[float], rank: int | None) -> bool:
-    """Whether a folder holds this mixture. Raises ValueError if it holds another."""
-    if not (folder / RECORD).is_file():
-        return False
-    if json.loads((folder / RECORD).read_text()) != _record(names, weights, rank):
-        raise ValueError(f"{folder} holds another mixture, see its {RECORD}: choose another output, or remove it")
-    return True
-
-
 def _record(names: Sequence[str], weights: Sequence[float], rank: int | None) -> dict[str, Any]:
     """What a mixture is of, as its folder says."""
     return {"adapters": list(names), "weights": list(weights), "cut_to_rank": rank}
 
 
-def _weights_of(source: Path) -> Path:
-    """The folder or file of the weights: those that a run offers, or the source itself."""
-    return trained_weights(source, None).path if (source / "config.json").is_file() else adapter_file(source)
+def _read(sources: Sequence[Path]) -> list[TrainedAdapter]:
+    """Read the adapters that runs offer, or that files hold.
 
-
-def _require_one_base(sources: Sequence[Path]) -> None:
-    """Raise ValueError for runs that began with different checkpoints; plain files do not say."""
-    bases = {source: base_of(source).name for source in sources if (source / "config.json").is_file()}
-    if len(set(bases.values())) > 1:
-        named = ", ".join(f"{source} of {base}" for source, base in bases.items())
+    Raises ValueError for runs that began with different checkpoints; plain files do not say theirs.
+    """
+    runs = {source: base_of(source).name for source in sources if (source / "config.json").is_file()}
+    if len(set(runs.values())) > 1:
+        named = ", ".join(f"{source} of {base}" for source, base in runs.items())
         raise ValueError(f"the adapters are of different base models ({named}): mix adapters of one")
+    paths = [trained_weights(source, None).path if source in runs else adapter_file(source) for source in sources]
+    return [TrainedAdapter.read(path) for path in paths]
 
 
 def _write(
@@ -124,12 +117,16 @@ def _write(
     components = {adapter.component for adapter in adapters}
     if len(components) > 1:
         raise ValueError(f"the adapters are of different networks ({', '.join(sorted(components))}): mix those of one")
-    mixed = lora_soup([_factors(adapter) for adapter in adapters], weights, rank)
+    factors = list[dict[str, Factors]]()
+    for adapter in adapters:
+        matrices = {name.removeprefix(f"{adapter.component}."): tensor for name, tensor in adapter.folded().items()}
+        factors.append({layer: (matrices[f"{layer}{_A}"], matrices[f"{layer}{_B}"]) for layer in adapter.alphas})
+    mixed = lora_soup(factors, weights, rank)
     component, common = components.pop(), len(next(iter(mixed.values()))[0])
     tensors = {
         f"{component}.{layer}{end}": tensor.contiguous()
-        for layer, factors in mixed.items()
-        for end, tensor in zip((_A, _B), factors, strict=True)
+        for layer, pair in mixed.items()
+        for end, tensor in zip((_A, _B), pair, strict=True)
     }
     own = {"r": common, "lora_alpha": common, "target_modules": sorted(mixed)}
     header = json.dumps({f"{component}.{name}": value for name, value in own.items()}, sort_keys=True)
@@ -148,9 +145,3 @@ def _student(adapters: Sequence[TrainedAdapter]) -> Mapping[str, str]:
     if len(students) > 1:
         raise ValueError("the adapters are few-step students of different guidance scales: mix those of one")
     return students[0] if students else {}
-
-
-def _factors(adapter: TrainedAdapter) -> dict[str, Factors]:
-    """The matrices of an adapter by layer, with the scale in the second."""
-    folded = {name.removeprefix(f"{adapter.component}."): tensor for name, tensor in adapter.folded().items()}
-    return {layer: (folded[f"{layer}{_A}"], folded[f"{layer}{_B}"]) for layer in adapter.alphas}

@@ -19,7 +19,7 @@ from genalign.evaluation.report import write_search
 from genalign.runtime.media import AudioFormat, writer
 from genalign.runtime.progress import Progress
 from genalign.scoring.budget import Budget
-from genalign.search.folder import SearchFolder
+from genalign.search.result_folder import SearchFolder
 from genalign.search.results import SearchResult
 from genalign.search.run_search import SearchSetup
 from genalign.search.strategy import Strategy

@@ -186,7 +186,12 @@ def quick_errors(command: Command, arguments: Sequence[str]) -> list[str]:
 def structure_errors(place: str, raw: RawSettings) -> list[str]:
     """Describe files that are missing and settings that do not exist, one line each."""
     entries = {entry["name"]: entry for entry in settings_of(place)}
-    lines = [_missing_file(file) for file in raw.missing_files]
+    lines = [
+        f"there is no preset {file.removeprefix('preset:')!r}: choose from {', '.join(presets())}"
+        if file.startswith("preset:")
+        else f"{file}: no such configuration file"
+        for file in raw.missing_files
+    ]
     lines += [
         unknown_setting(name, settings_among(entries, name, raw))
         for name in raw.settings
@@ -198,12 +203,6 @@ def structure_errors(place: str, raw: RawSettings) -> list[str]:
 def endless_file(file: str) -> str:
     """Describe a file of --config that is nested too deeply to be read, or whose aliases grow without end."""
     return f"{file} is nested too deeply: take out YAML aliases (*a) that stand within anchors (&a)"
-
-
-def _missing_file(file: str) -> str:
-    if file.startswith("preset:"):
-        return f"there is no preset {file.removeprefix('preset:')!r}: choose from {', '.join(presets())}"
-    return f"{file}: no such configuration file"
 
 
 def missing_errors(place: str, raw: RawSettings) -> list[str]:

@@ -80,10 +80,11 @@ class GateNetwork(nn.Module):
             level: Their noise level, of all rows, or of each sample where B repeats the samples.
             texts: The conditioning, by name; integers and masks are not read.
         """
-        read = [self._projected(name, _pooled(text)) for name, text in texts.items() if _is_read(text)]
-        inputs = [torch.stack(read).sum(0)]
+        embeddings = {name: text for name, text in texts.items() if text.is_floating_point() and text.ndim > 1}
+        inputs = [torch.stack([self._projected(name, _pooled(text)) for name, text in embeddings.items()]).sum(0)]
         if self.settings.reads == "state":
-            alpha, sigma = (_of_rows(value, len(x)) for value in (level.alpha, level.sigma))
+            levels = level.alpha, level.sigma  # () of all rows, or (n,)
+            alpha, sigma = (value.repeat(len(x) // len(value)) if value.ndim else value for value in levels)
             flat = x.float().flatten(2)
             inputs.append(self._projected("latents", torch.cat([flat.mean(2), flat.var(2, correction=0)], dim=1)))
             share = (sigma / (alpha + sigma)).float().to(x.device, non_blocking=True).expand(len(x))
@@ -99,15 +100,6 @@ class GateNetwork(nn.Module):
             drawn = torch.randn(vector.shape[1], size, generator=generator) / vector.shape[1] ** 0.5
             self._projections[key] = drawn.to(vector.device)
         return vector @ self._projections[key]
-
-
-def _of_rows(value: Tensor, rows: int) -> Tensor:
-    """Repeat values (n,) for a batch whose rows repeat the n samples; one () is of all rows."""
-    return value.repeat(rows // len(value)) if value.ndim else value
-
-
-def _is_read(text: Tensor) -> bool:
-    return text.is_floating_point() and text.ndim > 1
 
 
 def _pooled(text: Tensor) -> Tensor:
@@ -131,16 +123,16 @@ def add_hypernetwork(network: nn.Module, settings: Hypernetwork) -> GateNetwork:
 
     adapted = [module for module in network.modules() if isinstance(module, LoraLayer) and ADAPTER in module.lora_A]
     layers = [module.lora_A[ADAPTER] for module in adapted]
-    made = GateNetwork(settings, layers).to(layers[0].weight.device)
+    gates = GateNetwork(settings, layers).to(layers[0].weight.device)
     for layer in layers:
         setattr(layer, _GATES, None)
         layer.register_forward_hook(_multiply_by_gates)
-    network.add_module(HYPERNETWORK, made)
+    network.add_module(HYPERNETWORK, gates)
     for module in network.modules():
         if getattr(module, "gradient_checkpointing", False):
             untyped: Any = module
             untyped._gradient_checkpointing_func = with_gates(network, untyped._gradient_checkpointing_func)
-    return made
+    return gates
 
 
 def _multiply_by_gates(first: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -37,7 +37,12 @@ def lora_soup(
     if rank is not None:
         summed = {layer: _truncated(*factors, rank) for layer, factors in summed.items()}
     common = max(len(a) for a, _ in summed.values())
-    return {layer: _padded(*factors, common) for layer, factors in summed.items()}
+    padded = {}
+    for layer, (a, b) in summed.items():
+        missing = common - len(a)  # the zeros change nothing
+        padded_a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
+        padded[layer] = padded_a, torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
+    return padded
 
 
 def _sum(factors: Sequence[Factors | None], weights: Sequence[float], layer: str) -> Factors:
@@ -55,16 +60,7 @@ def _truncated(a: Tensor, b: Tensor, rank: int) -> Factors:
     """Keep the largest ``rank`` singular values of B A, without forming the product."""
     (left, upper), (right, lower) = (torch.linalg.qr(m.double()) for m in (b.flatten(1), a.flatten(1).T))
     u, values, v = torch.linalg.svd(upper @ lower.T)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    cut_a = (root[:, None] * (v[:kept] @ right.T)).float().view(kept, *a.shape[1:])
-    return cut_a, ((left @ u[:, :kept]) * root).float().view(len(b), kept, *b.shape[2:])
-
-
-def _padded(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """Fill the factors of a layer up to a rank with zeros, which change nothing."""
-    missing = rank - len(a)
-    return (
-        torch.cat([a, a.new_zeros(missing, *a.shape[1:])]),
-        torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1),
-    )
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    cut_a = (root[:, None] * (v[:rank] @ right.T)).float().view(rank, *a.shape[1:])
+    return cut_a, ((left @ u[:, :rank]) * root).float().view(len(b), rank, *b.shape[2:])

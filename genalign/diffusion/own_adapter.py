@@ -76,8 +76,8 @@ class OwnAdapter:
             if name.endswith(end)
         }
         gates = with_prefix(f"{HYPERNETWORK}.", without_prefix(f"{HYPERNETWORK}.", stored))
-        made_by = Hypernetwork(**header["hypernetwork"]) if header["hypernetwork"] else None
-        return cls(header["lora"], {**matrices, **gates}, made_by, header["shifts_noise"])
+        hypernetwork = Hypernetwork(**header["hypernetwork"]) if header["hypernetwork"] else None
+        return cls(header["lora"], {**matrices, **gates}, hypernetwork, header["shifts_noise"])
 
     @property
     def is_plain(self) -> bool:
@@ -110,8 +110,8 @@ class OwnAdapter:
         sort_metadata(path, metadata)
         apply_umask(directory)
 
-    def put_on(self, network: nn.Module) -> None:
-        """Put the adapter on ``network``. Raises ValueError where it does not fit."""
+    def attach_to(self, network: nn.Module) -> None:
+        """Attach the adapter to ``network``. Raises ValueError where it does not fit."""
         from peft import LoraConfig  # takes seconds
 
         inject_lora(network, LoraConfig(**self.lora), without_hypernetwork(self.state))

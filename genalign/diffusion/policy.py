@@ -87,7 +87,15 @@ class WeightSnapshot:
 
     def __init__(self, parameters: Sequence[nn.Parameter], on_cpu: bool = False) -> None:
         self.parameters = parameters
-        self.tensors = [_copied(local_tensor(parameter), on_cpu) for parameter in parameters]
+        self.tensors = list[Tensor]()
+        for tensor in map(local_tensor, parameters):
+            if not on_cpu or tensor.device.type in ("cpu", "meta"):
+                self.tensors.append(tensor.clone())
+            elif not tensor.is_cuda:
+                self.tensors.append(tensor.cpu())
+            else:  # without waiting for the GPU
+                pinned = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+                self.tensors.append(pinned.copy_(tensor, non_blocking=True))
         if self.is_elsewhere and parameters[0].is_cuda:
             torch.cuda.synchronize()  # once for all copies
 
@@ -113,17 +121,8 @@ class WeightSnapshot:
             tensor.copy_(local_tensor(shard_like(state[str(index)], like)))
 
 
-def _copied(tensor: Tensor, on_cpu: bool) -> Tensor:
-    """Copy a tensor, to the CPU if its values exist and ``on_cpu`` is true, without waiting for a GPU."""
-    if not on_cpu or tensor.device.type in ("cpu", "meta"):
-        return tensor.clone()
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory().copy_(tensor, non_blocking=True)
-
-
-def _put_on(denoiser: nn.Module, lora: Lora, seed: int, has_adapter: bool) -> None:
-    """Put a new adapter on a network, unless it has one, and give it the hypernetwork that it lacks."""
+def _add_adapter(denoiser: nn.Module, lora: Lora, seed: int, has_adapter: bool) -> None:
+    """Add a new adapter to a network, unless it has one, and give it the hypernetwork that it lacks."""
     with seeded(seed):  # B starts at zero and gates at 1, so that training starts at the reference policy
         if not has_adapter:
             from peft import LoraConfig  # takes seconds
@@ -171,7 +170,7 @@ class Policy:
         self.updates = 0
         self.config: LoraConfig | None = None
         if lora:
-            _put_on(denoiser, lora, seed, has_adapter)
+            _add_adapter(denoiser, lora, seed, has_adapter)
         if sharding and hypernetwork_of(denoiser):
             raise ValueError("a hypernetwork is not sharded by FSDP: leave lora.hypernetwork out, or launch without it")
         if lora or has_adapter:
@@ -361,8 +360,8 @@ class Policy:
         from peft import get_peft_model_state_dict  # takes seconds
 
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        made_by = hypernetwork_of(self.denoiser)
-        own = with_prefix(f"{HYPERNETWORK}.", made_by.state_dict()) if made_by else {}
+        hypernetwork = hypernetwork_of(self.denoiser)
+        own = with_prefix(f"{HYPERNETWORK}.", hypernetwork.state_dict()) if hypernetwork else {}
         return {name: full_tensor(tensor) for name, tensor in {**without_hypernetwork(state), **own}.items()}
 
     def network_state(self) -> dict[str, Tensor] | None:

@@ -333,9 +333,9 @@ def replay(
 
 def distinct_inputs(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
     """Return the prompts that differ in text or user, and the row (B,) long of each prompt among them."""
-    found: dict[tuple[str, str], tuple[int, str]] = {}
-    rows = [found.setdefault((str(p), repr(users_of(p))), (len(found), p))[0] for p in prompts]
-    return [prompt for _, prompt in found.values()], torch.tensor(rows)
+    distinct: dict[tuple[str, str], tuple[int, str]] = {}
+    rows = [distinct.setdefault((str(p), repr(users_of(p))), (len(distinct), p))[0] for p in prompts]
+    return [prompt for _, prompt in distinct.values()], torch.tensor(rows)
 
 
 class SeededSamples:

@@ -201,11 +201,13 @@ def seeing(network: nn.Module, embeddings: Tensor | None) -> Iterator[None]:
 def with_user_dropout(prompts: Sequence[Prompt], fraction: float, name: str) -> list[Prompt]:
     """Take the user from a ``fraction`` of the prompts of a round, drawn by its seed ``name``."""
     drawn = seeded_uniform([derived_seed(name, "user dropout", place) for place in range(len(prompts))]).tolist()
-    return [_anonymous(prompt) if one < fraction else prompt for prompt, one in zip(prompts, drawn, strict=True)]
-
-
-def _anonymous(prompt: Prompt) -> Prompt:
-    return Prompt(prompt.text, {name: value for name, value in (prompt.metadata or {}).items() if name != "user"})
+    result = []
+    for prompt, draw in zip(prompts, drawn, strict=True):
+        if draw < fraction:
+            others = {name: value for name, value in (prompt.metadata or {}).items() if name != "user"}
+            prompt = Prompt(prompt.text, others)
+        result.append(prompt)
+    return result
 
 
 def _attends_to_text(layer: Any) -> bool:

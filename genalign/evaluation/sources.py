@@ -83,18 +83,17 @@ class PipelineSource:
     def batch(self, number: int) -> Iterator[SourceBatch]:
         """Generate a batch of one shape."""
         chunk = sum(start <= number for start in self._starts) - 1
+        # The texts of the first chunk are encoded before any others, as an embedding's last bits depend on the order
         for needed in {0, chunk} - self._chunks.keys():
             self._chunks = {k: part for k, part in self._chunks.items() if k == 0}
-            self._chunks[needed] = self._encoded(needed)
+            first, last = self._starts[needed], (*self._starts[needed + 1 :], len(self))[0]
+            specs = self.specs[first * self.batch_size : last * self.batch_size]
+            prompts, seeds = [spec.prompt for spec in specs], [spec.seed for spec in specs]
+            self._chunks[needed] = SeededSamples(
+                self.pipeline, prompts, seeds, self._grid, self._guidance, self.batch_size, self.kernel
+            )
         samples = self._chunks[chunk].batch(number - self._starts[chunk])
         yield SourceBatch(self.specs[number * self.batch_size : (number + 1) * self.batch_size], samples)
-
-    def _encoded(self, chunk: int) -> SeededSamples:
-        """Encode the texts of a chunk; the first one before any other, as an embedding's last bits depend on it."""
-        first, last = self._starts[chunk], (*self._starts[chunk + 1 :], len(self))[0]
-        specs = self.specs[first * self.batch_size : last * self.batch_size]
-        prompts, seeds = [spec.prompt for spec in specs], [spec.seed for spec in specs]
-        return SeededSamples(self.pipeline, prompts, seeds, self._grid, self._guidance, self.batch_size, self.kernel)
 
 
 def _chunk_starts(specs: Sequence[SampleSpec], size: int) -> list[int]:

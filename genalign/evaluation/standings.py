@@ -160,18 +160,14 @@ def shared_looks(recipes: Mapping[str, Mapping[int, Path]]) -> dict[str, dict[in
                 raise ValueError(
                     f"{run} has no evaluations on held-out prompts: set held_out.every_seconds (or every) for all runs"
                 )
-            protocol = _protocol(run)
+            # What held-out scores depend on besides the weights
+            config, prompts = (json.loads((run / f"{file}.json").read_text("utf-8")) for file in ("config", "prompts"))
+            size = {key: config["held_out"].get(key) for key in ("samples_per_task", "seeds")}
+            protocol = size, prompts["held_out"]["suite_hash"], config.get("evaluation") or config["sampling"]
             first = first or (run, protocol)
             if protocol != first[1]:
                 raise ValueError(f"{run} was evaluated on other held-out samples than {first[0]}: set held_out alike")
     return looks
-
-
-def _protocol(run: Path) -> Any:
-    """What the held-out scores of a run depend on besides its weights."""
-    config, prompts = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("config", "prompts"))
-    size = {name: config["held_out"].get(name) for name in ("samples_per_task", "seeds")}
-    return size, prompts["held_out"]["suite_hash"], config.get("evaluation") or config["sampling"]
 
 
 def common_score(looks: Mapping[str, Mapping[int, Sequence[Look]]], preferred: str) -> str:

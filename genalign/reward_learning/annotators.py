@@ -100,14 +100,8 @@ def agreement(judgments: Sequence[Judgment], dimension: str = OVERALL) -> list[A
     Pairs and all pairs of a ranking are compared by who wins, or a tie; labels by equality; ratings by equality, and
     in alpha by squared differences. Who judged the same twice is counted by the last judgment.
     """
-    tables: dict[Kind, dict[tuple[object, ...], dict[str, float]]] = {}
-    for judgment in judgments:
-        if judgment.annotator is not None and dimension in judgment.scores:
-            kind: Kind = "pair" if judgment.kind == "ranking" else judgment.kind
-            for unit, value in judged_units(judgment, dimension):
-                tables.setdefault(kind, {}).setdefault(unit, {})[judgment.annotator] = value
     results = []
-    for kind, table in tables.items():
+    for kind, table in _answers_by_kind(judgments, dimension).items():
         shared = {unit: values for unit, values in table.items() if len(values) > 1}
         if not shared:
             continue
@@ -115,7 +109,11 @@ def agreement(judgments: Sequence[Judgment], dimension: str = OVERALL) -> list[A
         for (prompt, *_), values in shared.items():
             by_prompt.setdefault(prompt, []).append(list(values.values()))
         names = tuple(dict.fromkeys(name for values in shared.values() for name in values))
-        raw = [float(np.mean([_equal_share(unit) for unit in units])) for units in by_prompt.values()]
+        equal = [
+            [float(np.mean([a == b for a, b in itertools.combinations(values, 2)])) for values in units]
+            for units in by_prompt.values()
+        ]
+        raw = [float(np.mean(shares)) for shares in equal]
         level: Level = "interval" if kind == "rating" else "nominal"
         alpha = _jackknife(list(by_prompt.values()), level)
         results.append(Agreement(kind, names, len(shared), mean_over_tasks({"": raw}, "share"), alpha))
@@ -190,8 +188,17 @@ def judged_units(judgment: Judgment, dimension: str) -> list[tuple[tuple[object,
     ]
 
 
-def _equal_share(values: Sequence[float]) -> float:
-    return float(np.mean([a == b for a, b in itertools.combinations(values, 2)]))
+def _answers_by_kind(
+    judgments: Sequence[Judgment], dimension: str
+) -> dict[Kind, dict[tuple[object, ...], dict[str, float]]]:
+    """Collect the last answer of each annotator to each unit, by the kind of judgment; a ranking is all its pairs."""
+    tables: dict[Kind, dict[tuple[object, ...], dict[str, float]]] = {}
+    for judgment in judgments:
+        if judgment.annotator is not None and dimension in judgment.scores:
+            kind: Kind = "pair" if judgment.kind == "ranking" else judgment.kind
+            for unit, value in judged_units(judgment, dimension):
+                tables.setdefault(kind, {}).setdefault(unit, {})[judgment.annotator] = value
+    return tables
 
 
 def _jackknife(prompts: Sequence[Sequence[Sequence[float]]], level: Level) -> Estimate:

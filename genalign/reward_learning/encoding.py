@@ -94,8 +94,8 @@ class StoredTokens:
     device: str = "cpu"
 
     def tokens(self, rows: Tensor) -> Tensor:
-        chosen = torch.as_tensor(self.stored[rows.numpy()])
-        return chosen.to(self.device, non_blocking=True)
+        tokens = torch.as_tensor(self.stored[rows.numpy()])
+        return tokens.to(self.device, non_blocking=True)
 
 
 def measured_nuisances(items: Sequence[Item], encoder: RewardEncoder, nuisances: Mapping[str, AnyCallable]) -> Tensor:
@@ -149,13 +149,7 @@ class TokenFolder:
             ValueError: A sample cannot be read or encoded, or the samples have different numbers of tokens.
         """
         measures = dict(nuisances or {})
-        read_by = {"encoder": type(encoder).__qualname__, "arguments": encoder.arguments}
-        identity = {
-            **read_by,
-            "weights": encoder.fingerprint(),
-            "nuisances": {n: _name(f) for n, f in measures.items()},
-        }
-        listed = {**identity, "batch_size": batch_size, "items": [_key(item) for item in items]}
+        listed = _description(encoder, items, measures, batch_size)
         done = self._done(listed)
         if not done:
             (self.folder / "items.json").unlink(missing_ok=True)  # before the files that it is about are overwritten
@@ -208,11 +202,22 @@ class TokenFolder:
         return int(done) if before == json.loads(json.dumps(listed)) else 0
 
 
-def _name(function: AnyCallable) -> str:
-    """Return the import path of a function, or how an object with settings prints."""
-    path = getattr(function, "__qualname__", None)
-    return f"{function.__module__}.{path}" if path else repr(function)
+def _description(
+    encoder: RewardEncoder, items: Sequence[Item], nuisances: Mapping[str, AnyCallable], batch_size: int
+) -> dict[str, object]:
+    """Describe as JSON types what tokens are of: the encoder with its weights, the nuisances, and the items by hash.
 
-
-def _key(item: Item) -> str:
-    return hashlib.sha256(f"{item.digest}\n{item.prompt.text}".encode()).hexdigest()[:32]
+    A nuisance is described by its import path, or as it prints if it is an object with settings.
+    """
+    paths = {name: getattr(function, "__qualname__", None) for name, function in nuisances.items()}
+    return {
+        "encoder": type(encoder).__qualname__,
+        "arguments": encoder.arguments,
+        "weights": encoder.fingerprint(),
+        "nuisances": {
+            name: f"{function.__module__}.{paths[name]}" if paths[name] else repr(function)
+            for name, function in nuisances.items()
+        },
+        "batch_size": batch_size,
+        "items": [hashlib.sha256(f"{item.digest}\n{item.prompt.text}".encode()).hexdigest()[:32] for item in items],
+    }

@@ -130,8 +130,10 @@ def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> E
     places: dict[tuple[str, str], int] = {}
     pairs, grades = list[tuple[int, int, list[float], Kind, str]](), list[tuple[int, list[float], str]]()
     for judgment in map(Judgment.in_shown_order, judgments):
-        rows = []
-        for item in _items(judgment):
+        rows, own_items = [], [Item(judgment.prompt, sample, sample.digest()) for sample in judgment.samples]
+        if len({item.digest for item in own_items}) < len(own_items):
+            raise ValueError(f"the samples of a judgment of {judgment.prompt.text!r} have equal files: leave it out")
+        for item in own_items:
             key = (item.prompt.text, item.digest)
             items.setdefault(key, item)
             rows.append(places.setdefault(key, len(places)))
@@ -143,19 +145,10 @@ def examples(judgments: Sequence[Judgment], dimensions: Sequence[str] = ()) -> E
             for (row, first), (other, second) in itertools.combinations(judged, 2):
                 gaps = [a - b for a, b in zip(first, second, strict=True)]
                 pairs.append((row, other, gaps, judgment.kind, annotator))
-    difference = _matrix((gaps for _, _, gaps, _, _ in pairs), len(names))
-    ranked = torch.tensor([kind == "ranking" for *_, kind, _ in pairs], dtype=torch.bool)
     return Examples(
         tuple(items.values()),
         names,
-        Pairs(
-            torch.tensor([pair[:2] for pair in pairs], dtype=torch.long).reshape(-1, 2),
-            ((1 + torch.where(ranked[:, None], difference.sign(), difference)) / 2).masked_fill(
-                difference.isnan(), math.nan
-            ),
-            difference,
-            tuple(annotator for *_, annotator in pairs),
-        ),
+        _pairs(pairs, len(names)),
         Grades(
             torch.tensor([row for row, *_ in grades], dtype=torch.long),
             _matrix((values for _, values, _ in grades), len(names)),
@@ -175,12 +168,17 @@ def _require_learnable(judgments: Sequence[Judgment], names: Sequence[str]) -> N
         raise ValueError(f"a judgment of {unscored.prompt.text!r} has no scores: judge it first")
 
 
-def _items(judgment: Judgment) -> list[Item]:
-    """Return the items of a judgment, in its order. Raises ValueError where two samples have equal files."""
-    items = [Item(judgment.prompt, sample, sample.digest()) for sample in judgment.samples]
-    if len({item.digest for item in items}) < len(items):
-        raise ValueError(f"the samples of a judgment of {judgment.prompt.text!r} have equal files: leave it out")
-    return items
+def _pairs(pairs: Sequence[tuple[int, int, list[float], Kind, str]], width: int) -> Pairs:
+    """Make tensors of pairs in ``width`` dimensions: two items, how far the first leads, the kind and the annotator."""
+    difference = _matrix((gaps for _, _, gaps, _, _ in pairs), width)
+    ranked = torch.tensor([kind == "ranking" for *_, kind, _ in pairs], dtype=torch.bool)
+    lead = torch.where(ranked[:, None], difference.sign(), difference)
+    return Pairs(
+        torch.tensor([pair[:2] for pair in pairs], dtype=torch.long).reshape(-1, 2),
+        ((1 + lead) / 2).masked_fill(difference.isnan(), math.nan),
+        difference,
+        tuple(annotator for *_, annotator in pairs),
+    )
 
 
 def _matrix(rows: Iterable[Sequence[float]], width: int) -> Tensor:

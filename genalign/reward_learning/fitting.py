@@ -93,19 +93,15 @@ class Fitter:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         norm = nn.utils.clip_grad_norm_(weights, self.settings.clip or float("inf"))
-        self._follow_weights()
+        slots = next(iter(self.optimizer.state.values()), None)
+        if slots is not None and slots["exp_avg"].device != self.device:  # the weights moved since the last step
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.count, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.count += 1
         return norm
-
-    def _follow_weights(self) -> None:
-        """Move the optimizer's state to the device of the weights."""
-        slots = next(iter(self.optimizer.state.values()), None)
-        if slots is not None and slots["exp_avg"].device != self.device:
-            self.optimizer.load_state_dict(self.optimizer.state_dict())
 
     def copies(self) -> dict[str, Tensor]:
         """Return copies of the weights, by name, where they are."""

@@ -15,7 +15,7 @@ class LinearHead:
     """A linear layer on the mean of the tokens."""
 
     def build(self, width: int, outputs: int) -> Head:
-        """Return an untrained head."""
+        """Return the linear layer; torch's global generator draws its weights."""
         return _Layers(nn.Identity(), nn.Linear(width, outputs))
 
 
@@ -34,7 +34,7 @@ class MLPHead:
             raise ValueError(f"hidden must be at least 1, not {self.hidden}")
 
     def build(self, width: int, outputs: int) -> Head:
-        """Return an untrained head."""
+        """Return the perceptron; torch's global generator draws its weights."""
         return _Layers(nn.Sequential(nn.Linear(width, self.hidden), nn.GELU()), nn.Linear(self.hidden, outputs))
 
 
@@ -55,7 +55,7 @@ class AttentionHead:
             raise ValueError(f"queries and width must be at least 1, not {self.queries} and {self.width}")
 
     def build(self, width: int, outputs: int) -> Head:
-        """Return an untrained head."""
+        """Return the pooling with its linear layer; torch's global generator draws the weights."""
         return _Attention(width, self.queries, self.width, outputs)
 
 
@@ -103,5 +103,5 @@ class _Attention(Head):
             layer(tokens).unflatten(-1, self.queries.shape).transpose(1, 2) for layer in (self.keys, self.values)
         )  # (B, queries, n, inner)
         logits = (keys @ self.queries[:, :, None]).squeeze(-1) / self.queries.shape[1] ** 0.5
-        found: Tensor = logits.softmax(-1)[:, :, None] @ values
-        return found.flatten(1)
+        pooled: Tensor = logits.softmax(-1)[:, :, None] @ values
+        return pooled.flatten(1)

@@ -211,14 +211,14 @@ def with_new_users(model: IdealPointModel, comparisons: Comparisons, settings: P
     added = [name for name in dict.fromkeys(comparisons.annotators) if name not in model.users]
     larger = IdealPointModel(model.settings, (*model.users, *added))
     state, mean = model.state_dict(), model.mixture.softmax(1).mean(0).log()
-    given = zip(model.users, state["mixture"], strict=True)
-    rows = {user: row for user, row in given if user not in comparisons.annotators}
+    mixtures = zip(model.users, state["mixture"], strict=True)
+    rows = {user: row for user, row in mixtures if user not in comparisons.annotators}
     state["mixture"] = torch.stack([rows.get(user, mean) for user in larger.users])
     larger.load_state_dict(state)
     larger.requires_grad_(False)
     larger.mixture.requires_grad_(True)
-    known = torch.tensor([user in rows for user in larger.users])
-    only_new = lambda gradient: gradient.masked_fill(known[:, None].to(gradient.device), 0.0)  # noqa: E731
+    frozen = torch.tensor([user in rows for user in larger.users])
+    only_new = lambda gradient: gradient.masked_fill(frozen[:, None].to(gradient.device), 0.0)  # noqa: E731
     larger.mixture.register_hook(only_new)  # type: ignore[no-untyped-call]  # torch has not typed it
     for _ in _descend(larger, {"mixture": larger.mixture}, comparisons, settings, weight_decay=0.0):
         pass

@@ -161,17 +161,17 @@ class ItemScorer:
             RewardError: The judge decides nothing of a first batch, or returns another shape.
             ValueError: The samples of a pair differ in shape.
         """
-        shown = (rows.flip(1) if reverse else rows).tolist()
-        keys = [(name, "pair", items[a].prompt.text, items[a].digest, items[b].digest) for a, b in shown]
+        sides = (rows.flip(1) if reverse else rows).tolist()
+        keys = [(name, "pair", items[a].prompt.text, items[a].digest, items[b].digest) for a, b in sides]
         missing = [place for place, key in enumerate(keys) if key not in self.file.values]
         in_order = NamedReward(name, lambda two, texts: judge(two[:, 0], two[:, 1], texts), score_batch=self.batch_size)
 
         def pair(place: int) -> tuple[Tensor, Prompt]:
-            first, second = (self.reader(items[row]) for row in shown[place])
+            first, second = (self.reader(items[row]) for row in sides[place])
             if first.shape != second.shape:
                 shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
                 raise ValueError(f"a judge compares samples of one shape, not {shapes}: give size, a side in pixels")
-            return torch.stack([first, second]), items[shown[place][0]].prompt
+            return torch.stack([first, second]), items[sides[place][0]].prompt
 
         if missing:
             with self.progress.phase(f"comparing by {name}", len(missing)) as advance:

@@ -70,7 +70,7 @@ def judged_pairs(examples: Examples, dimension: str) -> EvaluatedPairs:
     by_pair = defaultdict[_Pair, list[tuple[float, float]]](list)
     for pair, preferred, gap, _ in judgments:
         by_pair[pair].append((preferred, gap))
-    means = [[math.fsum(side) / len(side) for side in zip(*said, strict=True)] for said in by_pair.values()]
+    means = [[math.fsum(side) / len(side) for side in zip(*own, strict=True)] for own in by_pair.values()]
     shares, leads = torch.tensor(means, dtype=torch.float64).unbind(1)
     return EvaluatedPairs(torch.tensor(list(by_pair), dtype=torch.long), shares, leads.abs())
 
@@ -94,10 +94,10 @@ def annotator_votes(examples: Examples, dimension: str, pairs: EvaluatedPairs) -
     Several judgments of a pair by one annotator are averaged.
     """
     places = {tuple(row): place for place, row in enumerate(pairs.rows.tolist())}
-    said = defaultdict[tuple[int, str], list[float]](list)
+    votes = defaultdict[tuple[int, str], list[float]](list)
     judgments = _pair_judgments(examples, dimension)
     for pair, preferred, _, name in judgments:
-        said[places[pair], name].append(preferred)
+        votes[places[pair], name].append(preferred)
     if not judgments:
         grades, column = examples.grades, examples.dimensions.index(dimension)
         own = defaultdict[tuple[str, str], dict[int, float]](dict)
@@ -108,8 +108,8 @@ def annotator_votes(examples: Examples, dimension: str, pairs: EvaluatedPairs) -
         for (name, _), graded in own.items():
             for first, second in combinations(sorted(graded), 2):
                 lead = graded[first] - graded[second]
-                said[places[first, second], name].append(0.5 if lead == 0 else float(lead > 0))
-    named = {key: shares for key, shares in said.items() if key[1]}
+                votes[places[first, second], name].append(0.5 if lead == 0 else float(lead > 0))
+    named = {key: shares for key, shares in votes.items() if key[1]}
     return Votes(
         torch.tensor([pair for pair, _ in named], dtype=torch.long),
         torch.tensor([math.fsum(shares) / len(shares) for shares in named.values()], dtype=torch.float64),
@@ -124,12 +124,12 @@ def win_shares(pairs: EvaluatedPairs, prompt: Tensor) -> Tensor:
     ``prompt`` (n,) are the numbers of the items' prompts.
     """
     count = len(prompt)
-    wins, met = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    wins, comparisons = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for side, preferred in ((0, pairs.preferred), (1, 1 - pairs.preferred)):
         wins.index_add_(0, pairs.rows[:, side], preferred.double())
-        met.index_add_(0, pairs.rows[:, side], torch.ones(len(pairs), dtype=torch.float64))
+        comparisons.index_add_(0, pairs.rows[:, side], torch.ones(len(pairs), dtype=torch.float64))
     others = torch.bincount(prompt)[prompt] - 1
-    incomplete = torch.zeros(int(prompt.max()) + 1).index_add_(0, prompt, (met != others).float())[prompt] > 0
+    incomplete = torch.zeros(int(prompt.max()) + 1).index_add_(0, prompt, (comparisons != others).float())[prompt] > 0
     return (wins / others).masked_fill(incomplete | (others < 2), torch.nan)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.examples import Item, Pairs
-from genalign.reward_learning.losses import PairLoss, PreferenceLoss
+from genalign.reward_learning.preference_losses import PairLoss, PreferenceLoss
 
 Change = Literal["drop", "flip", "soften"]
 

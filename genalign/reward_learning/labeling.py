@@ -131,7 +131,7 @@ class RewardLabeler:
 
     @property
     def annotator_names(self) -> tuple[str, ...]:
-        """The names of the annotators."""
+        """The names of ``annotators``; "reward" where there are none."""
         return tuple(self.annotators) or ("reward",)
 
     def label(self, comparisons: Sequence[Judgment], device: str = "cpu") -> list[Judgment | None]:
@@ -211,7 +211,7 @@ class JudgeLabeler:
 
     @property
     def annotator_names(self) -> tuple[str, ...]:
-        """The name of the annotator."""
+        """The one name under which all judges answer."""
         return (self.annotator,)
 
     def label(self, comparisons: Sequence[Judgment], device: str = "cpu") -> list[Judgment | None]:
@@ -227,7 +227,7 @@ class JudgeLabeler:
         for (name, judge), places in itertools.product(self.judges.items(), shapes.values()):
             keys = [_keys(comparisons[place]) for place in places]
             left, right = (torch.stack([items[key][1] for key in side]) for side in zip(*keys, strict=True))
-            answers = self._asked(name, judge, left, right, [comparisons[place].prompt for place in places])
+            answers = self._ask(name, judge, left, right, [comparisons[place].prompt for place in places])
             for place, preferred, reason in zip(places, answers.preferred.tolist(), answers.written, strict=True):
                 if math.isfinite(preferred):
                     scores[place][name] = (preferred, 1 - preferred)
@@ -238,7 +238,7 @@ class JudgeLabeler:
             for comparison, own, written in zip(comparisons, scores, reasons, strict=True)
         ]
 
-    def _asked(self, name: str, judge: AnyCallable, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> OneOrder:
+    def _ask(self, name: str, judge: AnyCallable, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> OneOrder:
         """Ask a judge, and combine its answers and what it wrote in both orders."""
         first = _one_order(judge, left, right, prompts)
         if not self.both_orders:
@@ -292,11 +292,11 @@ def unlabeled(
             digests = [sample.digest() for sample in comparison.samples]
             drawn = {name: derived_seed(seed, "annotators", comparison.prompt.text, *digests, name) for name in names}
             names = sorted(names, key=drawn.__getitem__)[:per_comparison]
-        asked = kind or comparison.kind
+        task_kind = kind or comparison.kind
         sizes = {"pair": 2, "ranking": len(comparison.samples)}
-        for samples in itertools.combinations(comparison.samples, sizes.get(asked, 1)):
+        for samples in itertools.combinations(comparison.samples, sizes.get(task_kind, 1)):
             for name in names:
-                task = Judgment(comparison.prompt, samples, asked, annotator=name)
+                task = Judgment(comparison.prompt, samples, task_kind, annotator=name)
                 tasks.setdefault(task_key(task), task)
     return list(tasks.values())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from genalign.reward_learning.examples import Examples
-from genalign.reward_learning.losses import PairLoss
 from genalign.reward_learning.objective import RewardObjective
+from genalign.reward_learning.preference_losses import PairLoss
 from genalign.reward_learning.training import CHUNK, RewardTraining
 from genalign.reward_learning.uncertainty import LaplacePosterior, LastLayerLaplace, PairFeatures, fit_laplace
 
@@ -36,12 +36,12 @@ def laplace_posteriors(training: RewardTraining, settings: LastLayerLaplace) -> 
     ]
     features, posteriors = torch.cat(parts), list[LaplacePosterior]()
     for column in range(len(data.training.dimensions)):
-        chosen = []
+        pair_features = []
         for examples, first in ((data.training, 0), (data.held_out, offset)):
             preferred = examples.pairs.preferred[:, column]
             judged = ~preferred.isnan()
             left, right = (examples.pairs.rows[judged] + first).unbind(1)
-            chosen.append(PairFeatures(features[left] - features[right], preferred[judged]))
+            pair_features.append(PairFeatures(features[left] - features[right], preferred[judged]))
         weights, center = head.last.weight[column].cpu(), features[:offset].mean(0)
-        posteriors.append(fit_laplace(settings, weights, center, *chosen))
+        posteriors.append(fit_laplace(settings, weights, center, *pair_features))
     return posteriors

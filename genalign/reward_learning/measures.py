@@ -30,10 +30,10 @@ def by_prompt(prompt: Tensor, *columns: Tensor) -> list[tuple[Tensor, ...]]:
     """Split columns (n,) into those of each prompt in float64, without the rows in which a column is NaN."""
     values = [column.detach().double().cpu() for column in columns]
     complete = ~torch.stack(values).isnan().any(0)
-    kept = [column[complete] for column in values]
+    finite = [column[complete] for column in values]
     order = torch.argsort(prompt.cpu()[complete], stable=True)
     sizes = torch.unique(prompt.cpu()[complete], return_counts=True)[1].tolist()
-    return list(zip(*(torch.split(column[order], sizes) for column in kept), strict=True)) if sizes else []
+    return list(zip(*(torch.split(column[order], sizes) for column in finite), strict=True)) if sizes else []
 
 
 def prompt_means(values: Tensor, prompt: Tensor) -> list[float]:
@@ -115,17 +115,17 @@ def best_of_n(scores: Tensor, truth: Tensor, prompt: Tensor, largest: int | None
     if largest is None:
         sizes = sorted(len(own) for own, _ in groups)
         largest = sizes[(len(sizes) - 1) // 2] if sizes else 0
-    kept = [group for group in groups if len(group[0]) >= largest]
-    if largest < 2 or not kept:
+    usable = [group for group in groups if len(group[0]) >= largest]
+    if largest < 2 or not usable:
         raise UnmeasurableError("no prompt has as many scored samples as the best is taken of, two or more")
-    truths = torch.stack([expected_best(own, worth, largest) for own, worth in kept])  # (P, N)
-    scored = torch.stack([expected_best(own, own, largest) for own, _ in kept])
+    truths = torch.stack([expected_best(own, worth, largest) for own, worth in usable])  # (P, N)
+    scored = torch.stack([expected_best(own, own, largest) for own, _ in usable])
     return BestOfNCurve(
         tuple(math.log(n) - (n - 1) / n for n in range(1, largest + 1)),
         tuple(_score_estimate(column) for column in truths.T.tolist()),
         tuple(_score_estimate(column) for column in (truths - truths[:, :1]).T.tolist()),
         tuple(_score_estimate(column) for column in scored.T.tolist()),
-        len(groups) - len(kept),
+        len(groups) - len(usable),
     )
 
 
@@ -155,18 +155,18 @@ def rank_agreement(scores: Tensor, truth: Tensor, prompt: Tensor) -> RankAgreeme
     Raises UnmeasurableError where no prompt has two samples of different truth.
     """
     groups = by_prompt(prompt, scores, truth)
-    kept = [(own, worth) for own, worth in groups if bool((worth != worth[0]).any())]
-    if not kept:
+    usable = [(own, worth) for own, worth in groups if bool((worth != worth[0]).any())]
+    if not usable:
         raise UnmeasurableError("no prompt has two scored samples of different truth")
-    taus, found, chance = list[float](), list[float](), list[float]()
-    for own, worth in kept:
+    taus, hits, chance = list[float](), list[float](), list[float]()
+    for own, worth in usable:
         tau = float(scipy.stats.kendalltau(own.numpy(), worth.numpy()).statistic)
         taus.append(0.0 if math.isnan(tau) else tau)
         best = (worth == worth.max()).double()
-        found.append(float(best[own == own.max()].mean()))  # by lot among those that score alike
+        hits.append(float(best[own == own.max()].mean()))  # by lot among those that score alike
         chance.append(float(best.mean()))
     by_chance = math.fsum(chance) / len(chance)
-    return RankAgreement(_score_estimate(taus), clustered_share(found), by_chance, len(groups) - len(kept))
+    return RankAgreement(_score_estimate(taus), clustered_share(hits), by_chance, len(groups) - len(usable))
 
 
 # Variation within prompts

@@ -39,7 +39,7 @@ class RewardEncoder(nn.Module, ABC):
     @property
     @abstractmethod
     def width(self) -> int:
-        """The width d of a token."""
+        """The width d of the tokens that ``forward`` gives."""
 
     @property
     @abstractmethod
@@ -72,7 +72,7 @@ class Head(nn.Module, ABC):
         """Compute what the last linear layer reads, (B, w)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Compute outputs (B, K)."""
+        """Compute outputs (B, K): the last layer on the features."""
         outputs: Tensor = self.last(self.features(tokens))
         return outputs
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from genalign.reward_learning.encoding import ItemTokens
 from genalign.reward_learning.examples import Examples
 from genalign.reward_learning.label_noise import NoiseCorrection
-from genalign.reward_learning.losses import GradeLoss, PairLoss, PreferenceLoss
+from genalign.reward_learning.preference_losses import GradeLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, needs_pairs
 
 
@@ -47,7 +47,7 @@ class RewardObjective:
 
     @property
     def nuisances(self) -> tuple[str, ...]:
-        """The names of the nuisances."""
+        """The names of the nuisances of ``disentangle``, in the order of their outputs."""
         return () if self.disentangle is None else tuple(self.disentangle.nuisances)
 
 

@@ -8,7 +8,7 @@ a tie. ``prompt`` (N,) is the number of the prompt. A pair with a NaN is left ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -106,7 +106,7 @@ class CalibrationBin:
     pairs: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
+        """Convert to JSON types, for ``from_dict``."""
         return {"confidence": self.confidence, "accuracy": self.accuracy.as_dict(), "pairs": self.pairs}
 
     @classmethod
@@ -391,16 +391,10 @@ def annotator_agreement(votes: Votes, difference: Tensor, prompt: Tensor) -> dic
     for name in names:
         rows = torch.tensor([name in ("", own) for own in votes.annotators])
         own, at = [column[rows] for column in columns], prompt[votes.pair[rows]]
-        if bool(own[0].isnan().all()):
-            continue
-        result[name] = AnnotatorAgreement(
-            clustered_share(prompt_means(own[0], at)), *_if_any(own[1:], at), int((~own[0].isnan()).sum())
+        with_reward, with_others, reward_with_others = (
+            None if bool(column.isnan().all()) else clustered_share(prompt_means(column, at)) for column in own
         )
+        if with_reward is not None:
+            pairs = int((~own[0].isnan()).sum())
+            result[name] = AnnotatorAgreement(with_reward, with_others, reward_with_others, pairs)
     return result
-
-
-def _if_any(columns: Sequence[Tensor], prompt: Tensor) -> tuple[Estimate | None, Estimate | None]:
-    """Estimate both shares, or neither."""
-    if bool(columns[0].isnan().all()):
-        return None, None
-    return clustered_share(prompt_means(columns[0], prompt)), clustered_share(prompt_means(columns[1], prompt))

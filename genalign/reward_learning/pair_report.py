@@ -16,6 +16,7 @@ from genalign.reward_learning.examples import Examples, Item, prompt_numbers
 from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, judged_pairs
 from genalign.reward_learning.measures import UnmeasurableError, prompt_means
 from genalign.reward_learning.pair_measures import (
+    PreferenceCalibration,
     annotator_agreement,
     calibration,
     credit,
@@ -142,7 +143,7 @@ def measure_pairs(
     for low, high, rows in margin_bins(pairs.margin, _MARGINS):
         name = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         _add_accuracy(report, "accuracy by margin", name, difference, pairs, prompt, rows)
-    subsets, generators = _by_subset(items, pairs), _by_generators(items, pairs)
+    subsets, generators = _by_subset_and_generators(items, pairs)
     for section, groups in (("accuracy by subset", subsets), ("accuracy by generators", generators)):
         for name, rows in sorted(groups.items()):
             _add_accuracy(report, section, name, difference, pairs, prompt, rows)
@@ -150,43 +151,42 @@ def measure_pairs(
         _add_mean_over_subsets(report, subsets, difference, pairs, of_pairs)
     with report.attempt("calibration"):
         result_of = calibration(difference, pairs.preferred, of_pairs, options.scale, options.bins, options.seed)
-        report.bins = result_of.bins
-        chance = f"{result_of.ece_if_calibrated:.3f} if it were calibrated"
-        report.add("calibration", "expected calibration error", result_of.ece, False, chance)
-        report.add("calibration", "Brier score", result_of.brier)
-        report.add("calibration", "log loss", result_of.log_loss, False, "a coin has 0.693")
-        fitted = f"log loss {result_of.fitted_log_loss:.3f} with it, scale {options.scale:g} was used"
-        report.add("calibration", "scale that fits", result_of.fitted_scale, False, fitted)
-        if result_of.fitted_scale.mean == 0:
-            report.notes.append("no scale above 0 fits: the scores say no more than a coin about these preferences")
-        report.add("calibration", "temperature that fits", _temperature(result_of.fitted_scale, options.scale))
+        _add_calibration(report, result_of, options.scale)
     report.pairs = [_record(items, pairs, every, seen, place) for place in range(len(pairs))]
     return difference
 
 
-def _temperature(scale: Estimate, used: float) -> Estimate:
-    """Divide the scale that was used by the one that fits."""
+def _add_calibration(report: RewardEvaluation, result: PreferenceCalibration, used: float) -> None:
+    """Add the errors of the probabilities by the scale that was used, and the scale and temperature that fit."""
+    report.bins = result.bins
+    chance = f"{result.ece_if_calibrated:.3f} if it were calibrated"
+    report.add("calibration", "expected calibration error", result.ece, False, chance)
+    report.add("calibration", "Brier score", result.brier)
+    report.add("calibration", "log loss", result.log_loss, False, "a coin has 0.693")
+    scale = result.fitted_scale
+    fitted = f"log loss {result.fitted_log_loss:.3f} with it, scale {used:g} was used"
+    report.add("calibration", "scale that fits", scale, False, fitted)
+    if scale.mean == 0:
+        report.notes.append("no scale above 0 fits: the scores say no more than a coin about these preferences")
     mean, low, high = (used / value if value > 0 else torch.inf for value in (scale.mean, scale.high, scale.low))
-    return Estimate(mean, low, high, scale.n)
+    report.add("calibration", "temperature that fits", Estimate(mean, low, high, scale.n))
 
 
-def _by_subset(items: Sequence[Item], pairs: EvaluatedPairs) -> dict[str, Tensor]:
-    """Group the rows of pairs by the "subset" of their prompt's metadata."""
-    groups = defaultdict[str, list[int]](list)
-    for place, row in enumerate(pairs.rows[:, 0].tolist()):
-        if subset := (items[row].prompt.metadata or {}).get("subset"):
-            groups[str(subset)].append(place)
-    return {name: torch.tensor(rows) for name, rows in groups.items()}
-
-
-def _by_generators(items: Sequence[Item], pairs: EvaluatedPairs) -> dict[str, Tensor]:
-    """Group the rows of pairs by the generators of their samples, where both are known."""
-    groups = defaultdict[str, list[int]](list)
+def _by_subset_and_generators(
+    items: Sequence[Item], pairs: EvaluatedPairs
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Group the rows of pairs by the "subset" of their prompt's metadata, and by their generators where known."""
+    subsets, generators = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     for place, (first, second) in enumerate(pairs.rows.tolist()):
+        if subset := (items[first].prompt.metadata or {}).get("subset"):
+            subsets[str(subset)].append(place)
         names = items[first].sample.generator, items[second].sample.generator
         if names[0] and names[1]:
-            groups[" and ".join(sorted(filter(None, names)))].append(place)
-    return {name: torch.tensor(rows) for name, rows in groups.items()}
+            generators[" and ".join(sorted(filter(None, names)))].append(place)
+    by_subset, by_generators = (
+        {name: torch.tensor(rows) for name, rows in groups.items()} for groups in (subsets, generators)
+    )
+    return by_subset, by_generators
 
 
 def _add_mean_over_subsets(
@@ -253,14 +253,14 @@ def _measure_annotators(
     """Measure the position bias of the annotators, and their agreement with the reward and with each other."""
     prompt = prompt_numbers(data.items)
     column = data.dimensions.index(dimension)
-    shown = data.pairs.preferred[:, column].masked_fill(data.pairs.difference[:, column].isnan(), torch.nan)
-    if not bool(shown.isnan().all()):
+    first = data.pairs.preferred[:, column].masked_fill(data.pairs.difference[:, column].isnan(), torch.nan)
+    if not bool(first.isnan().all()):
         names = ["", *dict.fromkeys(filter(None, data.pairs.annotators))]
         for name in names:
-            own = torch.tensor([name in ("", annotator) for annotator in data.pairs.annotators]) & ~shown.isnan()
+            own = torch.tensor([name in ("", annotator) for annotator in data.pairs.annotators]) & ~first.isnan()
             if not bool(own.any()):
                 continue
-            value = position_bias(shown[own], prompt[data.pairs.rows[own, 0]])
+            value = position_bias(first[own], prompt[data.pairs.rows[own, 0]])
             label = f"annotator {name}" if name else "all annotators"
             report.add("position bias", label, value, True, f"{int(own.sum())} pairs")
             if name and int(own.sum()) >= _ONE_SIDED and abs(value.mean) == 0.5:

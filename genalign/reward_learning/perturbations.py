@@ -26,13 +26,9 @@ GAIN = -3.0  # dB
 NOISE_LEVEL = -40.0  # dB of the clip's own level
 
 
-def _noise(sample: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (sample + NOISE * torch.randn(sample.shape, generator=generator).to(sample)).clamp(0, 1)
-
-
-def _jpeg(sample: Tensor, seed: int) -> Tensor:
-    return as_jpeg(sample[None], JPEG_QUALITY)[0]
+def _with_noise(sample: Tensor, deviation: float | Tensor, seed: int, lowest: float) -> Tensor:
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(sample)
+    return (sample + deviation * noise).clamp(lowest, 1)
 
 
 def _crop(sample: Tensor, seed: int) -> Tensor:
@@ -51,38 +47,22 @@ def _resized(sample: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(sample[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def _flip(sample: Tensor, seed: int) -> Tensor:
-    return sample.flip(-1)
-
-
-def _gain(sample: Tensor, seed: int) -> Tensor:
-    return sample * 10 ** (GAIN / 20)
-
-
-def _audio_noise(sample: Tensor, seed: int) -> Tensor:
-    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(sample)
-    deviation = sample.square().mean().sqrt() * 10 ** (NOISE_LEVEL / 20)
-    return (sample + deviation * noise).clamp(-1, 1)
-
-
-def _resampled(sample: Tensor, seed: int) -> Tensor:
-    """Resample to three quarters of the rate and back."""
-    return resample(resample(sample, 4, 3), 3, 4)[..., : sample.shape[-1]].clamp(-1, 1)
-
-
 PERTURBATIONS: Mapping[str, Mapping[str, Perturbation]] = {
-    "image": {"noise": _noise, "JPEG": _jpeg, "crop": _crop, "resize": _resize, "flip": _flip},
-    "audio": {"gain": _gain, "noise": _audio_noise, "resample": _resampled},
+    "image": {
+        "noise": lambda image, seed: _with_noise(image, NOISE, seed, 0),
+        "JPEG": lambda image, seed: as_jpeg(image[None], JPEG_QUALITY)[0],
+        "crop": _crop,
+        "resize": _resize,
+        "flip": lambda image, seed: image.flip(-1),
+    },
+    "audio": {
+        "gain": lambda clip, seed: clip * 10 ** (GAIN / 20),
+        "noise": lambda clip, seed: _with_noise(clip, clip.square().mean().sqrt() * 10 ** (NOISE_LEVEL / 20), seed, -1),
+        # to three quarters of the rate, and back
+        "resample": lambda clip, seed: resample(resample(clip, 4, 3), 3, 4)[..., : clip.shape[-1]].clamp(-1, 1),
+    },
 }
 """Perturbations by the name of the medium. A horizontal flip changes left and right, which a prompt may name."""
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return torch.full((len(images),), float(images.shape[-2] * images.shape[-1]))
-
-
-def _length(waveforms: Tensor) -> Tensor:
-    return torch.full((len(waveforms),), float(waveforms.shape[-1]))
 
 
 NUISANCES: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]] = {
@@ -92,14 +72,14 @@ NUISANCES: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]] = {
         "contrast": image.contrast,
         "high frequencies": image.high_frequency,
         "object area": image.object_area,
-        "pixels": _pixels,
+        "pixels": lambda images: torch.full((len(images),), float(images.shape[-2] * images.shape[-1])),
     },
     "audio": {
         "level": audio.level,
         "crest": audio.crest,
         "spectral centroid": audio.spectral_centroid,
         "high frequencies": audio.high_frequency,
-        "length": _length,
+        "length": lambda clips: torch.full((len(clips),), float(clips.shape[-1])),
     },
 }
 """Statistics (B,) of samples (B, ...) by the name of their medium."""

@@ -84,7 +84,8 @@ def read_preferences(path: Path) -> list[Judgment]:
         if "prompt_id" in row and "rank" in row:
             ranked.setdefault(row["prompt_id"], (source, []))[1].append(row)
         else:
-            judgments += source.read(_reader(row), row)
+            reader = next((reader for columns, reader in _LAYOUTS if columns <= row.keys()), _unknown)
+            judgments += source.read(reader, row)
     for source, rows in ranked.values():
         judgments += source.read(_ranked_rows, rows)
     for note, number in notes.items():
@@ -150,14 +151,6 @@ class _Source:
         return JudgedSample(next((place for place in places if place.is_file()), places[0]), generator)
 
 
-def _reader(row: Row) -> Callable[[_Source, Any], list[Judgment]]:
-    """Return what reads a row, by its columns."""
-    for columns, reader in _LAYOUTS:
-        if columns <= row.keys():
-            return reader
-    return _unknown
-
-
 def _unknown(source: _Source, row: Row) -> list[Judgment]:
     _text(row)
     raise ValueError(
@@ -215,14 +208,14 @@ def _ranked_rows(source: _Source, rows: Sequence[Row]) -> list[Judgment]:
     return judgments
 
 
-def _chosen(source: _Source, row: Row) -> list[Judgment]:
-    """A row of RewardBench."""
+def _decided_pair(source: _Source, row: Row) -> list[Judgment]:
+    """A row of RewardBench, which has a column for the better sample and one for the other."""
     samples = [source.sample(row[side], row.get(f"{side}_model")) for side in ("chosen", "rejected")]
     return [_pair(row, samples, 1.0, 0.0, {"subset": row["subset"]} if row.get("subset") else None)]
 
 
 def _responses(source: _Source, row: Row) -> list[Judgment]:
-    """A row of MMRB 2."""
+    """A row of MMRB 2, skipped unless its prompt is a text and each response one image."""
     content = row["prompt_content"]
     responses = [row[f"response_{side}"] for side in ("a", "b")]
     images = [[value for kind, value in response["response_content"] if kind == "image"] for response in responses]
@@ -262,7 +255,7 @@ _LAYOUTS: Sequence[tuple[set[str], Callable[[_Source, Any], list[Judgment]]]] = 
     ({"rank"}, _ranking),
     ({"ranking"}, _ranking),
     ({"response_a", "response_b"}, _responses),
-    ({"chosen", "rejected"}, _chosen),
+    ({"chosen", "rejected"}, _decided_pair),
     ({"text prompt"}, _ratings),
 )
 """The columns by which a layout is recognized, and what reads its rows."""

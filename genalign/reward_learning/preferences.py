@@ -168,8 +168,14 @@ class Judgment:
 
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """Return the judgment as JSON types, with files relative to ``folder``. Raises ValueError for bytes."""
-        line: dict[str, Any] = {"prompt": self.prompt.text, "kind": self.kind}
-        line["samples"] = [_sample_line(sample, folder) for sample in self.samples]
+        samples = []
+        for sample in self.samples:
+            if isinstance(sample.content, bytes):
+                raise ValueError("a sample without a file cannot be listed: save it into the folder first")
+            file = sample.content.relative_to(folder).as_posix()
+            entry = {"file": file, "generator": sample.generator, "seed": sample.seed}
+            samples.append({name: value for name, value in entry.items() if value is not None})
+        line: dict[str, Any] = {"prompt": self.prompt.text, "kind": self.kind, "samples": samples}
         metadata = self.prompt.metadata and dict(self.prompt.metadata)
         rest: dict[str, Any] = {"metadata": metadata, "scores": dict(self.scores)}
         rest |= {"annotator": self.annotator, "reason": self.reason, "shown": list(self.shown)}
@@ -185,30 +191,21 @@ class Judgment:
             raise ValueError("it has no list of samples")
         if isinstance(scores, list):
             scores = {OVERALL: scores}
+        judged = list[JudgedSample]()
+        for value in samples:
+            entry: Any = {"file": value} if isinstance(value, str) else value
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
+                raise ValueError(f'its sample {value!r} names no file: give {{"file": ...}}')
+            judged.append(JudgedSample(inside(folder, entry["file"]), entry.get("generator"), entry.get("seed")))
         return cls(
             Prompt(text, line.get("metadata")),
-            tuple(_sample(sample, folder) for sample in samples),
+            tuple(judged),
             line.get("kind", "pair"),
             {name: tuple(map(float, values)) for name, values in scores.items()},
             line.get("annotator"),
             line.get("reason"),
             tuple(map(int, line.get("shown", ()))),
         )
-
-
-def _sample_line(sample: JudgedSample, folder: Path) -> dict[str, Any]:
-    if isinstance(sample.content, bytes):
-        raise ValueError("a sample without a file cannot be listed: save it into the folder first")
-    line = {"file": sample.content.relative_to(folder).as_posix(), "generator": sample.generator, "seed": sample.seed}
-    return {name: value for name, value in line.items() if value is not None}
-
-
-def _sample(value: Any, folder: Path) -> JudgedSample:
-    if isinstance(value, str):
-        return JudgedSample(inside(folder, value))
-    if not isinstance(value, Mapping) or not isinstance(value.get("file"), str):
-        raise ValueError(f'its sample {value!r} names no file: give {{"file": ...}}')
-    return JudgedSample(inside(folder, value["file"]), value.get("generator"), value.get("seed"))
 
 
 def read_judgments(path: Path) -> list[Judgment]:

@@ -37,7 +37,7 @@ class Regularizer(Protocol):
     """A term that is added to the loss."""
 
     def term(self, batch: ScoredBatch) -> Tensor:
-        """Compute the term ()."""
+        """Compute the term () of a batch, differentiable in its outputs and head."""
 
 
 @dataclass(frozen=True)

@@ -135,15 +135,15 @@ def evaluate_judge(
     first, second = (scorer.preferences(judge, name, data.items, rows, reverse) for reverse in (False, True))
     preferred, consistency = both_orders(first, second)
     logits = torch.logit(preferred.double(), eps=_CERTAIN).tolist()
-    known = {(a, b): logit for (a, b), logit in zip(rows.tolist(), logits, strict=True)}
+    by_pair = {(a, b): logit for (a, b), logit in zip(rows.tolist(), logits, strict=True)}
     prompt = prompt_numbers(data.items)[rows[:, 0]]
     counted = f"{consistency.pairs} pairs"
     with report.attempt("position bias"):
-        shown_first = torch.stack([first, second]).mean(0)
-        report.add("position bias", "judge", position_bias(shown_first, prompt), True, counted)
+        in_both_orders = torch.stack([first, second]).mean(0)
+        report.add("position bias", "judge", position_bias(in_both_orders, prompt), True, counted)
         same = order_consistency(first, second, prompt)
         report.add("position bias", "same sample in both orders", same, True, counted)
-    measure_judgments(report, data, PairPredictions(None, known), judgments, trained_on, options)
+    measure_judgments(report, data, PairPredictions(None, by_pair), judgments, trained_on, options)
     report.notes.append("a judge of pairs has no scores: best of n, ranks, distances, nuisances, robustness left out")
     return report
 
@@ -212,12 +212,12 @@ def _measure_nuisances(
         if values is None:
             continue
         with report.attempt(section):
-            found = nuisance_report(values, statistics, prompt)
-            for name, value in found.correlations.items():
+            result = nuisance_report(values, statistics, prompt)
+            for name, value in result.correlations.items():
                 report.add(section, name, value)
-            report.add(section, "explained share of the variance", found.explained, True)
-            if found.constant:
-                report.notes.append(f"{section}: {', '.join(found.constant)} do not vary within prompts")
+            report.add(section, "explained share of the variance", result.explained, True)
+            if result.constant:
+                report.notes.append(f"{section}: {', '.join(result.constant)} do not vary within prompts")
 
 
 def _measure_robustness(
@@ -237,11 +237,11 @@ def _measure_robustness(
     generator = torch.Generator().manual_seed(derived_seed(options.seed, "perturbed pairs"))
     drawn = decided[torch.randperm(len(decided), generator=generator)[: options.robustness]]
     rows, places = torch.unique(pairs.rows[drawn], return_inverse=True)
-    chosen, clean, prompt = [items[row] for row in rows.tolist()], scores[rows], prompt_numbers(items)
+    subset, clean, prompt = [items[row] for row in rows.tolist()], scores[rows], prompt_numbers(items)
     deviation = float(clean.std(correction=0))
-    medium = medium_of(scorer.reader(chosen[0])[None]).name
+    medium = medium_of(scorer.reader(subset[0])[None]).name
     for name, perturbation in PERTURBATIONS.get(medium, {}).items():
-        moved = scorer.scores(reward, chosen, (name, perturbation), options.seed)
+        moved = scorer.scores(reward, subset, (name, perturbation), options.seed)
         after = moved[places[:, 0]] - moved[places[:, 1]]
         flips = ((after.sign() - difference[drawn].sign()).abs() / 2).masked_fill(after.isnan(), torch.nan)
         with report.attempt(f"robustness to {name}"):

@@ -75,7 +75,7 @@ class RewardEvaluation:
     pairs: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, section: str, name: str, value: Estimate, is_share: bool = False, counted: str = "") -> None:
-        """Add a measure."""
+        """Add a measure with the attributes of ``RewardMeasure``."""
         self.measures.append(RewardMeasure(section, name, value, is_share, counted))
 
     def sections(self) -> dict[str, list[RewardMeasure]]:

@@ -23,10 +23,10 @@ from genalign.reward_learning.held_out import (
     accuracy_of_grades,
     accuracy_of_pairs,
 )
-from genalign.reward_learning.losses import GradeLoss, PairLoss, masked_mean
 from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, RewardNetwork
 from genalign.reward_learning.objective import RewardData, RewardObjective
 from genalign.reward_learning.pair_measures import CalibrationBin, calibration_bins, expected_calibration_error
+from genalign.reward_learning.preference_losses import GradeLoss, PairLoss, masked_mean
 from genalign.reward_learning.regularizers import (
     ScoredBatch,
     correlation,
@@ -156,11 +156,11 @@ class RewardTraining:
         self.network, self.data, self.objective, self.fit = network, data, objective, fit
         self.prompts = prompt_numbers(data.training.items)
         count = len(data.training.pairs if isinstance(objective.loss, PairLoss) else data.training.grades)
-        chosen = subsets or [torch.arange(count)] * fit.members
-        self.steps = fit.epochs * max(math.ceil(len(rows) / fit.batch_size) for rows in chosen)
+        member_rows = subsets or [torch.arange(count)] * fit.members
+        self.steps = fit.epochs * max(math.ceil(len(rows) / fit.batch_size) for rows in member_rows)
         self.step, self.best, self.stale, self.stopped = 0, math.inf, 0, False
         self.best_weights: dict[str, Tensor] = {}
-        self.members = [self._member(number, rows) for number, rows in enumerate(chosen)]
+        self.members = [self._member(number, rows) for number, rows in enumerate(member_rows)]
 
     def _member(self, number: int, rows: Tensor) -> _Member:
         own, loss = f"heads.{number}.", self.objective.loss
@@ -175,7 +175,7 @@ class RewardTraining:
 
     @property
     def device(self) -> torch.device:
-        """The device of the network."""
+        """The device of the network, on which losses are computed."""
         return self.network.level.device
 
     def run(self, checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -274,7 +274,7 @@ class RewardTraining:
             self.stale = 0 if held_out.loss < self.best else self.stale + 1
             if self.fit.patience is not None:
                 if not self.stale:
-                    self.best_weights = self._copies()
+                    self.best_weights = {name: w.detach().cpu().clone() for name, w in self._weights().items()}
                 self.stopped = self.stale >= self.fit.patience
             self.best = min(self.best, held_out.loss)
         return metrics
@@ -337,13 +337,13 @@ class RewardTraining:
 
     def _nuisances(self, rows: Tensor, outputs: Tensor, count: int) -> dict[str, NuisanceCorrelations]:
         """Correlate the nuisances of items ``rows`` with their outputs (N, K + J), of which ``count`` are scores."""
-        found = dict[str, NuisanceCorrelations]()
+        correlations = dict[str, NuisanceCorrelations]()
         for place, name in enumerate(self.objective.nuisances):
             values, own = self.data.tokens.nuisances[rows, place], outputs[:, count + place]
-            found[name] = NuisanceCorrelations(
+            correlations[name] = NuisanceCorrelations(
                 float(correlation(values, outputs[:, 0])), float(correlation(values, own))
             )
-        return found
+        return correlations
 
     # The end, and checkpoints
 
@@ -360,9 +360,6 @@ class RewardTraining:
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"{n}.{name}": w for n, m in enumerate(self.members) for name, w in m.fitter.weights.items()}
-
-    def _copies(self) -> dict[str, Tensor]:
-        return {name: weight.detach().cpu().clone() for name, weight in self._weights().items()}
 
     def _save(self, path: Path) -> None:
         tensors = with_prefix("best.", self.best_weights) | with_prefix("network.", self.network.buffers_of_scores())
@@ -394,5 +391,5 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Remove the lines of a metrics.jsonl after ``step``, which are trained again."""
     if path.is_file():
         lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        earlier = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")

@@ -89,7 +89,7 @@ class CountedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         if earlier is _IN_PLACE:
             return args[0]
         if earlier is not None:
-            new = [_empty(*form) for form in earlier]
+            new = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in earlier]
             return new[0] if len(new) == 1 and len(func._schema.returns) == 1 else tuple(new)
         result = func(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)
@@ -134,10 +134,6 @@ def _form(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_form, value))
     return type(value), value
-
-
-def _empty(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def _truth(tensor: Tensor) -> bool:

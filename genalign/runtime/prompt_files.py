@@ -48,7 +48,8 @@ def load_prompts(source: str | Path) -> PromptSet:
 
     Raises FileNotFoundError, and ValueError for an unknown suffix, or naming the line that cannot be used.
     """
-    if _is_dataset(str(source)):
+    place = Path(_parts(str(source))["place"])
+    if str(source).startswith("hf://") or any((place / name).is_file() for name in ("dataset_info.json", _SPLITS)):
         return _load_dataset(str(source))
     path = Path(source)
     suffix = path.suffix.lower()
@@ -141,11 +142,6 @@ def _parquet(path: Path) -> Rows:
     except ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}): write it again") from None
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _is_dataset(source: str) -> bool:
-    place = Path(_parts(source)["place"])
-    return source.startswith("hf://") or any((place / name).is_file() for name in ("dataset_info.json", _SPLITS))
 
 
 _SPLITS = "dataset_dict.json"  # in the folder of a dataset with splits

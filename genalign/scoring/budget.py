@@ -198,7 +198,7 @@ def measure_prices(
         DECODE: (pipeline.decode, x),
     }
     for reward in rewards:
-        calls[reward_call(reward.name)] = (functools.partial(_scored, reward, prompts), samples)
+        calls[reward_call(reward.name)] = (functools.partial(reward, prompts=prompts), samples)
     prices = {}
     for name, (call, inputs) in calls.items():
         evaluations = len(x) * (2 if name == NFE and guidance > 1 else 1)
@@ -208,10 +208,6 @@ def measure_prices(
         if gradients and (backward := _backward_seconds(call, inputs, repeats)) is not None:
             prices[backward_call(name)] = backward / evaluations
     return prices
-
-
-def _scored(reward: NamedReward, prompts: Sequence[Prompt], samples: Tensor) -> Tensor:
-    return reward(samples, prompts)
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:

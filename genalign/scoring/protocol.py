@@ -166,7 +166,11 @@ def unpack_request(body: bytes) -> ScoreRequest:
         raise WireError("malformed", "prompts and samples must be lists with one entry per sample")
     if len(prompts) != len(samples):
         raise WireError("count", f"{len(prompts)} prompts need as many samples, not {len(samples)}")
-    contents, deadline = tuple(map(_content, samples)), min(deadline / 1000, MAX_DEADLINE)
+    try:
+        contents = tuple(base64.b64decode(sample, validate=True) for sample in samples)
+    except (TypeError, ValueError):
+        raise WireError("malformed", "each sample must be base64 text") from None
+    deadline = min(deadline / 1000, MAX_DEADLINE)
     return ScoreRequest(request_id, deadline, tuple(map(_prompt, prompts)), media, contents)
 
 
@@ -256,14 +260,6 @@ def batched_by_size(sizes: Sequence[int], max_items: int, max_bytes: int) -> lis
         lists[-1].append(index)
         total += size
     return lists
-
-
-def _content(value: Any) -> bytes:
-    """Decode the base64 text of a sample. Raises WireError for anything else."""
-    try:
-        return base64.b64decode(value, validate=True)
-    except (TypeError, ValueError):
-        raise WireError("malformed", "each sample must be base64 text") from None
 
 
 def _prompt(value: Any) -> Prompt:

@@ -67,9 +67,9 @@ class RewardGradient:
         prediction = run.pipeline.predict(x, step, run.conditioning[batch.prompt], run.guidance)
         preview = run.pipeline.path.x0(x.to(prediction.device), prediction, step)
         weighted = [reward for reward in run.rewards if reward.weight]  # the others are only reported
-        found = latent_gradient(run.pipeline, weighted, preview, run.prompts_of(batch))
-        (gradient,) = torch.autograd.grad(preview, x, found.gradient)
-        scores = found.scores.cpu() if len(weighted) == len(run.rewards) else None
+        ascent = latent_gradient(run.pipeline, weighted, preview, run.prompts_of(batch))
+        (gradient,) = torch.autograd.grad(preview, x, ascent.gradient)
+        scores = ascent.scores.cpu() if len(weighted) == len(run.rewards) else None
         return Guidance(prediction.detach().cpu(), self.scale * lam * gradient.nan_to_num(0.0).cpu(), scores)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from genalign.diffusion.transitions import ODE
 from genalign.scoring.budget import Budget
-from genalign.search.engine import Particles, ScoredParticles, SearchRun, concatenate
+from genalign.search.engine import ScoredParticles, SearchRun, concatenate
 from genalign.search.guidance import Guide, RewardGradient, ode_shift
 from genalign.search.strategy import largest_size
 
@@ -46,16 +46,15 @@ class NRG:
     @torch.no_grad()
     def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
         count = largest_size(run, budget, self.candidates, lambda n: replace(self, candidates=n), "candidates")
+        guide = self.guide or RewardGradient()
         parts = []
         for part in run.start(count).split(run.batch_size):
             while part.steps_done < run.steps:
-                part = self._move(run, part)
+                if float(run.grid.noise_share[part.steps_done]) > self.highest_noise:
+                    part = run.move(part, run.predict(part), ODE())
+                else:
+                    guidance = guide(run, part, ODE(), self.lam)
+                    shift = ode_shift(run.grid[part.steps_done]) * guidance.gradient
+                    part = run.move(part, guidance.prediction, ODE(), shift)
             parts.append(part)
         return run.finish(concatenate(parts))
-
-    def _move(self, run: SearchRun, batch: Particles) -> Particles:
-        step = run.grid[batch.steps_done]
-        if float(run.grid.noise_share[batch.steps_done]) > self.highest_noise:
-            return run.move(batch, run.predict(batch), ODE())
-        guidance = (self.guide or RewardGradient())(run, batch, ODE(), self.lam)
-        return run.move(batch, guidance.prediction, ODE(), ode_shift(step) * guidance.gradient)

@@ -114,8 +114,8 @@ class NoiseOptimization(ABC):
     def _scores(self, run: SearchRun, x: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decode and score clean latents (P, ...); return the rewards' gradient at them, if it is needed."""
         if with_gradient:
-            found = latent_gradient(run.pipeline, run.rewards, x, run.prompts)
-            return found.samples.cpu(), found.scores.cpu(), found.gradient
+            ascent = latent_gradient(run.pipeline, run.rewards, x, run.prompts)
+            return ascent.samples.cpu(), ascent.scores.cpu(), ascent.gradient
         with torch.no_grad():
             samples = run.pipeline.decode(x)
             columns = [reward(samples, run.prompts).float().cpu() for reward in run.rewards]

@@ -84,7 +84,10 @@ class SearchSetup:
         kernel = self.sampling.kernel_on(grid)
         check_rewards(self.pipeline, self.rewards, prompts[0], grid, guidance)
         budget = self._priced(prompts[0], grid, guidance)
-        name = _start_of(prompts[0].text) if len(prompts) == 1 else "searching"
+        name = "searching"
+        if len(prompts) == 1:  # the start of its prompt, in one line
+            text = " ".join(prompts[0].text.split())
+            name = text if len(text) <= 40 else f"{text[:37]}..."
 
         def run_of(place: int) -> SearchRun:
             batch_size, run_seed = self.batch_size, f"{seed}/{place}"
@@ -124,12 +127,6 @@ class SearchSetup:
         if calls.keys() & unpriced.keys():  # gradients take memory, so they are measured where they are needed only
             prices = measure_prices(self.pipeline, self.rewards, batch, grid, guidance, gradients=True)
         return replace(self.budget, prices=prices)
-
-
-def _start_of(text: str) -> str:
-    """Return the first 40 characters of a text, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= 40 else f"{line[:37]}..."
 
 
 class _Advancing(Ledger):

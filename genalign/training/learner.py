@@ -367,7 +367,7 @@ class Learner:
         return State(tensors, numbers)
 
     def restore(self, state: State) -> None:
-        """Restore a ``state()``."""
+        """Restore what ``state()`` returned."""
         numbers = state.numbers
         self.policy.load_tensors(state.tensors, numbers["updates"])
         load_optimizer_tensors(self.optimizer, without_prefix("optimizer.", state.tensors))

@@ -87,7 +87,12 @@ def estimate_memory(
                 phases[phase] = max(sampled_then, decoded_then, key=lambda extra: sum(extra.values()))
         return MemoryEstimate(always, phases)
 
-    return _named_by_ranks([of_rank(rank) for rank in range(processes)])
+    # Join consecutive ranks with equal estimates, as in "ranks 1 to 7"
+    estimates: dict[str, MemoryEstimate] = {}
+    for estimate, members in itertools.groupby(range(processes), of_rank):
+        ranks = list(members)
+        estimates[f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"] = estimate
+    return estimates
 
 
 def _held(outline: Outline, policy: Policy, counted: RoundMemory) -> dict[str, float]:
@@ -151,12 +156,3 @@ def _round_phases(
         **layer,
     }
     return phases
-
-
-def _named_by_ranks(estimates: Sequence[MemoryEstimate]) -> dict[str, MemoryEstimate]:
-    """Join consecutive ranks with equal estimates, as in "ranks 1 to 7"."""
-    named: dict[str, MemoryEstimate] = {}
-    for estimate, members in itertools.groupby(enumerate(estimates), key=lambda item: item[1]):
-        ranks = [rank for rank, _ in members]
-        named[f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"] = estimate
-    return named

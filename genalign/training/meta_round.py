@@ -6,7 +6,7 @@ One batch is sampled, decoded and scored, one micro-batch is trained, and a batc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -104,7 +104,9 @@ class MemoryCounter:
         if outline.memory.checkpointing:
             checkpoint = with_gates(outline.pipeline.denoiser, self.kernels.checkpoint)
             cast(Any, outline.pipeline.denoiser).enable_gradient_checkpointing(checkpoint)
-        self.memory.leave_out(tensor for network in _networks(outline.pipeline) for tensor in _tensors(network))
+        for part in outline.pipeline.pipe.components.values():
+            if isinstance(part, nn.Module):
+                self.memory.leave_out([*part.parameters(), *part.buffers()])
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
         self.calls = _Calls(outline.pipeline, self.memory)
         self.calls.share_decoding()
@@ -171,7 +173,10 @@ class MemoryCounter:
 
             # Learn
             chained = traits_of(self.recipe.objective).through_sampler  # its graph may span all stored steps
-            rollout = batch.rollout if chained else _first_transition(batch.rollout)
+            rollout = batch.rollout
+            if not chained:  # the first of its stored steps, in parts of the same storages
+                tensors = rollout.states[:, :2], rollout.prediction[:, :1], rollout.final
+                rollout = Rollout(rollout.inputs, rollout.steps[:1], *tensors)
             part = replace(batch, rollout=next(rollout.split(micro_batch)))
             scores = _first_scores(trainer.gather_scores(batches, prompts), micro_batch)
             trainer.learner.batch_sizes, trainer.learner.micro_batch = (micro_batch,), micro_batch
@@ -290,12 +295,6 @@ def _make_gradients(policy: Policy) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _first_transition(rollout: Rollout) -> Rollout:
-    """Return a rollout with the first of its stored steps, if any, whose tensors are parts of the same storages."""
-    tensors = rollout.states[:, :2], rollout.prediction[:, :1], rollout.final
-    return Rollout(rollout.inputs, rollout.steps[:1], *tensors)
-
-
 def _first_scores(scores: RoundScores, count: int) -> RoundScores:
     """Return the scores of the first ``count`` samples, as of one stored step."""
     stepwise = None if scores.stepwise is None else scores.stepwise[:count, [0, -1]]
@@ -319,11 +318,3 @@ def _random_scores(samples: Tensor, prompts: object) -> Tensor:
     if samples.requires_grad:
         return samples.flatten(1).mean(1)
     return torch.rand(len(samples), generator=torch.Generator().manual_seed(len(samples)))
-
-
-def _networks(pipeline: MetaPipeline) -> list[nn.Module]:
-    return [part for part in pipeline.pipe.components.values() if isinstance(part, nn.Module)]
-
-
-def _tensors(network: nn.Module) -> Iterable[Tensor]:
-    return (*network.parameters(), *network.buffers())

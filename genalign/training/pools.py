@@ -152,12 +152,12 @@ class Pool:
     def restricted(self, prompts: PromptSet) -> PromptSet:
         """Keep the prompts that the pool has samples of. Raises ValueError if there are none."""
         own = {sample.prompt.text for sample in self.samples}
-        kept = tuple(prompt for prompt in prompts.prompts if prompt.text in own)
-        if not kept:
+        common = tuple(prompt for prompt in prompts.prompts if prompt.text in own)
+        if not common:
             raise ValueError(
                 f"{self.folder} has no samples of the prompts of {prompts.name}: name the pool as prompts, too"
             )
-        return PromptSet(prompts.name, kept)
+        return PromptSet(prompts.name, common)
 
     def with_groups_of(self, size: int) -> Pool:
         """Leave out the groups of fewer than ``size`` samples. Raises ValueError if nothing would be left."""
@@ -166,21 +166,21 @@ class Pool:
             raise ValueError(
                 f"no group of {self.folder} has {size} samples: lower training.group_size, or collect more of a prompt"
             )
-        kept = tuple(sorted(rows))
+        rows.sort()
         return Pool(
             self.folder,
             self.info,
-            tuple(self.samples[row] for row in kept),
-            lambda numbers: self.read([kept[number] for number in numbers]),
+            tuple(self.samples[row] for row in rows),
+            lambda numbers: self.read([rows[number] for number in numbers]),
         )
 
     def groups(self) -> dict[str, list[list[int]]]:
         """The numbers of the samples in each group, by the text of their prompt; those of two users are never one."""
-        found: dict[str, dict[tuple[str | None, str], list[int]]] = {}
+        by_prompt: dict[str, dict[tuple[str | None, str], list[int]]] = {}
         for row, sample in enumerate(self.samples):
             key = sample.group, repr(users_of(sample.prompt))
-            found.setdefault(sample.prompt.text, {}).setdefault(key, []).append(row)
-        return {text: list(groups.values()) for text, groups in found.items()}
+            by_prompt.setdefault(sample.prompt.text, {}).setdefault(key, []).append(row)
+        return {text: list(groups.values()) for text, groups in by_prompt.items()}
 
 
 def drawn_group(groups: Sequence[Sequence[int]], size: int, name: str) -> list[int]:

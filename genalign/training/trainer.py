@@ -129,7 +129,9 @@ class Trainer:
         drawn = self.gather_scores(batches, prompts)
         prompts, batches, scores, further = self._redrawn(index, prompts, batches, drawn, progress)
         silent_share = zero_std_share(scores.combined, scores.group)
-        self._watch(drawn, silent_share == 1.0)
+        if self.samples == 0:
+            self.monitor.compare(self.rewards, drawn.scores)
+        self.monitor.see(drawn.scores, silent_share == 1.0 and traits_of(self.recipe.objective).needs_spread)
         reward_metrics = self._update_rewards(batches, prompts, scores.group)
         sums = self.learner.learn(index, prompts, batches, scores, self.kernel, progress, factor)
         self.learner.after_round(index)
@@ -190,12 +192,6 @@ class Trainer:
         weights, names = zip(*((reward.weight, reward.name) for reward in self.rewards), strict=True)
         seed = f"{self.settings.seed}/{self.rounds_done}"
         return RoundScores(weights=weights, group=group, task=task, names=names, seed=seed, **gathered)
-
-    def _watch(self, scores: RoundScores, silent: bool) -> None:
-        """Check the scores of a round as it was drawn; ``silent`` if no group that is trained has spread."""
-        if self.samples == 0:
-            self.monitor.compare(self.rewards, scores.scores)
-        self.monitor.see(scores.scores, silent and traits_of(self.recipe.objective).needs_spread)
 
     def _redrawn(
         self,

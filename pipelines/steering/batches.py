@@ -103,8 +103,10 @@ def _divided(
         if arguments.get("kv_cache") is not None:
             raise ValueError("batch_size cannot divide the cache of a call: call the pipeline with use_kv_cache=False")
         common = {name: arguments.pop(name) for name in shared & arguments.keys()}
-        for name, value in common.items():
-            _require_no_tensors(name, value)
+        for name, value in common.items():  # settings of the attention may hold rows of samples
+            if isinstance(value, Mapping) and not all(isinstance(v, float | int | str | None) for v in value.values()):
+                held = ", ".join(map(str, value))
+                raise ValueError(f"batch_size cannot divide what {name} holds ({held}): leave it out")
         outputs = []
         for start in range(0, count, size):
             rows = slice(start, start + size)
@@ -130,12 +132,6 @@ def _rows(value: Any, rows: slice, count: int, name: str) -> Any:
             return type(value)(_rows(inner, rows, count, name) for inner in value)
         return value[rows] if len(value) == count else value
     return value
-
-
-def _require_no_tensors(name: str, value: Any) -> None:
-    """Raise ValueError for settings of the attention that hold more than numbers, which may have rows of samples."""
-    if isinstance(value, Mapping) and not all(isinstance(inner, float | int | str | None) for inner in value.values()):
-        raise ValueError(f"batch_size cannot divide what {name} holds ({', '.join(map(str, value))}): leave it out")
 
 
 def _joined(outputs: list[Any]) -> Any:

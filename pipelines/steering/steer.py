@@ -175,7 +175,8 @@ class Steering(PipelineScorer):
         self.prompts = _prompts(arguments.get("prompt")) if self._given is None else self._given
         self.scores = self._finished = self._last = None
         generators, before, started = copied_generators(arguments), self.ledger.copy(), time.perf_counter()
-        output = call(**_copied(arguments))
+        # Lists are copied, since ZImagePipeline changes some of those that it is called with
+        output = call(**{name: list(value) if isinstance(value, list) else value for name, value in arguments.items()})
         seconds = time.perf_counter() - started
         if self._finished is not None:
             spent = self.ledger.since(before)
@@ -196,16 +197,8 @@ class Steering(PipelineScorer):
             seeds = [derived_seed(self.seed, "move", move.index, place) for place in range(len(x))]
             x = kernel_move(self.scheduler, kernel, move, seeded_noise(seeds, x))
 
-        # The last step: each prompt's choice becomes its first sample
         if done == total:
-            scores, samples = self._score(x, done)
-            self.failures.require_scores(self.rewards, scores, f"the {len(x)} samples of the call")
-            self.lineage.close(self.nodes, done)
-            choice = self.selection.choose(scores)
-            self._finished = samples, scores, choice
-            order = torch.argsort(2 * self.prompt + ~torch.isin(torch.arange(len(x)), choice), stable=True)
-            self.scores = scores[order]
-            return x[order.to(x.device, non_blocking=True)]
+            return self._finish(x, done)
 
         # A step at which the strategy selects: each place continues from the particle that it names
         if move.index not in self.scoring_steps:
@@ -257,11 +250,17 @@ class Steering(PipelineScorer):
     def _prompt_of_each(self) -> list[Prompt]:
         return [self.prompts[p] for p in self.prompt.tolist()]
 
-    def _score(self, latents: Tensor, done: int) -> tuple[Tensor, Tensor]:
-        """Return the scores (N, K) and the samples (N, ...) of latents after ``done`` steps."""
-        scores, samples = self.decode_and_score(latents, self._prompt_of_each)
+    def _finish(self, x: Tensor, done: int) -> Tensor:
+        """Score the final latents (N, ...) after ``done`` steps, and put each prompt's choice first among its own."""
+        scores, samples = self.decode_and_score(x, self._prompt_of_each)
         self.lineage.record_scores(self.nodes, done, scores.tolist())
-        return scores, samples
+        self.failures.require_scores(self.rewards, scores, f"the {len(x)} samples of the call")
+        self.lineage.close(self.nodes, done)
+        choice = self.selection.choose(scores)
+        self._finished = samples, scores, choice
+        order = torch.argsort(2 * self.prompt + ~torch.isin(torch.arange(len(x)), choice), stable=True)
+        self.scores = scores[order]
+        return x[order.to(x.device, non_blocking=True)]
 
     def _plain_samples(
         self,
@@ -322,11 +321,6 @@ class Steering(PipelineScorer):
             results.append(PromptResult(prompt, names, samples[top], scores[top], own, cost, share))
             winners.append(self.nodes[int(first)])
         return SearchResult(tuple(results), self.lineage.as_list(0, 0), tuple(winners), None, self.sample_rate)
-
-
-def _copied(arguments: Arguments) -> Arguments:
-    """Copy the lists among the arguments of a call, some of which ZImagePipeline changes."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
 def _prompts(texts: str | Sequence[str] | None) -> list[Prompt]:

@@ -8,7 +8,7 @@ No gradient of the generator flows through it during training: samples arrive de
 from rewards.adversarial.adversary import Adversary as Adversary
 from rewards.adversarial.adversary import DiscriminatorSettings as DiscriminatorSettings
 from rewards.adversarial.adversary import PatchWeights as PatchWeights
-from rewards.adversarial.heads import AdversarialReward as AdversarialReward
+from rewards.adversarial.discriminator_heads import AdversarialReward as AdversarialReward
 from rewards.adversarial.tuned_clip import TunedClipReward as TunedClipReward
 from rewards.adversarial.tuned_preference import TunedPreferenceReward as TunedPreferenceReward
 from rewards.adversarial.update_rules import AccuracyBand as AccuracyBand

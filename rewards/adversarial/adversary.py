@@ -151,7 +151,11 @@ class Adversary:
         """Score samples by the snapshot's weighted logits (B,), float32, differentiable; NaN where one has NaN."""
         batch = SampleBatch(samples, tuple(prompts))
         self._follow(samples.device)
-        logits = torch.cat([self._snapshot_logits(part) for part in self._parts(batch)])
+        weights, parts = dict(self.snapshot.weights), list[Tensor]()
+        for part in self._parts(batch):
+            scored = functional_call(self.scorer, weights, (part.samples.to(self._device()), part.own_prompts))
+            parts.append(_as_matrix(scored, len(part.numbers)))
+        logits = torch.cat(parts)
         return logits @ self._weights(logits)
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt], rows: Sequence[int] | None = None) -> dict[str, float]:
@@ -214,11 +218,6 @@ class Adversary:
         self.snapshot = ScoringWeights(version, _copies(without_prefix("snapshot.", tensors), self._device()))
         load_optimizer_tensors(self.optimizer, _copies(without_prefix("optimizer.", tensors)))
         self.replay.load_tensors(without_prefix("replay.", tensors))
-
-    def _snapshot_logits(self, batch: SampleBatch) -> Tensor:
-        """Compute logits (b, m) of this rank's samples by the snapshot."""
-        arguments = batch.samples.to(self._device()), batch.own_prompts
-        return _as_matrix(functional_call(self.scorer, dict(self.snapshot.weights), arguments), len(batch.numbers))
 
     def _inputs(self, batch: SampleBatch) -> Tensor:
         """Return what the trained part reads of this rank's samples: features (b, m, d), or else the samples."""

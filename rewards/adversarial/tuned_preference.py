@@ -38,8 +38,8 @@ class TunedNetwork(nn.Module):
 
     def __init__(self, reward: AnyCallable, blocks: int = 2) -> None:
         super().__init__()
-        given: Any = reward
-        network = given.network() if isinstance(given, NetworkReward) else None
+        untyped: Any = reward
+        network = untyped.network() if isinstance(untyped, NetworkReward) else None
         if network is None or not isinstance(network, TunableNetwork):
             raise ValueError(
                 f"{type(reward).__name__} has no blocks to tune: give a learned reward, rewards.clip.ClipReward,"

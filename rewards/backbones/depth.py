@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch.nn.functional import interpolate
 
 from genalign.runtime.media import eight_bits
 from genalign.types import Precision
+from rewards.backbones.weight_files import load_frozen
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class DepthModel:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Estimate nearness (B, H, W), on the CPU, of images (B, 3, H, W) in [0, 1]; comparable within an image."""
-        network, processor = _load(self.model, self.dtype)
+        network, processor = load_frozen(self.model, "AutoModelForDepthEstimation", "AutoImageProcessor", self.dtype)
         network.to(images.device)
         maps = []
         for part in torch.split(eight_bits(images), self.batch_size):
@@ -42,11 +41,3 @@ class DepthModel:
             maps.append(sized[:, 0])
         nearness = torch.cat(maps).cpu()
         return nearness if self.inverse else -nearness
-
-
-@functools.cache
-def _load(model: str, dtype: Precision) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
-
-    network = AutoModelForDepthEstimation.from_pretrained(model, dtype=getattr(torch, dtype))
-    return network.requires_grad_(False).eval(), AutoImageProcessor.from_pretrained(model)

@@ -157,8 +157,11 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
             logits = interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
         mask = logits > 0
         inside = (logits.sigmoid() * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1e-6)
+        columns, lines = mask.any(1).byte(), mask.any(2).byte()
+        left, top = columns.argmax(1), lines.argmax(1)
+        right, bottom = (hit.shape[1] - hit.flip(1).argmax(1) for hit in (columns, lines))  # one pixel beyond
         covered.append(mask)
-        measured.append(torch.stack([image_best[:count] * inside, queries % len(OBJECTS), *_bounds(mask)], 1))
+        measured.append(torch.stack([image_best[:count] * inside, queries % len(OBJECTS), left, top, right, bottom], 1))
     numbers = torch.split(torch.cat(measured).cpu(), [len(mask) for mask in covered])
     return [
         [
@@ -168,13 +171,6 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
         ]
         for rows, masks_of_image in zip(numbers, covered, strict=True)
     ]
-
-
-def _bounds(masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the left, top, right and bottom (n,) of masks (n, H, W); right and bottom are one pixel beyond."""
-    columns, rows = masks.any(1).byte(), masks.any(2).byte()
-    right, bottom = (line.shape[1] - line.flip(1).argmax(1) for line in (columns, rows))
-    return columns.argmax(1), rows.argmax(1), right, bottom
 
 
 @dataclass(frozen=True)

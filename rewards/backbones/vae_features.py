@@ -54,8 +54,13 @@ class VaeFeatures(PatchFeatures):
         patches (B, n, d). Raises ValueError for samples of another kind than the VAE's, or with fewer than 2 parts.
         """
         vae = _load_vae(assets.resolve(self.model), self.dtype).to(samples.device)
-        prepared = self._image(vae, samples) if samples.ndim == 4 else self._waveforms(vae, samples)
-        parts = _parts(vae.encode(prepared.to(vae.dtype)).latent_dist.mode().float(), self.patch)
+        latents = vae.encode(self._prepare(vae, samples).to(vae.dtype)).latent_dist.mode().float()
+        if latents.ndim == 4:  # (B, c, h, w) of images, without a remainder at the end
+            parts = F.unfold(latents, self.patch, stride=self.patch).transpose(1, 2)
+        else:  # (B, c, f) of waveforms
+            enough = self.patch <= latents.shape[2]
+            frames = latents.unfold(2, self.patch, self.patch) if enough else latents[:, :, :0, None]
+            parts = frames.transpose(1, 2).flatten(2)
         if parts.shape[1] < 2:
             raise ValueError(
                 f"a sample has {parts.shape[1]} parts of patch {self.patch} in the latents of {self.model}, and"
@@ -64,35 +69,25 @@ class VaeFeatures(PatchFeatures):
         deviation = (parts.var(1, correction=0) + _TINY).sqrt()
         return Features(torch.cat([parts.mean(1), deviation], 1), parts)
 
-    def _image(self, vae: Any, images: Tensor) -> Tensor:
-        """Prepare images (B, 3, H, W) for the VAE."""
-        if "in_channels" not in vae.config or images.shape[1] != vae.config.in_channels:
-            raise ValueError(
-                f"the VAE of {self.model} takes no images of {images.shape[1]} channels: name another model"
-            )
-        return 2 * images.float() - 1
-
-    def _waveforms(self, vae: Any, waveforms: Tensor) -> Tensor:
-        """Prepare waveforms (B, C, L) for the VAE, at its sample rate and with its channels."""
+    def _prepare(self, vae: Any, samples: Tensor) -> Tensor:
+        """Bring images into [-1, 1], and waveforms to the VAE's sample rate and number of channels."""
+        if samples.ndim == 4:
+            if "in_channels" not in vae.config or samples.shape[1] != vae.config.in_channels:
+                raise ValueError(
+                    f"the VAE of {self.model} takes no images of {samples.shape[1]} channels: name another model"
+                )
+            return 2 * samples.float() - 1
         if "audio_channels" not in vae.config or self.sample_rate is None:
             reason = "set sample_rate" if self.sample_rate is None else "name a model of audio"
             raise ValueError(f"the VAE of {self.model} cannot read waveforms as it is: {reason}")
         rate, channels = int(vae.config.sampling_rate), int(vae.config.audio_channels)
-        heard = require_waveforms(waveforms)
+        heard = require_waveforms(samples)
         if rate != self.sample_rate:
             warn_once(f"the VAE of {self.model} hears {rate} Hz: waveforms at {self.sample_rate} Hz are resampled")
             heard = resample(heard, self.sample_rate, rate)
         if heard.shape[1] != channels:
             heard = heard.mean(1, keepdim=True).expand(-1, channels, -1)
         return heard
-
-
-def _parts(latents: Tensor, patch: int) -> Tensor:
-    """Divide latents (B, c, h, w) or (B, c, f) into parts (B, n, d), without a remainder at the end."""
-    if latents.ndim == 4:
-        return F.unfold(latents, patch, stride=patch).transpose(1, 2)
-    frames = latents.unfold(2, patch, patch) if patch <= latents.shape[2] else latents[:, :, :0, None]
-    return frames.transpose(1, 2).flatten(2)
 
 
 @functools.cache

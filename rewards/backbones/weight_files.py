@@ -1,14 +1,18 @@
-"""Weight files of published rewards, located and read without running code that they may contain."""
+"""Weights of published rewards: files, read without running code in them, and checkpoints of transformers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from genalign.types import Precision
 
 _HUB = "hf://"
 _LINEAR_LAYERS = (0, 2, 4, 6, 7)  # of the published heads; between them is dropout alone
@@ -55,6 +59,15 @@ def read_tensors(weights: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name")
     return dict(content)
+
+
+@functools.cache
+def load_frozen(model: str, network: str, processor: str, dtype: Precision) -> tuple[Any, Any]:
+    """Open a folder's or Hub id's frozen network and its processor by transformers' classes, once per process."""
+    import transformers
+
+    opened = getattr(transformers, network).from_pretrained(model, dtype=getattr(torch, dtype))
+    return opened.requires_grad_(False).eval(), getattr(transformers, processor).from_pretrained(model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from genalign.types import Prompt
 from rewards.shapes import ShapesReward
+from scripts.benchmarks.planted_rewards import pixel_hash
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,5 @@ class BiasedJudge:
         gap = first - second
         preferred = torch.sigmoid(self.scale * torch.where(gap.abs() <= self.tie, 0.0, gap))
         preferred = 2 * self.bias + (1 - 2 * self.bias) * preferred
-        drawn = torch.tensor([_uniform(*pair) for pair in zip(left, right, strict=True)])
+        drawn = torch.tensor([pixel_hash(*pair) / 2**64 for pair in zip(left, right, strict=True)])
         return preferred.masked_fill(drawn < self.failures, torch.nan)
-
-
-def _uniform(left: Tensor, right: Tensor) -> float:
-    """Draw a number in [0, 1) from the pixels of two images, in this order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for image in (left, right):
-        digest.update(image.detach().float().cpu().contiguous().numpy().tobytes())
-    return int.from_bytes(digest.digest()) / 2**64

@@ -47,7 +47,7 @@ class BenchWorld:
     encoder: Setting
 
     def prompts(self, suite: str) -> PromptSet:
-        """Load a suite of prompts."""
+        """Load the prompts of a suite of the world."""
         return {"shapes": shapes, "tones": tones}[self.name].prompts(suite)
 
     def score(self, name: str) -> dict[str, Any]:

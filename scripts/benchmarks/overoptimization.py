@@ -96,9 +96,8 @@ def _records(
     for name, by_seed in runs.items():
         records += arm_gains(f"flow_grpo.{name}" if name != "dragon" else name, "strict", "strict", by_seed)
         for seed, run in by_seed.items():
-            best, last = _best_and_last(run)
-            lost = PromptRecord(f"{name}.lost", "strict lost since the best", seed, "all", "the run", last, best, 1)
-            records.append(lost)
+            truths, metric = [point[2] for point in curve(run)], "strict lost since the best"
+            records.append(PromptRecord(f"{name}.lost", metric, seed, "all", "the run", truths[-1], max(truths), 1))
     for guard in GUARDS:
         metric = f"strict, {guard} - unguarded"
         records += differences(f"{guard}.difference", metric, "strict", runs[UNGUARDED.name], runs[guard])
@@ -152,12 +151,6 @@ def curve(run: Path) -> list[list[float]]:
             strict, distance = row["held_out"]["strict"], math.sqrt(max(kl, 0.0))
             points.append([distance, row["held_out"]["learned"]["mean"], strict["mean"], strict["low"], strict["high"]])
     return points
-
-
-def _best_and_last(run: Path) -> tuple[float, float]:
-    """The highest and the last held-out truth of a run."""
-    values = [point[2] for point in curve(run)]
-    return max(values), values[-1]
 
 
 def best_of_n_records(name: str, seed: int, content: Mapping[str, Any]) -> list[PromptRecord]:

@@ -88,12 +88,12 @@ class Trajectories:
         return len(self.steps)
 
     def __getitem__(self, rows: Tensor | slice) -> Trajectories:
-        """Select samples."""
+        """Select the samples of these rows."""
         return Trajectories(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
     def joined(cls, parts: Sequence[Trajectories]) -> Trajectories:
-        """Concatenate batches."""
+        """Concatenate batches in their order."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 

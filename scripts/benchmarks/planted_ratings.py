@@ -48,7 +48,7 @@ def rated_scenes(count: int = 600, seed: int = 0) -> RatedSamples:
     """Render scenes of the training prompts that one person each has rated by the warmth of their colors."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(metadata, rng) for metadata in sample_metadata_by_task(shapes("train"), count, rng)]
-    ratings = [_said(_warm([item.color for item in scene.items]), rng) for scene in scenes]
+    ratings = [_rating(_warm([item.color for item in scene.items]), rng) for scene in scenes]
     return RatedSamples(ImageTensor(draw(scenes)), ratings)
 
 
@@ -56,7 +56,7 @@ def rated_clips(count: int = 600, seed: int = 0) -> RatedSamples:
     """Render clips of the training prompts that one person each has rated by the depth of their notes."""
     rng = np.random.default_rng(seed)
     clips = [sample_clip(metadata, rng) for metadata in sample_metadata_by_task(tones("train"), count, rng)]
-    ratings = [_said(_deep([event.note for event in clip.events]), rng) for clip in clips]
+    ratings = [_rating(_deep([event.note for event in clip.events]), rng) for clip in clips]
     return RatedSamples(AudioTensor(play(clips)), ratings)
 
 
@@ -74,6 +74,6 @@ def _on_the_scale(parts: Sequence[float]) -> float:
     return LOWEST + (HIGHEST - LOWEST) * (sum(parts) / len(parts) if parts else 0.0)
 
 
-def _said(taste: float, rng: np.random.Generator) -> float:
-    """Return the whole number that a person says."""
+def _rating(taste: float, rng: np.random.Generator) -> float:
+    """Draw the whole number by which a person rates a sample of this taste."""
     return float(np.clip(np.rint(taste + DISAGREEMENT * rng.standard_normal()), LOWEST, HIGHEST))

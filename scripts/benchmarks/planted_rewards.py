@@ -97,14 +97,17 @@ class UnsureBeyond:
         """Score images (B, 3, 64, 64) in [0, 1] as (B,), float32 on the CPU; NaN for one that is not finite."""
         credit = ShapesReward("partial")(images, prompts) + ShapesReward("strict")(images, prompts)
         excess = (Taste(self.likes)(images, prompts) - self.level).clamp(min=0.0)
-        draws = torch.tensor([_normal(image) for image in images.detach().float().cpu()])
+        generators = (np.random.default_rng(pixel_hash(image)) for image in images.detach().float().cpu())
+        draws = torch.tensor([float(generator.standard_normal()) for generator in generators])
         return credit + excess * (self.taste + self.noise * draws)
 
 
-def _normal(image: Tensor) -> float:
-    """Draw a standard normal number from the pixels of an image on the CPU alone."""
-    digest = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest()
-    return float(np.random.default_rng(int.from_bytes(digest)).standard_normal())
+def pixel_hash(*images: Tensor) -> int:
+    """A seed below 2^64 from the pixels of images, in this order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for image in images:
+        digest.update(image.detach().float().cpu().contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest())
 
 
 class PlantedTaste(nn.Module):

@@ -30,6 +30,7 @@ from scripts.benchmarks.audio_search import pruning_records
 from scripts.benchmarks.few_steps import few_step_base, few_step_rewards, few_steps
 from scripts.benchmarks.guards import credits_part, guards_part
 from scripts.benchmarks.overoptimization import overoptimization
+from scripts.benchmarks.personal_tastes import users_part
 from scripts.benchmarks.planted_ratings import rated_scenes, warmth
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.set_measures import (
@@ -56,7 +57,6 @@ from scripts.benchmarks.trained_runs import (
     head,
     run_genalign,
 )
-from scripts.benchmarks.users import users_part
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 

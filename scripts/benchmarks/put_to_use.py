@@ -55,7 +55,10 @@ def learned_rewards(work: Path) -> None:
     for world in (SHAPES, TONES):
         rewards = {
             "single": learned(work, world, NOISY),
-            "ensemble": _pooled(learned(work, world, replace(NOISY, members=4)), "min"),
+            "ensemble": {
+                seed: {**one, "init_args": {**one["init_args"], "pool": "min"}}
+                for seed, one in learned(work, world, replace(NOISY, members=4)).items()
+            },
             "verifier": dict.fromkeys(SEEDS, world.score("partial")),
         }
         runs = {}
@@ -81,11 +84,6 @@ def _equal_nfe(seed: int) -> Setting:
     return {"training": {**EQUAL_NFE, "rounds": 100_000, "seed": seed}, "max_seconds": None, "held_out": {}}
 
 
-def _pooled(rewards: dict[int, Setting], pool: str) -> dict[int, Setting]:
-    """The rewards of ensembles with another pool."""
-    return {seed: {**one, "init_args": {**one["init_args"], "pool": pool}} for seed, one in rewards.items()}
-
-
 # What a reward overrates
 
 
@@ -96,10 +94,10 @@ def overrated(work: Path) -> None:
     for seed in SEEDS:
         folder = judged_pairs(work, SHAPES, "train", GROUPS)
         pairs = drawn_pairs(folder, START + TURNS * SEARCHED, FLIPS, seed)
-        found = pairs[:START]
+        searched = pairs[:START]
         for turn in range(TURNS + 1):
             count = START + turn * SEARCHED  # the same number of pairs, of random samples
-            for name, own in {"searched": found, "random": pairs[:count]}.items():
+            for name, own in {"searched": searched, "random": pairs[:count]}.items():
                 file = folder / f"{name}-{turn}-{seed}.jsonl"
                 write_text(file, "".join(f"{line}\n" for line in own))
                 reward = trained_reward(work, SHAPES, f"{name}_{turn}", seed, file)
@@ -107,7 +105,8 @@ def overrated(work: Path) -> None:
                 content = measured(work, SHAPES, f"{name}_{turn}", seed, reward)
                 records += best_of_n_records(f"best_of_n.{name}_{turn}", seed, content)
             if turn < TURNS:
-                found = [*found, *_found_pairs(work, rewards[f"searched_{turn}"][seed], folder, turn, seed)]
+                reward = rewards[f"searched_{turn}"][seed]
+                searched = [*searched, *_searched_pairs(work, reward, folder, turn, seed)]
     runs = {name: optimized(work, SHAPES, name, rewards[name]) for name in ("searched_0", f"searched_{TURNS}")}
     for name, by_seed in runs.items():
         records += arm_gains(f"flow_grpo.{name}", "strict", "strict", by_seed)
@@ -121,7 +120,7 @@ def overrated(work: Path) -> None:
     write_results(RESULTS, "overrated_shapes", head(claim, "python scripts/benchmarks/proofs.py overrated"), records)
 
 
-def _found_pairs(work: Path, reward: Setting, folder: Path, turn: int, seed: int) -> list[str]:
+def _searched_pairs(work: Path, reward: Setting, folder: Path, turn: int, seed: int) -> list[str]:
     """Search by a reward, and compare the best candidate of each prompt with a sample of the base model.
 
     Returns the lines of the judgments, of files in ``folder``.
@@ -140,8 +139,10 @@ def _found_pairs(work: Path, reward: Setting, folder: Path, turn: int, seed: int
         lines: list[str] = []
         for generator, settings in {"search": search, "base": {}}.items():
             source = work / "overrated" / f"{generator}-{name}"
-            made = {**common, **settings, "output": str(source), "references": True, "samples_per_prompt": 1}
-            run_with("collect", settings={**made, "batch_size": 96, "seed": seed}, file=source.with_suffix(".json"))
+            collection = {**common, **settings, "output": str(source), "references": True, "samples_per_prompt": 1}
+            run_with(
+                "collect", settings={**collection, "batch_size": 96, "seed": seed}, file=source.with_suffix(".json")
+            )
             lines += _copied(source, work / "overrated" / f"both-{name}", generator)
         write_text(work / "overrated" / f"both-{name}" / "prompts.jsonl", "".join(lines))
         compared = {"output": str(own), "samples": str(work / "overrated" / f"both-{name}"), "seed": seed}

@@ -147,7 +147,7 @@ class Compared:
 
     @property
     def costs(self) -> Costs:
-        """The costs of the calls."""
+        """What the calls of a search cost in this unit."""
         return search_pool.costs(self.work, self.unit)
 
     def methods(self) -> dict[str, list[Method]]:
@@ -305,7 +305,7 @@ def live(work: Path) -> None:
 
 
 def live_path(work: Path, seed: int, unit: str, budget: int, name: str, first: int) -> Path:
-    """The file of one live search."""
+    """The file that a live search is written to."""
     return work / "live" / f"{name}-{unit}-{budget}-{seed}-{first:03d}.json"
 
 
@@ -319,7 +319,10 @@ def publish(work: Path) -> None:
         curves = compared.curves()
         records += _pool_records(base, curves, suffix)
         key = "curves" if unit == "seconds" else "curves_by_nfe"
-        extra[key] = {name: _mean_curve(seeds) for name, seeds in curves.items()}
+        extra[key] = {
+            name: {budget: torch.stack([curve[budget] for curve in seeds]).mean((0, 1)).tolist() for budget in BUDGETS}
+            for name, seeds in curves.items()
+        }
         key = "cost_of_best_of_32" if unit == "seconds" else "forwards_of_best_of_32"
         extra[key] = {name: compared.cost_of_best_of_32(name) for name in WAYS}
         records += _tuned_records(work, unit, suffix)
@@ -335,10 +338,6 @@ def publish(work: Path) -> None:
     )
     command = "python scripts/benchmarks/benchmark.py search"
     write_results(RESULTS, "search_shapes", {**head(claim, command), **extra}, records)
-
-
-def _mean_curve(seeds: Sequence[Mapping[int, Tensor]]) -> dict[int, list[float]]:
-    return {budget: torch.stack([curve[budget] for curve in seeds]).mean((0, 1)).tolist() for budget in BUDGETS}
 
 
 def _pool_records(

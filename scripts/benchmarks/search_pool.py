@@ -59,7 +59,7 @@ def pools() -> dict[str, int | None]:
 
 
 def selection(work: Path) -> NamedReward:
-    """The reward that selects."""
+    """The learned reward that searches select by."""
     return NamedReward("selection", RegressorReward(work / "selection" / "reward.safetensors"))
 
 

@@ -424,13 +424,13 @@ def costs(work: Workspace) -> list[Measurement]:
 
 def publish(work: Workspace) -> None:
     """Write the results of the benchmark."""
-    chosen = {name: {"learning_rate": work.rate(name), "batch_size": work.batch()} for name in CONTENDERS[:2]}
+    settings = {name: {"learning_rate": work.rate(name), "batch_size": work.batch()} for name in CONTENDERS[:2]}
     claim = (
         f"Wall-clock of training until the held-out strict accuracy of the shapes world stays at {work.target()} for a"
         " minute: the shipped default beside the loop of Flow-GRPO's script, and what a round of each costs"
     )
     extra: dict[str, Any] = {
-        "chosen": chosen,
+        "chosen": settings,
         "target": work.target(),
         "curves": {name: [work.curves(seed)[name] for seed in SEEDS] for name in CONTENDERS},
         "tuning": {name: work.tuning(name) for name in CONTENDERS},

@@ -234,16 +234,14 @@ class Bench:
             prompts = [self.tuning[i % len(self.tuning)] for i in range(BATCH)]
             grid, named = Sampling(STEPS).grid(self.pipeline), [NamedReward(n, self.rewards[n]) for n in SEARCHED]
             seconds = measure_prices(self.pipeline, named, prompts, grid, repeats=15, gradients=True)
-            spreads = {name: self._spread(name) for name in SEARCHED}
+            spreads = dict[str, float]()
+            for name in SEARCHED:  # standard deviations among eight samples of a prompt, averaged over prompts
+                run = self.run(name, self.tuning[:BATCH], f"{TUNING_SEED}/spread")
+                scores = run.finish(run.start(8)).scores[:, 0].view(-1, 8)
+                spreads[name] = max(float(scores.std(dim=1).mean()), 1e-6)
             return {"seconds": seconds, "spreads": spreads}
 
         return MeasuredPrices(**cached(self.work / "prices.json", measured))
-
-    def _spread(self, reward: str) -> float:
-        """The standard deviation of a reward among eight samples of a prompt, averaged over the prompts to tune on."""
-        run = self.run(reward, self.tuning[:BATCH], f"{TUNING_SEED}/spread")
-        scores = run.finish(run.start(8)).scores[:, 0].view(-1, 8)
-        return max(float(scores.std(dim=1).mean()), 1e-6)
 
     def cost(self, reward: str, arm: str, setting: str, size: int) -> float:
         """The NFE of one prompt, counted without a call of a network."""
@@ -285,7 +283,9 @@ class Bench:
             for first, last in batches(sizes):
                 strategy = self.strategy(arm, setting, sizes[first])
                 rows += self._rows(strategy, reward, prompts[first:last], sizes[first], f"{seed}/{first}")
-            print(f"{part} {reward}: {arm}, {setting}, budget {budget}, seed {seed}: {_summary(rows)}", flush=True)
+            scores = ", ".join(f"{name} {mean(row['scores'][name] for row in rows):.3f}" for name in rows[0]["scores"])
+            cost = f"{_mean(rows, 'nfe'):.0f} NFE, {_mean(rows, 'seconds'):.2f} s, size {_mean(rows, 'size'):.2f}"
+            print(f"{part} {reward}: {arm}, {setting}, budget {budget}, seed {seed}: {scores}; {cost}", flush=True)
             return rows
 
         rows: list[dict[str, Any]] = cached(path, searched)
@@ -299,9 +299,9 @@ class Bench:
         began = time.perf_counter()
         finished = strategy(run, None)
         seconds = (time.perf_counter() - began) / len(prompts)
-        chosen = finished.rows(finished.best())
+        best = finished.rows(finished.best())
         judges = [NamedReward(name, function) for name, function in self.rewards.items()]
-        scores = score(judges, chosen.samples, prompts).nan_to_num(0.0)  # a sample of no finite values counts nothing
+        scores = score(judges, best.samples, prompts).nan_to_num(0.0)  # a sample of no finite values counts nothing
         calls = {call: count / len(prompts) for call, count in run.ledger.counts.items()}
         spent = {"size": size, "nfe": Ledger(Counter(calls)).cost(self.prices.nfe), "seconds": seconds, "calls": calls}
         for prompt, values in zip(prompts, scores.tolist(), strict=True):
@@ -312,7 +312,7 @@ class Bench:
         """The rows of a plain sample of every prompt, the first that best-of-N draws."""
         return self.unit("best_of_n", next(iter(SEARCHED)), "ode", 1, seed)
 
-    def chosen(self, reward: str, arm: str, budget: int) -> str | None:
+    def best_setting(self, reward: str, arm: str, budget: int) -> str | None:
         """The settings of most reward on the prompts to tune on; None if the budget pays for none of them."""
         rewards: dict[str, float] = {}
         for setting in ARMS[arm].settings:
@@ -351,11 +351,6 @@ def batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(sorted({*range(0, len(sizes), BATCH), *changes, len(sizes)}))
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    scores = ", ".join(f"{name} {mean(row['scores'][name] for row in rows):.3f}" for name in rows[0]["scores"])
-    return f"{scores}; {_mean(rows, 'nfe'):.0f} NFE, {_mean(rows, 'seconds'):.2f} s, size {_mean(rows, 'size'):.2f}"
-
-
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return mean(row[key] for row in rows)
 
@@ -375,7 +370,7 @@ def tune(bench: Bench) -> None:
     """Choose the settings of every arm at each budget."""
     for reward, arms in SEARCHED.items():
         for arm, budget in itertools.product(arms, BUDGETS):
-            setting = bench.chosen(reward, arm, budget)
+            setting = bench.best_setting(reward, arm, budget)
             print(f"{reward}: {arm}, budget {budget}: {setting or 'no settings are within the budget'}", flush=True)
 
 
@@ -385,7 +380,7 @@ def measure(bench: Bench) -> None:
         bench.plain(seed)
         for reward, arms in SEARCHED.items():
             for arm, budget in itertools.product(arms, BUDGETS):
-                if (setting := bench.chosen(reward, arm, budget)) is not None:
+                if (setting := bench.best_setting(reward, arm, budget)) is not None:
                     bench.unit(arm, reward, setting, budget, seed)
 
 
@@ -395,7 +390,7 @@ def publish(bench: Bench, folder: Path = RESULTS) -> None:
     costs = []
     for reward, arms in SEARCHED.items():
         for budget, arm in itertools.product(BUDGETS, arms):
-            setting = bench.chosen(reward, arm, budget)
+            setting = bench.best_setting(reward, arm, budget)
             if setting is None:
                 continue
             units = {seed: bench.unit(arm, reward, setting, budget, seed) for seed in SEEDS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 
 import numpy as np
@@ -35,6 +36,12 @@ def draw_prompts(
     groups = prompts.by_task()
     tasks = rng.choice(list(weights), count, p=list(weights.values()))
     return [groups[task][rng.integers(len(groups[task]))] for task in tasks]
+
+
+@cache
+def seen_texts(prompts: Callable[[str], PromptSet]) -> frozenset[str]:
+    """The texts of a world's prompts that are seen in training."""
+    return frozenset(prompt.text for prompt in prompts("iid").prompts)
 
 
 def one_of(mistakes: Iterable[Prompt], seen: frozenset[str], otherwise: Prompt, rng: np.random.Generator) -> Prompt:

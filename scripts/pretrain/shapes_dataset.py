@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +13,7 @@ from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
-from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, one_of, require_metadata
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, one_of, require_metadata, seen_texts
 
 TASK_WEIGHTS = {
     "single_object": 0.1,
@@ -58,12 +57,7 @@ def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     The prompt itself is returned if it offers no mistake, or if the mistake would be a held-out composition, since held
     out compositions must not be learned wrong either.
     """
-    return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
-
-
-@cache
-def _seen_texts() -> frozenset[str]:
-    return frozenset(prompt.text for prompt in prompts("iid").prompts)
+    return one_of(_mistakes(prompt), seen_texts(prompts), prompt, rng)
 
 
 def _mistakes(prompt: Prompt) -> list[Prompt]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +11,7 @@ from genalign.types import Prompt
 from genalign.worlds.tones.instruments import NOTES
 from genalign.worlds.tones.prompts import LOUDNESS, RELATIONS, attribution, counting, loudness, pitch, prompts, relation
 from genalign.worlds.tones.scenes import render, sample_clip
-from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, one_of, require_metadata
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, one_of, require_metadata, seen_texts
 
 FULL_SCALE = 32767
 TASK_WEIGHTS = {
@@ -60,12 +59,7 @@ def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
 
     The prompt itself is returned if it offers no mistake, or if the mistake would be a held-out composition.
     """
-    return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
-
-
-@cache
-def _seen_texts() -> frozenset[str]:
-    return frozenset(prompt.text for prompt in prompts("iid").prompts)
+    return one_of(_mistakes(prompt), seen_texts(prompts), prompt, rng)
 
 
 def _mistakes(prompt: Prompt) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -71,7 +71,12 @@ def fit(
             value = loss(step)
             torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            _update(optimizers, one_cycle(step, settings))
+            factor = one_cycle(step, settings)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+                optimizer.step()
+                optimizer.zero_grad()
             _average(average, model, min(settings.averaging, (1 + step) / (10 + step)))
             late = monotonic() > deadline and step + 1 < settings.steps
             if late or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
@@ -81,15 +86,6 @@ def fit(
             if late:
                 raise OutOfTimeError(f"{state.stem}: {step + 1} of {settings.steps} steps; run this again to go on")
     model.load_state_dict(average)
-
-
-def _update(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """One step at ``factor`` times the peak rates."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def one_cycle(step: int, settings: Fit) -> float:

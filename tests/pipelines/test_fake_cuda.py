@@ -43,7 +43,7 @@ from genalign.types import Prompt
 from pipelines import steer
 from pipelines.base import DiffusersPipeline
 from rewards.adversarial.adversary import DiscriminatorSettings
-from rewards.adversarial.heads import AdversarialReward
+from rewards.adversarial.discriminator_heads import AdversarialReward
 from rewards.adversarial.tuned_clip import TunedClipReward
 from rewards.adversarial.update_rules import Ratio
 from rewards.backbones.image_features import ClipFeatures

@@ -27,9 +27,9 @@ from genalign.reward_learning.examples import Examples, Grades, Item, Pairs
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import AttentionHead, IdentityHead, LinearHead, MLPHead
 from genalign.reward_learning.laplace import laplace_posteriors
-from genalign.reward_learning.losses import BradleyTerryLoss
 from genalign.reward_learning.network import HeadShape, RewardEncoder
 from genalign.reward_learning.objective import RewardData, RewardObjective, nothing_held_out
+from genalign.reward_learning.preference_losses import BradleyTerryLoss
 from genalign.reward_learning.preferences import JudgedSample
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, RewardFile, save_reward
 from genalign.reward_learning.training import RewardFit, RewardTraining, build_network

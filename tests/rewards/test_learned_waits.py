@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from genalign.reward_learning.heads import IdentityHead
-from genalign.reward_learning.losses import BradleyTerryLoss
 from genalign.reward_learning.objective import RewardObjective
+from genalign.reward_learning.preference_losses import BradleyTerryLoss
 from genalign.reward_learning.regularizers import Centering
 from genalign.reward_learning.training import RewardFit, RewardTraining, build_network
 from rewards import vqa

@@ -192,15 +192,13 @@ def depth_score(relation: str, a: Box, b: Box, nearness: Tensor) -> float:
 
     Boxes must overlap: fully counts an overlap of 1/2, in proportion a smaller one.
     """
-    first, second = (_mean_inside(box, nearness) for box in (a, b))
-    right = first > second if relation == "in front of" else first < second
+    means = []
+    for box in (a, b):
+        x, y = int(box[0]), int(box[1])  # in whole pixels, at least one
+        inside = nearness[y : max(int(box[3]), y + 1), x : max(int(box[2]), x + 1)]
+        means.append(float(inside.float().mean()))
+    right = means[0] > means[1] if relation == "in front of" else means[0] < means[1]
     return min(iou(a, b) / _FULL_OVERLAP_3D, 1.0) if right else 0.0
-
-
-def _mean_inside(box: Box, values: Tensor) -> float:
-    """Compute the mean of values (H, W) in a box, in whole pixels, at least one."""
-    x, y = int(box[0]), int(box[1])
-    return float(values[y : max(int(box[3]), y + 1), x : max(int(box[2]), x + 1)].float().mean())
 
 
 def without_duplicates(objects: Sequence[Detection]) -> list[Detection]:

@@ -53,7 +53,11 @@ def read_compbench(paths: Sequence[Path]) -> PromptSet:
                 raise ValueError(
                     f"{path} is of no category of T2I-CompBench: its name must begin with {', '.join(CATEGORIES)}"
                 )
-            metadata = {**_parse(category, prompt.text, row, lists), "tag": category}
+            metadata: dict[str, Any] = {**row, "prompt": prompt.text}
+            for key, parse in _PARSERS.get(category, {}).items():
+                if key not in metadata:
+                    metadata |= parse(prompt.text, lists)
+            metadata["tag"] = category
             _check(f"{path}, {prompt.text!r}", metadata)
             prompts.append(Prompt(prompt.text, metadata))
     return distinct_prompts("t2i-compbench", prompts)
@@ -86,15 +90,6 @@ def _read_lists(paths: Sequence[Path]) -> Lists:
 def _key(text: str) -> str:
     """Return the first sentence in lower case, by which the original finds a prompt in its lists."""
     return text.split(".")[0].strip().lower()
-
-
-def _parse(category: str, text: str, row: Mapping[str, Any], lists: Lists) -> dict[str, Any]:
-    """Return a row with what its category needs; what the row has is not parsed."""
-    parsed: dict[str, Any] = {**row, "prompt": text}
-    for key, parse in _PARSERS.get(category, {}).items():
-        if key not in parsed:
-            parsed |= parse(text, lists)
-    return parsed
 
 
 def _check(where: str, metadata: Mapping[str, Any]) -> None:

@@ -215,9 +215,13 @@ def aggregate_divgenbench(records: Sequence[SampleRecord], prompts: PromptSet) -
             pairs = [layout_similarity(a, b) for a, b in combinations(present, 2)]
             empty += sum(map(math.isnan, pairs))
             similarities.append(average(pairs))
+    coverage, styles = math.nan, measured.get("style", [])
+    if styles:
+        score = retrieval_score([style["nearest"] for style in styles], styles[0]["images"])
+        coverage = float(score / styles[0]["reference"])  # over that of the folder of real images
     numbers: Mapping[str, tuple[str, float]] = {
         "id": ("ids", mean_cosine(measured.get("id", ()))),
-        "style": ("asc", _style_coverage(measured.get("style", ()))),
+        "style": ("asc", coverage),
         "layout": ("sdi", 1 - average(similarities)),
         "tonal": ("pvs", float(np.std(measured["tonal"], axis=0).sum()) if measured.get("tonal") else math.nan),
     }
@@ -225,14 +229,6 @@ def aggregate_divgenbench(records: Sequence[SampleRecord], prompts: PromptSet) -
     if "layout" in measured:
         counts = {"pairs without objects": float(empty), **counts}
     return {name: value for dimension, (name, value) in numbers.items() if dimension in measured} | counts
-
-
-def _style_coverage(details: Sequence[Mapping[str, Any]]) -> float:
-    """Divide the score of the images by that of the folder of real ones."""
-    if not details:
-        return math.nan
-    score = retrieval_score([detail["nearest"] for detail in details], details[0]["images"])
-    return float(score / details[0]["reference"])
 
 
 def _needs(prompts: PromptSet, judges: Judges) -> tuple[str, ...]:

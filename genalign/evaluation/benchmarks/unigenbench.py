@@ -136,19 +136,20 @@ def aggregate_unigenbench(records: Sequence[SampleRecord], prompts: PromptSet) -
     }
 
 
-def _scorers(judges: Judges) -> dict[str, ChecklistScorer]:
-    if judges.checklist is None and judges.questions is not None:
-        return {"unigenbench": ChecklistScorer(QuestionChecklist(judges.questions))}
-    return {"unigenbench": ChecklistScorer(judges.need("checklist"))}
+def _asks_questions(judges: Judges) -> bool:
+    """Whether the question judge stands for a checklist judge that is absent."""
+    return judges.checklist is None and judges.questions is not None
 
 
 UNIGENBENCH = Benchmark(
     name="unigenbench",
     read=read_unigenbench,
-    needs=lambda prompts, judges: (
-        "questions" if judges.checklist is None and judges.questions is not None else "checklist",
-    ),
-    scorers=_scorers,
+    needs=lambda prompts, judges: ("questions" if _asks_questions(judges) else "checklist",),
+    scorers=lambda judges: {
+        "unigenbench": ChecklistScorer(
+            QuestionChecklist(judges.need("questions")) if _asks_questions(judges) else judges.need("checklist")
+        )
+    },
     aggregate=aggregate_unigenbench,
     rules=(
         "unigenbench-1: test points met, by dimension; the headline is the mean over primary dimensions; the wording is"

@@ -189,7 +189,11 @@ def _charts(main: str, runs: Mapping[str, Run]) -> dict[str, Markup]:
     charts = {}
     for title, series in {
         f"{plain(main)} score during training": {
-            name: [Point(row["nfe"], row["held_out"][main]["mean"]) for row in run.rows if main in _held_out(row)]
+            name: [
+                Point(row["nfe"], row["held_out"][main]["mean"])
+                for row in run.rows
+                if main in (row.get("held_out") or {})
+            ]
             for name, run in runs.items()
         },
         "Training reward": {name: [Point(row["nfe"], row["reward"]) for row in run.rows] for name, run in runs.items()},
@@ -199,11 +203,6 @@ def _charts(main: str, runs: Mapping[str, Run]) -> dict[str, Markup]:
             axis = Axis("score" if share else "", percent if share else number)
             charts[title] = lines_chart(series, Axis("NFE", count), axis, title)
     return charts
-
-
-def _held_out(row: Mapping[str, object]) -> Mapping[str, object]:
-    value = row.get("held_out")
-    return value if isinstance(value, Mapping) else {}
 
 
 def _samples(runs: Mapping[str, Run], page: Path) -> list[PromptRow]:

@@ -87,10 +87,12 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
     dots = marks if len(marks) <= 20 else marks[-1:]
     parts += [f'<circle class="dot" cx="{x(p.x):g}" cy="{y(p.y):g}" r="3"/>' for p in dots]
     for p, (left, right) in zip(marks, pairwise(edges), strict=True):
+        interval = f" ({' to '.join(map(y_axis.format, p.interval))})" if p.interval else ""
+        text = f"{y_axis.format(p.y)}{interval} at {x_axis.format(p.x / x_axis.unit)} {x_axis.label}"
         parts.append(
             f'<g class="hit"><rect x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{_BOTTOM - _TOP}"/>'
             f'<circle cx="{x(p.x):g}" cy="{y(p.y):g}" r="4"/>'
-            f'<text x="{_RIGHT}" y="14">{escape(_read_out(p, x_axis, y_axis))}</text></g>'
+            f'<text x="{_RIGHT}" y="14">{escape(text)}</text></g>'
         )
     return svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))
 
@@ -202,11 +204,6 @@ def _tick_labels(scale: _Scale, axis: Axis, number: int) -> list[tuple[float, st
     if len(set(labels)) < len(labels):
         labels = [f"{value:.6g}" for value in values]
     return [(value * axis.unit, label) for value, label in zip(values, labels, strict=True)]
-
-
-def _read_out(point: Point, x_axis: Axis, y_axis: Axis) -> str:
-    interval = f" ({' to '.join(map(y_axis.format, point.interval))})" if point.interval else ""
-    return f"{y_axis.format(point.y)}{interval} at {x_axis.format(point.x / x_axis.unit)} {x_axis.label}"
 
 
 def _pixels(points: Sequence[tuple[float, float]], x: _Scale, y: _Scale) -> str:

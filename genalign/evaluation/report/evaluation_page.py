@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from genalign.evaluation.report.reading import Comparison
 from genalign.evaluation.report.samples import Drawing, drawing, fitting
 from genalign.evaluation.report.sections import OVERALL, flattened
 from genalign.evaluation.report.words import count, duration, gain_verdict, percent, plain
-from genalign.metrics.intervals import WinRate
 
 MAX_CARDS, PAIRS_OF_A_PROMPT = 12, 2
 
@@ -31,6 +30,13 @@ class SampleCard:
     drawing: Drawing
     record: SampleRecord
     reasons: Sequence[str]
+
+    @classmethod
+    def of(cls, record: SampleRecord, folder: Path) -> SampleCard:
+        """Draw a sample of the evaluation in a folder, with the reasons in its record's details."""
+        details = [detail for detail in record.details.values() if isinstance(detail, Mapping)]
+        reasons = [str(detail["reason"]) for detail in details if detail.get("reason")]
+        return cls(drawing(folder, record.image, folder), record, reasons)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ def write_evaluation(folder: Path, against: Path | None = None) -> Path:
     evaluation = load_evaluation(folder)
     manifest, cost, benchmark = (_json(folder / f"{name}.json") for name in ("evaluation", "cost", "benchmark"))
     overall, main = evaluation.overall, evaluation.score_names[0]
+    prompts = {(record.task, record.prompt) for record in evaluation.records}
+    numbers = {"samples": count(len(evaluation.records)), "prompts": count(len(prompts))}
+    if evaluation.failed:
+        numbers["not scored"] = count(evaluation.failed)
     return write_page(
         folder / "report.html",
         "evaluation.html.j2",
@@ -65,7 +75,7 @@ def write_evaluation(folder: Path, against: Path | None = None) -> Path:
         geneval=(folder / "results.jsonl").is_file(),
         original=evaluation.protocol.verifier == VERIFIER,
         external=evaluation.protocol.kernel == EXTERNAL,
-        numbers=_tiles(evaluation) | cost_facts(cost),
+        numbers=numbers | cost_facts(cost),
         tasks={**evaluation.tasks, OVERALL: overall},
         benchmark={name: "none" if value is None else f"{value:.4g}" for name, value in benchmark.items()},
         samples={} if against else _samples(folder, evaluation),
@@ -114,12 +124,6 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _tiles(evaluation: Evaluation) -> dict[str, str]:
-    prompts = {(record.task, record.prompt) for record in evaluation.records}
-    tiles = {"samples": count(len(evaluation.records)), "prompts": count(len(prompts))}
-    return tiles | ({"not scored": count(evaluation.failed)} if evaluation.failed else {})
-
-
 def _samples(folder: Path, evaluation: Evaluation) -> dict[str, list[SampleCard]]:
     """Draw the samples with the lowest and the highest first score, of every task in turn, as many as fit."""
     main, records = evaluation.score_names[0], evaluation.records
@@ -128,7 +132,11 @@ def _samples(folder: Path, evaluation: Evaluation) -> dict[str, list[SampleCard]
     lowest = [record for record in scored[:half] if record.scores[main] < scored[-1].scores[main]]
     highest = [record for record in reversed(scored[half:]) if record.scores[main] > scored[0].scores[main]]
     lists = {"Lowest scores": lowest, "Highest scores": highest} if lowest else {"Samples": scored}
-    return {title: _drawn(folder, _in_turn(rows)[:MAX_CARDS]) for title, rows in lists.items()}
+    samples = {}
+    for title, rows in lists.items():
+        cards = (SampleCard.of(record, folder) for record in _in_turn(rows)[:MAX_CARDS])
+        samples[title] = fitting(cards, lambda card: [card.drawing[0]])
+    return samples
 
 
 def _in_turn(records: Sequence[SampleRecord]) -> list[SampleRecord]:
@@ -138,17 +146,6 @@ def _in_turn(records: Sequence[SampleRecord]) -> list[SampleRecord]:
         tasks.setdefault(record.task, {}).setdefault(record.prompt, []).append(record)
     turns = [[r for layer in zip_longest(*prompts.values()) for r in layer if r] for prompts in tasks.values()]
     return [record for layer in zip_longest(*turns) for record in layer if record]
-
-
-def _drawn(folder: Path, records: Sequence[SampleRecord]) -> list[SampleCard]:
-    cards = (SampleCard(drawing(folder, record.image, folder), record, _reasons(record)) for record in records)
-    return fitting(cards, lambda card: [card.drawing[0]])
-
-
-def _reasons(record: SampleRecord) -> list[str]:
-    """The reasons in the details that scorers gave."""
-    details = [detail for detail in record.details.values() if isinstance(detail, Mapping)]
-    return [str(detail["reason"]) for detail in details if detail.get("reason")]
 
 
 def _against(folder: Path, after: Evaluation, other: Path | None) -> dict[str, Any]:
@@ -188,7 +185,13 @@ def _prompt_cards(pairs: Sequence[SamplePair], before: Path, after: Path) -> lis
         cards.append((PromptCard(prompt, means, ()), group))
     ordered = sorted(cards, key=lambda item: [-abs(after - before) for before, after in item[0].means.values()])
     drawn = (
-        PromptCard(card.prompt, card.means, [_pair(pair, before, after) for pair in _telling(card, group)])
+        replace(
+            card,
+            pairs=[
+                (drawing(before, pair.before.image, after), drawing(after, pair.after.image, after))
+                for pair in _telling(card, group)
+            ],
+        )
         for card, group in ordered[:MAX_CARDS]
     )
     return fitting(drawn, lambda card: [picture for pair in card.pairs for picture, _ in pair])
@@ -200,10 +203,6 @@ def _telling(card: PromptCard, pairs: Sequence[SamplePair]) -> Sequence[SamplePa
     return pairs[::-1][:PAIRS_OF_A_PROMPT] if rises else pairs[:PAIRS_OF_A_PROMPT]
 
 
-def _pair(pair: SamplePair, before: Path, after: Path) -> tuple[Drawing, Drawing]:
-    return drawing(before, pair.before.image, after), drawing(after, pair.after.image, after)
-
-
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
@@ -213,13 +212,9 @@ def _verdicts(comparison: ModelComparison) -> dict[str, str]:
     facts: dict[str, str] = {}
     for name, gain in comparison.gain.items():
         facts[f"gain, {plain(name)}"] = gain_verdict(gain, comparison.effects[name]).text
-        facts[f"prompts won, {plain(name)}"] = _win_words(comparison.wins[name])
+        wins = comparison.wins[name]
+        share = f"{percent(wins.rate.mean)} ({percent(wins.rate.low)} to {percent(wins.rate.high)})"
+        ties = f"with the {percent(wins.ties)} that tie as half won"
+        p_value = f"p = {wins.p_value:.3g}".replace(" ", "\N{NO-BREAK SPACE}")
+        facts[f"prompts won, {plain(name)}"] = f"{share}, {ties}; sign test {p_value}"
     return facts
-
-
-def _win_words(wins: WinRate) -> str:
-    rate = wins.rate
-    interval = f"{percent(rate.low)} to {percent(rate.high)}"
-    ties = f"with the {percent(wins.ties)} that tie as half won"
-    p_value = f"p = {wins.p_value:.3g}".replace(" ", "\N{NO-BREAK SPACE}")
-    return f"{percent(rate.mean)} ({interval}), {ties}; sign test {p_value}"

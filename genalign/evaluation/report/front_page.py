@@ -8,8 +8,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from genalign.evaluation.report.curves import Axis, Point, crosses_chart, interval_of, line_chart
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.words import SHARES, number, percent, plain, possible
@@ -40,32 +38,28 @@ def write_front(path: Path, points: Sequence[FrontPoint], adapters: Sequence[str
     """
     names = list(points[0].scores)
     estimates = {name: [possible(name, point.scores[name], least=0.0) for point in points] for name in names}
+
+    # Each score against the share of the second adapter, and pairs of scores against each other with both intervals
+    charts, fronts = {}, {}
+    for name, own in estimates.items():
+        marks = [Point(p.share, one.mean, interval_of(one)) for p, one in zip(points, own, strict=True)]
+        share = Axis("share of the second adapter", number)
+        charts[name] = line_chart(marks, share, _axis(name), f"{plain(name)} score")
+    for first, second in list(combinations(names, 2))[:_CHARTS]:
+        across = [interval_of(one) for one in estimates[first]]
+        both = zip(estimates[first], estimates[second], strict=True)
+        marks = [Point(one.mean, other.mean, interval_of(other)) for one, other in both]
+        title = f"{plain(second)} against {plain(first)}"
+        fronts[title] = crosses_chart(marks, across, _axis(first), _axis(second))
     return write_page(
         path,
         "front.html.j2",
         adapters=list(adapters),
         shares=[point.share for point in points],
         scores=estimates,
-        charts={name: _against_share(name, estimates[name], points) for name in names},
-        fronts={
-            f"{plain(second)} against {plain(first)}": _against_each_other(first, second, estimates)
-            for first, second in list(combinations(names, 2))[:_CHARTS]
-        },
+        charts=charts,
+        fronts=fronts,
     )
-
-
-def _against_share(name: str, estimates: Sequence[Estimate], points: Sequence[FrontPoint]) -> Markup:
-    """Draw a score against the share of the second adapter."""
-    marks = [Point(p.share, one.mean, interval_of(one)) for p, one in zip(points, estimates, strict=True)]
-    return line_chart(marks, Axis("share of the second adapter", number), _axis(name), f"{plain(name)} score")
-
-
-def _against_each_other(first: str, second: str, estimates: Mapping[str, Sequence[Estimate]]) -> Markup:
-    """Draw two scores of all mixtures with both intervals."""
-    across = [interval_of(one) for one in estimates[first]]
-    both = zip(estimates[first], estimates[second], strict=True)
-    points = [Point(one.mean, other.mean, interval_of(other)) for one, other in both]
-    return crosses_chart(points, across, _axis(first), _axis(second))
 
 
 def _axis(name: str) -> Axis:

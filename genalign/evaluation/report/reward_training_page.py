@@ -100,8 +100,10 @@ def is_reward_training(folder: Path) -> bool:
 def write_reward_training(folder: Path) -> Path:
     """Write ``report.html`` into the folder of a reward's training, finished or not, and return its path."""
     run = RewardRun.read(folder)
+    accuracies = _estimates(run.held_out.get("accuracy", {})).items()
+    measures = [RewardMeasure("accuracy", plain(name), own, is_share=True) for name, own in accuracies]
     cards = (_changed_pair(folder, line) for line in sorted(run.changed, key=lambda one: float(one["mean"])))
-    shown = (card for card in cards if any(item for _, (item, _) in card.samples))
+    pictured = (card for card in cards if any(item for _, (item, _) in card.samples))
     return write_page(
         folder / "report.html",
         "reward_training.html.j2",
@@ -111,13 +113,13 @@ def write_reward_training(folder: Path) -> Path:
         facts=_facts(run),
         notes=_notes(run, folder),
         charts=_charts(run),
-        accuracy=_accuracy(run.held_out),
+        accuracy=measure_rows(measures),
         members=_members(run.held_out),
         nuisances=_nuisances(run),
         counts=_counts(run.data),
         annotators=_annotators(run.data),
         votes=_votes(run),
-        changed=fitting(shown, lambda card: [item for _, (item, _) in card.samples]),
+        changed=fitting(pictured, lambda card: [item for _, (item, _) in card.samples]),
         optimization=_optimization(run.rows),
         card=run.card,
         details=flattened(run.config),
@@ -211,11 +213,6 @@ def _charts(run: RewardRun) -> list[RewardChart]:
 def _curve(rows: Sequence[Row], name: str) -> list[Point]:
     values = ((row["epoch"], _held_out(row, name)) for row in rows)
     return [Point(epoch, value) for epoch, value in values if value is not None]
-
-
-def _accuracy(held_out: Mapping[str, Any]) -> list[MeasureRow]:
-    accuracies = _estimates(held_out.get("accuracy", {})).items()
-    return measure_rows([RewardMeasure("accuracy", plain(name), own, is_share=True) for name, own in accuracies])
 
 
 def _members(held_out: Mapping[str, Any]) -> list[MeasureRow]:

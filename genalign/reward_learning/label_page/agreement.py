@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from genalign.reward_learning.annotators import judged_units, side_choices
@@ -64,10 +64,14 @@ class LabelAgreement:
 def label_agreement(judgments: Sequence[Judgment]) -> LabelAgreement:
     """Compare the annotators of judgments; where one judged the same twice, the last judgment counts for agreement."""
     by_annotator: dict[str, list[Judgment]] = defaultdict(list)
+    answers: dict[str, dict[tuple[object, ...], float]] = defaultdict(dict)  # by kind, dimension and what was compared
     for judgment in judgments:
         if judgment.annotator:
             by_annotator[judgment.annotator].append(judgment)
-    answers = {name: dict(itertools.chain(*map(_answers, own))) for name, own in by_annotator.items()}
+            kind = judgment.kind if judgment.kind in ("rating", "label") else "compared"
+            for dimension in judgment.scores:
+                units = judged_units(judgment, dimension)
+                answers[judgment.annotator] |= {(kind, dimension, *unit): value for unit, value in units}
     annotators, sides = [], {choices.annotator: choices for choices in side_choices(judgments)}
     for name, own in by_annotator.items():
         compared = [value for (kind, *_), value in answers[name].items() if kind == "compared"]
@@ -77,20 +81,20 @@ def label_agreement(judgments: Sequence[Judgment]) -> LabelAgreement:
             left = round(own_sides.first.mean * decided)
         answered = len(own), len(compared), compared.count(0)
         annotators.append(AnnotatorAnswers(name, *answered, left, decided, one_sided))
-    agreements = []
-    for first, second in itertools.combinations(by_annotator, 2):
-        common = [key for key in answers[first] if key in answers[second]]
-        equal = [answers[first][key] == answers[second][key] for key in common]
-        decided_keys = [key[0] != "compared" or 0 not in (answers[first][key], answers[second][key]) for key in common]
-        agreed_decided = sum(itertools.compress(equal, decided_keys))
-        if common:
-            pair = AnnotatorPair((first, second), len(common), sum(equal), sum(decided_keys), agreed_decided)
-            agreements.append(pair)
-    return LabelAgreement(tuple(annotators), tuple(agreements))
+    pairs = [_compare(two, answers[two[0]], answers[two[1]]) for two in itertools.combinations(by_annotator, 2)]
+    return LabelAgreement(tuple(annotators), tuple(filter(None, pairs)))
 
 
-def _answers(judgment: Judgment) -> Iterator[tuple[tuple[object, ...], float]]:
-    """The answers of a judgment in all dimensions: of two samples who wins, or the grade of each sample."""
-    kind = judgment.kind if judgment.kind in ("rating", "label") else "compared"
-    for dimension in judgment.scores:
-        yield from (((kind, dimension, *unit), value) for unit, value in judged_units(judgment, dimension))
+def _compare(
+    annotators: tuple[str, str],
+    first: Mapping[tuple[object, ...], float],
+    second: Mapping[tuple[object, ...], float],
+) -> AnnotatorPair | None:
+    """Compare what two annotators answered to the same questions; None where they have none in common."""
+    common = [key for key in first if key in second]
+    if not common:
+        return None
+    equal = [first[key] == second[key] for key in common]
+    decided = [key[0] != "compared" or 0 not in (first[key], second[key]) for key in common]
+    agreed_decided = sum(itertools.compress(equal, decided))
+    return AnnotatorPair(annotators, len(common), sum(equal), sum(decided), agreed_decided)

@@ -48,7 +48,7 @@ class LabelService:
     def __init__(self, store: LabelStore, token: str | None) -> None:
         self._store, self._token = store, token
         self._page = files("genalign.reward_learning.label_page").joinpath("page.html").read_text("utf-8")
-        samples = (sample for question in store.questions.asked for sample in question.comparison.samples)
+        samples = (sample for question in store.questions.distinct for sample in question.comparison.samples)
         self._numbers = {sample.content: str(secrets.randbits(64)) for sample in samples}
         self._files = {number: path.resolve() for path, number in self._numbers.items() if isinstance(path, Path)}
 
@@ -65,7 +65,7 @@ class LabelService:
         )
 
     async def page(self, request: Request) -> Response:
-        """Return the page."""
+        """Return the page, which holds no data and so needs no token."""
         return Response(self._page, media_type="text/html", headers={"Cache-Control": "no-store"})
 
     async def enter(self, request: Request) -> Response:
@@ -89,7 +89,7 @@ class LabelService:
     async def about(self, request: Request) -> Response:
         """Return what annotators read before they start."""
         self._authorize(request)
-        settings, total = self._store.settings, len(self._store.questions.asked)
+        settings, total = self._store.settings, len(self._store.questions.distinct)
         return _json({"kind": settings.kind, "instructions": settings.instructions, "total": total})
 
     async def agreement(self, request: Request) -> Response:
@@ -132,9 +132,9 @@ class LabelService:
             raise Refusal(422, action, str(error)) from None
         except OSError as error:
             raise Refusal(507, "disk", f"not saved, for the server cannot write its file: {error.strerror}") from None
-        return self._asked(annotator)
+        return self._state(annotator)
 
-    def _asked(self, annotator: str) -> dict[str, Any]:
+    def _state(self, annotator: str) -> dict[str, Any]:
         """Return an annotator's progress, and the current question in the order in which it is shown."""
         progress = self._store.progress(annotator)
         answer: dict[str, Any] = {"annotator": annotator, **asdict(progress), "question": None}
@@ -153,8 +153,8 @@ class LabelService:
     def _samples(self, annotator: str, index: int) -> list[dict[str, Any]]:
         question = self._store.question(index)
         samples = question.comparison.samples
-        shown = [samples[place].content for place in question.order(annotator, self._store.settings.seed)]
-        paths = [path for path in shown if isinstance(path, Path)]
+        contents = [samples[place].content for place in question.order(annotator, self._store.settings.seed)]
+        paths = [path for path in contents if isinstance(path, Path)]
         media_types = [MEDIA_TYPES[path.suffix.lower()] for path in paths]
         return [
             {"url": f"/media/{self._numbers[path]}", "sound": media_type.startswith("audio")}

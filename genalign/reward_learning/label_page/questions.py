@@ -71,20 +71,20 @@ class LabelQuestion:
         return tuple(indices)
 
     def answered(
-        self, annotator: str, shown: tuple[int, ...], scores: Mapping[str, Sequence[float]], scale: int
+        self, annotator: str, order: tuple[int, ...], scores: Mapping[str, Sequence[float]], scale: int
     ) -> Judgment:
         """Return the annotator's judgment.
 
         Args:
             annotator: The annotator's name.
-            shown: The order in which the samples were shown.
+            order: The order in which the samples were shown.
             scores: One number per sample by dimension, in that order.
             scale: The best grade of a rating.
 
         Raises:
             ValueError: The scores are not those of a judgment of this kind.
         """
-        kind, count = self.comparison.kind, len(shown)
+        kind, count = self.comparison.kind, len(order)
         own: dict[str, tuple[float, ...]] = {}
         for dimension, values in scores.items():
             if (
@@ -104,9 +104,8 @@ class LabelQuestion:
                 raise ValueError(f"give a grade from 1 to {scale}")
             if kind == "label" and not all(value in (0, 1) for value in values):
                 raise ValueError("give 1 for good or 0 for bad")
-            own[dimension] = tuple(values[shown.index(index)] for index in range(count))
-        order = shown if count > 1 else ()
-        return replace(self.comparison, scores=own, annotator=annotator, reason=None, shown=order)
+            own[dimension] = tuple(values[order.index(index)] for index in range(count))
+        return replace(self.comparison, scores=own, annotator=annotator, reason=None, shown=order if count > 1 else ())
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,14 @@ class LabelQuestions:
 
     Attributes:
         folder: The dataset's folder.
-        asked: The questions, in the order in which they are asked.
+        distinct: The questions, each once, in the order in which they are asked.
         comparisons: The number of comparisons that were read.
         repeated: The number of questions that were left out because an earlier one is the same.
         equal: The number of comparisons that were left out because two of their samples have equal files.
     """
 
     folder: Path
-    asked: tuple[LabelQuestion, ...]
+    distinct: tuple[LabelQuestion, ...]
     comparisons: int
     repeated: int
     equal: int
@@ -146,20 +145,20 @@ def read_questions(folder: Path, kind: Literal["pair", "rating", "label"]) -> La
             f"{alone} of {len(comparisons)} comparisons in {folder / COMPARISONS} have one sample, which is compared"
             " with none: ask for ratings or labels instead (kind)"
         )
-    distinct = [judgment for judgment in comparisons if kind != "pair" or not _equal_files(judgment.samples)]
-    if not distinct:
+    usable = [judgment for judgment in comparisons if kind != "pair" or not _equal_files(judgment.samples)]
+    if not usable:
         raise ValueError(f"all comparisons in {folder / COMPARISONS} have equal files: nothing can be asked")
     parts = list[Judgment]()
-    for judgment in distinct:
+    for judgment in usable:
         groups = [judgment.samples] if kind == "pair" else [(sample,) for sample in judgment.samples]
-        asked_kind: Kind = "ranking" if kind == "pair" and len(judgment.samples) > 2 else kind
-        parts += [Judgment(judgment.prompt, samples, asked_kind) for samples in groups]
-    asked: dict[Key, LabelQuestion] = {}
+        question_kind: Kind = "ranking" if kind == "pair" and len(judgment.samples) > 2 else kind
+        parts += [Judgment(judgment.prompt, samples, question_kind) for samples in groups]
+    questions: dict[Key, LabelQuestion] = {}
     for part in parts:
         key = key_of(part, folder)
-        asked.setdefault(key, LabelQuestion(part, key))
-    equal, repeated = len(comparisons) - len(distinct), len(parts) - len(asked)
-    return LabelQuestions(folder, tuple(asked.values()), len(comparisons), repeated, equal)
+        questions.setdefault(key, LabelQuestion(part, key))
+    equal, repeated = len(comparisons) - len(usable), len(parts) - len(questions)
+    return LabelQuestions(folder, tuple(questions.values()), len(comparisons), repeated, equal)
 
 
 def key_of(judgment: Judgment, folder: Path) -> Key:

@@ -65,9 +65,9 @@ def serve_labels(
 def _summary(store: LabelStore) -> str:
     """Say what was loaded, what was left out, and what is judged already."""
     questions = store.questions
-    prompts = len({question.comparison.prompt.text for question in questions.asked})
+    prompts = len({question.comparison.prompt.text for question in questions.distinct})
     lines = [
-        f"{questions.comparisons} comparisons: {len(questions.asked)} questions of the kind {store.settings.kind!r}"
+        f"{questions.comparisons} comparisons: {len(questions.distinct)} questions of the kind {store.settings.kind!r}"
         f" about {prompts} prompts"
     ]
     if questions.equal:

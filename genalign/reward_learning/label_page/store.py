@@ -76,7 +76,7 @@ class LabelStore:
         self.questions: LabelQuestions = read_questions(folder, settings.kind)
         self._folder, self._path = folder, folder / PREFERENCES
         self._lock = threading.Lock()
-        self._index = {question.key: index for index, question in enumerate(self.questions.asked)}
+        self._index = {question.key: index for index, question in enumerate(self.questions.distinct)}
         self._records: dict[str, _Record] = {}
         mend(self._path)
         judgments = self.judgments()
@@ -88,9 +88,9 @@ class LabelStore:
 
     def question(self, index: int) -> LabelQuestion:
         """Return a question. Raises ValueError for an index that there is not."""
-        if type(index) is not int or not 0 <= index < len(self.questions.asked):
+        if type(index) is not int or not 0 <= index < len(self.questions.distinct):
             raise ValueError(f"there is no question {index!r}")
-        return self.questions.asked[index]
+        return self.questions.distinct[index]
 
     def judgments(self) -> list[Judgment]:
         """Read all judgments of the folder, those of other kinds and origins as well."""
@@ -101,7 +101,7 @@ class LabelStore:
         """Return where an annotator stands."""
         with self._lock:
             record = self._records.get(annotator, _Record())
-            total, open_ones = len(self.questions.asked), list[int]()
+            total, open_ones = len(self.questions.distinct), list[int]()
             for index in range(total):
                 if self._open(record, index) and index not in record.skipped:
                     open_ones.append(index)
@@ -127,15 +127,15 @@ class LabelStore:
             OSError: The judgment cannot be written, such as for a full disk; nothing of it is left in the file.
         """
         question = self.question(index)
-        shown = question.order(annotator, self.settings.seed)
-        judgment = question.answered(annotator, shown, scores, self.settings.scale)
+        order = question.order(annotator, self.settings.seed)
+        judgment = question.answered(annotator, order, scores, self.settings.scale)
         with self._lock:
             record = self._records.setdefault(annotator, _Record())
-            asked = self._open(record, index)
-            if not asked:
+            dimensions = self._open(record, index)
+            if not dimensions:
                 raise Superseded("this was judged already, perhaps in another window")
-            if set(scores) != set(asked):
-                raise ValueError(f"give scores of {', '.join(asked)}, and of nothing else")
+            if set(scores) != set(dimensions):
+                raise ValueError(f"give scores of {', '.join(dimensions)}, and of nothing else")
             size = self._path.stat().st_size if self._path.is_file() else 0
             try:
                 append_judgments(self._folder, [judgment])

@@ -77,7 +77,10 @@ def fundamental(power: Array) -> float:
     smooth = np.maximum(uniform_filter1d(power, round(BAND_HZ / _HZ)), 0.0)  # its running sum may end below zero
     band = np.append(np.sqrt(smooth), 0.0)
     coarse = float(_GRID[((band[at] - band[between]) @ _WEIGHTS).argmax()])
-    bins = [_peak(power, k * coarse) for k in (1, 2, 3)]
+    bins = []
+    for k in (1, 2, 3):  # the largest power within 1 % of each harmonic
+        low, high = (int(k * coarse * share / _HZ) for share in (0.99, 1.01))
+        bins.append(min(low + int(power[low : high + 2].argmax()), len(power) - 2))
     strongest = int(np.argmax(power[bins]))
     i = bins[strongest]
     left, top, right = np.log(power[i - 1 : i + 2] + 1e-20)
@@ -96,12 +99,6 @@ def _lookup() -> tuple[Array, Array]:
 def _bins(frequencies: Array) -> Array:
     last = BINS // 2 + 1
     return np.where(frequencies < SAMPLE_RATE / 2, np.rint(frequencies / _HZ), last).astype(int)
-
-
-def _peak(power: Array, frequency: float) -> int:
-    """The bin of the largest power within 1 % of ``frequency``."""
-    low, high = (int(frequency * share / _HZ) for share in (0.99, 1.01))
-    return min(low + int(power[low : high + 2].argmax()), len(power) - 2)
 
 
 def harmonic_energies(power: Array, frequency: float, floor: float) -> Array:

@@ -195,7 +195,7 @@ def test_an_ensemble_on_pairs_is_centered_by_default(tmp_path: Path) -> None:
     ensemble = ("--fit.members", "2")
     assert terms() == [] and terms(*ensemble) == ["Centering"]
     assert terms(*ensemble, "--regularizers", "[]") == []
-    assert terms(*ensemble, "--loss", "genalign.reward_learning.losses.Regression") == []
+    assert terms(*ensemble, "--loss", "genalign.reward_learning.preference_losses.Regression") == []
 
 
 def wrong(capsys: pytest.CaptureFixture[str], path: str, *more: str) -> str:
@@ -207,7 +207,7 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     judgments = write_judgments(tmp_path / "pairs", 12)
     append_judgments(tmp_path / "pairs", judgments)
     path = config(tmp_path)
-    regression = ["--loss", "genalign.reward_learning.losses.Regression"]
+    regression = ["--loss", "genalign.reward_learning.preference_losses.Regression"]
     assert "Regression learns from judgments of the kind rating, of which none is left" in wrong(
         capsys, path, *regression
     )

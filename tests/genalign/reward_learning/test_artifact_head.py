@@ -13,9 +13,9 @@ from genalign.reward_learning.encoding import LiveTokens
 from genalign.reward_learning.examples import Grades, examples, split_by_prompt
 from genalign.reward_learning.fitting import FitSettings
 from genalign.reward_learning.heads import AttentionHead
-from genalign.reward_learning.losses import LabelPool
 from genalign.reward_learning.network import RewardEncoder
 from genalign.reward_learning.objective import RewardData, RewardObjective
+from genalign.reward_learning.preference_losses import LabelPool
 from genalign.reward_learning.preferences import JudgedSample, Judgment, append_judgments, read_judgments
 from genalign.reward_learning.training import RewardFit, RewardTraining, build_network
 from genalign.runtime.media import write_samples

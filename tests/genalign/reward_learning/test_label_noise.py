@@ -18,7 +18,7 @@ from genalign.reward_learning.label_noise import (
     changed_lines,
     count_votes,
 )
-from genalign.reward_learning.losses import BradleyTerryLoss, TiedBradleyTerryLoss
+from genalign.reward_learning.preference_losses import BradleyTerryLoss, TiedBradleyTerryLoss
 from genalign.reward_learning.preferences import JudgedSample
 from genalign.types import Prompt
 

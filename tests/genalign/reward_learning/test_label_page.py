@@ -106,12 +106,12 @@ def test_the_order_is_drawn_by_seed_annotator_and_comparison(tmp_path: Path) -> 
     store = LabelStore(dataset(tmp_path, 40), PAIRS)
 
     def orders(annotator: str, seed: int = 0) -> list[tuple[int, ...]]:
-        return [question.order(annotator, seed) for question in store.questions.asked]
+        return [question.order(annotator, seed) for question in store.questions.distinct]
 
     assert orders("ada") == orders("ada") != orders("bob") != orders("bob", 1)
     assert 8 < Counter(orders("ada"))[(0, 1)] < 32
     (tmp_path / "comparisons.jsonl").write_text((tmp_path / "comparisons.jsonl").read_text().partition("\n")[2])
-    rest = LabelStore(tmp_path, PAIRS).questions.asked
+    rest = LabelStore(tmp_path, PAIRS).questions.distinct
     assert [question.order("ada", 0) for question in rest] == orders("ada")[1:]  # whatever else there is
 
 
@@ -222,7 +222,7 @@ def test_pairs_are_rated_and_labelled_as_single_samples(kind: Any, right: Any, w
     (folder / "comparisons.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second))
     store = LabelStore(folder, LabelPageSettings(kind=kind, scale=7))
     page = TestClient(build_label_app(store), base_url="http://localhost")
-    assert (store.questions.comparisons, len(store.questions.asked), store.questions.repeated) == (2, 3, 1)
+    assert (store.questions.comparisons, len(store.questions.distinct), store.questions.repeated) == (2, 3, 1)
     assert refused(page, "judge", index=0, scores={"overall": wrong}) == (422, "judge")
     for _ in range(3):
         judge(page, right)
@@ -293,7 +293,7 @@ def test_comparisons_of_equal_files_and_repeated_ones_are_left_out_and_counted(t
     (folder / "comparisons.jsonl").write_text(listing + listing.splitlines()[2])
     (folder / "images/0_1.png").write_bytes((folder / "images/0_0.png").read_bytes())
     questions = LabelStore(folder, PAIRS).questions
-    assert (questions.comparisons, len(questions.asked), questions.equal, questions.repeated) == (4, 2, 1, 1)
+    assert (questions.comparisons, len(questions.distinct), questions.equal, questions.repeated) == (4, 2, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,6 @@ from genalign.reward_learning.heads import LinearHead, MLPHead
 from genalign.reward_learning.held_out import accuracy_of_grades, accuracy_of_pairs
 from genalign.reward_learning.label_noise import EnsembleVote, FlipRobust, Smoothing, apply_votes
 from genalign.reward_learning.laplace import laplace_posteriors
-from genalign.reward_learning.losses import (
-    BradleyTerryLoss,
-    CumulativeLogit,
-    LabelPool,
-    PreferenceLoss,
-    Regression,
-    TiedBradleyTerryLoss,
-)
 from genalign.reward_learning.network import RewardNetwork
 from genalign.reward_learning.objective import RewardData, RewardObjective, nothing_held_out
 from genalign.reward_learning.pair_measures import (
@@ -36,6 +28,14 @@ from genalign.reward_learning.pair_measures import (
     calibration,
     calibration_bins,
     expected_calibration_error,
+)
+from genalign.reward_learning.preference_losses import (
+    BradleyTerryLoss,
+    CumulativeLogit,
+    LabelPool,
+    PreferenceLoss,
+    Regression,
+    TiedBradleyTerryLoss,
 )
 from genalign.reward_learning.preferences import JudgedSample, Judgment, Kind
 from genalign.reward_learning.regularizers import Centering, Disentangle, GradientPenalty, correlation

@@ -23,7 +23,7 @@ from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt, TrainableReward
 from rewards.adversarial import AccuracyBand, AdversarialReward, Adversary, Overtake, PatchWeights, Ratio
 from rewards.adversarial.adversary import DiscriminatorSettings, FeatureScorer
-from rewards.adversarial.heads import mlp_head
+from rewards.adversarial.discriminator_heads import mlp_head
 from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
 from rewards.adversarial.tuned_clip import TunedClipReward
 from rewards.adversarial.update_rules import DiscriminatorStatus

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.reward_learning.losses import (
+from genalign.reward_learning.preference_losses import (
     BradleyTerryLoss,
     CumulativeLogit,
     LabelPool,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.benchmarks.users import TASTES, UNSEEN, ExperimentSize, taste, users_part
+from scripts.benchmarks.personal_tastes import TASTES, UNSEEN, ExperimentSize, taste, users_part
 
 
 def test_tastes_are_exact() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.algorithms.consistency import (
+from genalign.algorithms.consistency_distillation import (
     ConsistencyObjective,
     boundary_weights,
     consistency_function,
@@ -72,7 +72,9 @@ def losses_of(objective: ConsistencyObjective, toy: GaussianStudent, monkeypatch
         toy.denoiser.share.fill_(1.0)  # type: ignore[union-attr, operator]
     level = toy.level(toy.levels[:1])
     noise = (1.3 - level.alpha) / level.sigma  # of the sample x0 = 1
-    monkeypatch.setattr("genalign.algorithms.consistency.seeded_noise", lambda seeds, like: noise.expand_as(like))
+    monkeypatch.setattr(
+        "genalign.algorithms.consistency_distillation.seeded_noise", lambda seeds, like: noise.expand_as(like)
+    )
     monkeypatch.setattr("genalign.algorithms.tails.Mover.seeds", lambda self, seed, name: [0] * len(self.rows))
     inputs = RolloutInputs(toy.encode(["a"]), torch.zeros(1, dtype=torch.long), (1,), (0,))
     final = torch.ones(1, 1, dtype=torch.float64)

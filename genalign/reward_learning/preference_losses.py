@@ -147,7 +147,7 @@ class CumulativeLogit(GradeLoss):
         if not 2 <= len(grades) <= _MOST_GRADES:
             raise ValueError(
                 f"the ratings have {len(grades)} different values, and ordinal regression takes 2 to {_MOST_GRADES}:"
-                " take genalign.reward_learning.losses.Regression"
+                " take genalign.reward_learning.preference_losses.Regression"
             )
         return _Ordinal(grades, values)
 

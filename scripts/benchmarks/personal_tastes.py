@@ -32,7 +32,7 @@ from genalign.prompts import drawn_in_turn
 from genalign.reward_learning.users import AnnotatedPair
 from genalign.training.offline import recorded
 from genalign.training.pools import INFO, Pool, PoolInfo, PoolSample, write_part
-from genalign.types import Pipeline, Prompt
+from genalign.types import Prompt
 from genalign.worlds.shapes.prompts import prompts as split
 from rewards.user_embeddings import MeanDifferenceLearner
 from scripts.benchmarks.planted_rewards import LIKED, Liked
@@ -106,7 +106,12 @@ def user_records(folder: Path, seed: int, size: ExperimentSize) -> list[PromptRe
     pipeline = pipelines.load("shapes-sd3", users=str(embeddings))
     pipeline.load_lora(trained)
     prompts = drawn_in_turn(split("comp"), size.evaluated, seed)
-    sampled = {user: _sampled(pipeline, prompts, user, seed, size.steps) for user in (None, *TASTES, UNSEEN)}
+    seeds = [derived_seed(seed, "evaluation", prompt.text) for prompt in prompts]  # the same noises for every user
+    grid, sampled = shapes_sampling(size.steps).grid(pipeline), dict[str | None, Tensor]()
+    for user in (None, *TASTES, UNSEEN):  # None for nobody
+        for_user = [Prompt(prompt.text, None if user is None else {"user": user}) for prompt in prompts]
+        with torch.no_grad():
+            sampled[user] = torch.cat(list(generate(pipeline, for_user, seeds, grid, 1.0, 48)))
     records = list[PromptRecord]()
     for user in TASTES:
         own = taste(user, sampled[user])
@@ -114,14 +119,6 @@ def user_records(folder: Path, seed: int, size: ExperimentSize) -> list[PromptRe
         records += _records(f"users.{user}", "taste of the user", seed, prompts, others, own)
     nobody, unseen = (taste(UNSEEN, sampled[user]) for user in (None, UNSEEN))
     return records + _records("users.unseen", "taste of the unseen user", seed, prompts, nobody, unseen)
-
-
-@torch.no_grad()
-def _sampled(pipeline: Pipeline, prompts: Sequence[Prompt], user: str | None, seed: int, steps: int) -> Tensor:
-    """Sample each prompt for a user, None for nobody, from a noise that depends on the prompt alone."""
-    asked = [Prompt(prompt.text, None if user is None else {"user": user}) for prompt in prompts]
-    seeds = [derived_seed(seed, "evaluation", prompt.text) for prompt in prompts]
-    return torch.cat(list(generate(pipeline, asked, seeds, shapes_sampling(steps).grid(pipeline), 1.0, 48)))
 
 
 def _records(
@@ -155,9 +152,9 @@ def _collect(folder: Path, embeddings: Path, seed: int, size: ExperimentSize) ->
                     liked, other = (images[2 * place + side] for side in (int(second), 1 - int(second)))
                     few.append(AnnotatedPair(prompt.text, user, partial(_same, liked), partial(_same, other)))
                 if user != UNSEEN:
-                    asked, group = Prompt(prompt.text, {"user": user}), f"{user}-{first + place}"
+                    for_user, group = Prompt(prompt.text, {"user": user}), f"{user}-{first + place}"
                     scores = (float(not second), float(second))
-                    samples += [PoolSample(asked, {"preference": score}, group) for score in scores]
+                    samples += [PoolSample(for_user, {"preference": score}, group) for score in scores]
         write_part(folder / "pool", number, latents.repeat(len(TASTES), 1, 1, 1), samples)
     if not (folder / "pool" / INFO).is_file():
         info.write(folder / "pool")
