@@ -100,7 +100,7 @@ def configuration(context: CommandContext, settings: Init, reward: Any) -> str:
     return f"""\
 # genalign train --config FILE: train {path} on {name}.
 # docs/settings.md and genalign train --help explain every setting. Any may be given on the command line, too.
-output: runs/{Path(path).name}
+output: {_quoted(f"runs/{Path(path).name}")}
 prompts: {_quoted(settings.prompts)}  # {distinct} different ones
 rewards:
   # weight: in the sum of several; score_batch: samples in one call, for large networks
@@ -147,4 +147,8 @@ def _body(settings: Init) -> str:
 
 def _quoted(text: str) -> str:
     """Write a text as a YAML scalar, in quotes where YAML would read something else."""
-    return text if yaml.safe_load(f"x: {text}") == {"x": text} else json.dumps(text, ensure_ascii=False)
+    try:
+        plain = yaml.safe_load(f"x: {text}") == {"x": text}
+    except yaml.YAMLError:  # such as for "a: b"
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -249,7 +249,14 @@ def test_every_recipe_is_among_them() -> None:
     assert {type(make().objective) for make in OBJECTIVES.values()} == used
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *FEW_STEP])
+_FAST = (*OBJECTIVES, "noise_hypernetwork", "distribution_matching")
+"""A recipe of each family, and those whose networks or calls differ."""
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [name if name in _FAST else pytest.param(name, marks=pytest.mark.slow) for name in (*RECIPES, *FEW_STEP)],
+)
 def test_no_recipe_waits_for_the_device_in_a_step(recipe: str) -> None:
     marks_its_network = recipe == "noise_hypernetwork"  # whose adapter no other recipe goes on with
     model = (Model.open if marks_its_network else shared)("sd35_medium")
@@ -260,7 +267,10 @@ def test_no_recipe_waits_for_the_device_in_a_step(recipe: str) -> None:
 @pytest.mark.parametrize(
     "recipe", [name if name == "flow_grpo" else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
 )
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "sdxl" else name for name in OTHERS],  # 5 s; as sd15
+)
 def test_no_model_waits_for_the_device_in_a_step(name: str, recipe: str) -> None:
     check(shared(name).train(OBJECTIVES[recipe]()))
 

@@ -65,10 +65,10 @@ def _train(folder: Path, settings: dict[str, Any], *arguments: str) -> dict[str,
 @pytest.mark.parametrize(
     ("family", "kernel", "guidance", "nfe"),
     [
-        ("sd15", "DDIM", 7.5, 64),
-        ("sdxl", "DDIM", 5.0, 64),
-        ("stable_audio", "DPMSDE", 7.0, 64),
-        ("sd3", "FlowSDE", 3.5, 56),
+        ("sd15", "DDIM", 7.5, 56),
+        ("sdxl", "DDIM", 5.0, 56),
+        ("stable_audio", "DPMSDE", 7.0, 56),
+        ("sd3", "FlowSDE", 3.5, 48),
     ],
 )
 def test_the_default_recipe_trains_every_family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_a_class_takes_its_parameters_and_its_configuration_parses(folder: Path,
     assert reward["function"] == {"class_path": "initial_rewards.Channel", "init_args": {"channel": 2, "scale": 1.0}}
     settings, _ = parse(Train, ["--config", "config.yaml"], "train")
     assert settings.rewards["Channel"].function.channel == 2
+
+
+def test_names_that_yaml_would_read_as_something_else_are_quoted(folder: Path, tiny_folder: Path) -> None:
+    model = shutil.copytree(tiny_folder, folder / "mine: second")
+    written = init("--model", model.name, *REWARD)
+    assert written["model"]["path"] == model.name and written["output"] == f"runs/{model.name}"
 
 
 def test_one_prompt_has_no_evaluations(folder: Path, tiny_folder: Path) -> None:

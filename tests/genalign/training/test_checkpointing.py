@@ -104,6 +104,23 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
 }
 
 
+EACH_STATE = (
+    "flow_grpo",
+    "adv_grpo",
+    "dragon_set",
+    "nft",
+    "mix_grpo",
+    "draft",
+    "noise_hypernetwork",
+    "awm with a trail",
+    "with_gradient_balance",
+    "with_elastic_reset",
+    "with_further_prompts",
+    "with_recalibration",
+)
+"""Recipes whose runs keep a state of a kind of their own; the others take half a minute more together."""
+
+
 def test_the_grid_has_every_recipe() -> None:
     factories = {
         name
@@ -182,7 +199,7 @@ def _require_exact_resume(
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("model", "name"),
-    [("image", name) for name in GRID]
+    [pytest.param("image", name, marks=() if name in EACH_STATE else pytest.mark.slow) for name in GRID]
     + [("audio", name) for name in ("flow_grpo", "adv_grpo", "dragon_set", "nft")],  # one of each kind of state
     indirect=["model"],
 )

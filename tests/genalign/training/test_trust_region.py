@@ -33,7 +33,7 @@ def auto(rate: float, **changes: object) -> TrainerSettings:
     return replace(SETTINGS, learning_rate="auto", trust_region=region, **changes)
 
 
-@pytest.mark.parametrize("rate", [1e-4, 1.0])
+@pytest.mark.parametrize("rate", [pytest.param(1e-4, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("name", RECIPES)
 def test_rounds_move_the_policy_by_the_target_whatever_the_first_rate(tiny: SD3, name: str, rate: float) -> None:
     trainer = toy_trainer(tiny, RECIPES[name](), settings=auto(rate, rounds=8))
