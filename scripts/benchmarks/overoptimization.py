@@ -14,8 +14,9 @@ budget):
 | Flow-GRPO on the 7 rewards, on CLIP and on the verifier, 3 seeds of 4 minutes | 9 x 3 x 4.7 = 127 |
 | DRAGON at 1,000 pairs | 3 x 4.7 = 14 |
 | guards at 1,000 pairs: KL, PAR, the ensemble's mean, minimum, and mean less deviation | 5 x 3 x 4.7 = 70 |
+| PAR's references: four samples of each prompt | 3 x 3 = 9 |
 
-That is 4.4 hours. Where it takes longer, arms go before seeds: DRAGON, then PAR, then KL.
+That is 4.5 hours. Where it takes longer, arms go before seeds: DRAGON, then PAR, then KL.
 """
 
 from __future__ import annotations
