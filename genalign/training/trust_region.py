@@ -2,8 +2,8 @@
 
 The distance is the mean squared change of predictions on a few samples of the round, noised to random levels
 (``interfaces.MeasuresDistance``). It means the same for every recipe, sampler and step, unlike the Kullback-Leibler
-divergence of a sampling step, which is 1,000 times larger at the last step than at the first. An update that moves the
-policy too far is shortened, or taken back.
+divergence of a sampling step, which the noise of that step divides. An update that moves the policy too far is
+shortened, or taken back.
 """
 
 from __future__ import annotations
