@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import (
-    Distance,
     ObjectiveTraits,
     TermCounts,
     TermScales,
@@ -21,7 +20,6 @@ from genalign.algorithms.interfaces import (
     UpdateContext,
 )
 from genalign.algorithms.losses import mean_square, require_per_sample
-from genalign.algorithms.matching import noised_distance
 from genalign.algorithms.tails import Mover
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import VPPath, expand
@@ -108,10 +106,6 @@ class ConsistencyObjective:
         """Count the samples with credit, over all draws. Raises ValueError for credit per step."""
         require_per_sample(len(batch.group), credit=batch.credit)
         return TermCounts(self.draws * int((batch.credit != 0).sum()), 0)
-
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        return noised_distance(context, batch, seed)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Accumulate the gradients of the samples with credit, each times its credit.

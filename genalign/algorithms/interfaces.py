@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -403,18 +403,6 @@ class KLRegularized(Protocol):
 
     def with_stronger_kl(self, minimum: float) -> Objective:
         """Return the objective with twice the weight of the penalty, and at least ``minimum``."""
-
-
-Distance = Callable[[], Tensor]
-"""Measures the mean squared difference (N,) of the current policy's predictions from an earlier one's, on samples."""
-
-
-@runtime_checkable
-class MeasuresDistance(Protocol):
-    """An objective that measures how far updates move the policy, as ``training.trust_region`` needs it."""
-
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict with the current weights; return what measures the distance of later weights on the same samples."""
 
 
 def with_stronger_kl(objective: Objective, minimum: float) -> Objective:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import mean_square, optimality, require_per_sample
 from genalign.diffusion.noise import derived_seed, seeded_noise, seeded_uniform
 from genalign.diffusion.policy import WeightSnapshot
@@ -101,19 +101,6 @@ def noised_samples(pipeline: Pipeline, batch: UpdateBatch, rows: Tensor, u: Tens
     return Noising(x0, path.add_noise(x0, eps, level), level, path.prediction(x0, eps, level), conditioning)
 
 
-def noised_distance(context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-    """Predict each sample at one random level; return what measures the mean squared change (B,) of predictions."""
-    seeds = [derived_seed(seed, own) for own in batch.rollout.inputs.noise_seeds]
-    noised = noised_samples(context.pipeline, batch, torch.arange(len(batch)), seeded_uniform(seeds), seeds)
-
-    @torch.no_grad()
-    def predictions() -> Tensor:
-        return noised.predict(context.pipeline)
-
-    before = predictions()
-    return lambda: mean_square(predictions(), before)
-
-
 class MatchingLoss(Protocol):
     """The terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,).
 
@@ -184,18 +171,6 @@ class MatchingObjective:
         """Count the terms of the loss, and the samples, over all draws. Raises ValueError for credit per step."""
         require_per_sample(len(batch.group), credit=batch.credit)
         return TermCounts(self.draws * self.loss.terms(batch.credit, batch.group), self.draws * len(batch))
-
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        rows = torch.arange(len(batch))
-        noising = self._noising(context, batch, rows, ((rows + batch.group) % self.draws).tolist(), seed)
-
-        @torch.no_grad()
-        def predictions() -> Tensor:
-            return noising.predict(context.pipeline)
-
-        before = predictions()
-        return lambda: mean_square(predictions(), before)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Noise and predict the samples of the loss, or all samples with an anchor, and accumulate their gradients.

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from genalign.algorithms.interfaces import (
-    Distance,
     KLRegularized,
-    MeasuresDistance,
     Objective,
     ObjectiveTraits,
     PartMetrics,
@@ -71,11 +69,6 @@ class SumObjective:
             all(one.needs_spread for one in own),
         )
 
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Measure the distance as the first part does that measures one."""
-        measuring = next(part.objective for part in self.parts if isinstance(part.objective, MeasuresDistance))
-        return measuring.distance_from_now(context, batch, seed)
-
     def with_stronger_kl(self, minimum: float) -> SumObjective:
         """Strengthen the penalty of the first part that has one. Raises ValueError if none has."""
         for place, part in enumerate(self.parts):
@@ -108,9 +101,3 @@ class SumObjective:
             metrics = PartMetrics(context.metrics, part.name, share, counted=place == counted)
             named = derived_seed(seed, part.name)
             part.objective.backward(replace(context, metrics=metrics), batch, scale.times(part.weight), named)
-
-
-def measures_distance(objective: Objective) -> bool:
-    """Return whether an objective, or a part of a sum, measures how far updates move the policy."""
-    parts = [part.objective for part in objective.parts] if isinstance(objective, SumObjective) else [objective]
-    return any(isinstance(part, MeasuresDistance) for part in parts)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import (
-    Distance,
     HasTraits,
     ObjectiveTraits,
     RoundScores,
@@ -27,7 +26,6 @@ from genalign.algorithms.interfaces import (
     UpdateContext,
 )
 from genalign.algorithms.losses import mean_square, require_per_sample
-from genalign.algorithms.matching import noised_distance
 from genalign.algorithms.reward_gradient import LatentGradient, latent_gradient
 from genalign.diffusion.noise import derived_seed
 from genalign.types import Conditioning, NoiseLevel, Prompt
@@ -184,24 +182,6 @@ class PathwiseObjective:
         require_per_sample(len(batch.group), credit=batch.credit)
         count = int((batch.credit != 0).sum())
         return TermCounts(count, count)
-
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions.
-
-        The level of a noise hypernetwork is the first, where alone its adapter is on.
-        """
-        if not context.policy.shifts_noise:
-            return noised_distance(context, batch, seed)
-        own = batch.rollout.inputs
-        noise, conditioning = context.pipeline.initial_noise(own.noise_seeds), own.conditioning[own.prompt]
-
-        @torch.no_grad()
-        def predictions() -> Tensor:
-            with context.policy.trained_prediction():
-                return context.pipeline.predict(noise, context.grid[0], conditioning, context.guidance)
-
-        before = predictions()
-        return lambda: mean_square(predictions(), before)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Run the tail for the samples with credit, and accumulate their gradients.

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     ClipRange,
     KLForm,
@@ -30,7 +30,6 @@ from genalign.algorithms.losses import (
     kl_penalty,
     require_per_sample,
 )
-from genalign.algorithms.matching import noised_distance
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import Kernel, trainable_steps
@@ -154,10 +153,6 @@ class PolicyGradient:
 
     def with_stronger_kl(self, minimum: float) -> PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
-
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        return noised_distance(context, batch, seed)
 
     def terms(self, batch: UpdateBatch) -> TermCounts:
         """Count the transitions that have credit."""
@@ -309,10 +304,6 @@ class CoupledObjective:
 
     def terms(self, batch: UpdateBatch) -> TermCounts:
         return TermCounts(self.loss.terms(batch.credit, batch.group), 0)
-
-    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
-        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
-        return noised_distance(context, batch, seed)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.interfaces import (
-    Distance,
-    MeasuresDistance,
     MetricSums,
     PartMetrics,
     RoundScores,
@@ -51,7 +49,7 @@ from genalign.training.sampler import SampledBatch
 from genalign.training.settings import FittedSettings, optimizer_class
 from genalign.training.students import rollout_guidance
 from genalign.training.trailing_weights import TrailingWeights
-from genalign.training.trust_region import RateController, RoundLimit
+from genalign.training.trust_region import RateController, RoundLimit, change_of_predictions
 from genalign.types import CompilesBlocks, Prompt
 
 logger = logging.getLogger(__name__)
@@ -99,7 +97,8 @@ class Learner:
         seed = derived_seed(settings.seed, "companion")
         self.companion = recipe.companion(pipeline, policy, seed) if recipe.companion else None
         auto = settings.learning_rate == "auto"
-        self.rates = RateController.of(settings.trust_region, recipe.objective) if auto else None
+        region = settings.trust_region
+        self.rates = RateController(region.target, region.initial_rate) if auto else None
         self.optimizer = optimizer_class(settings)(policy.parameters, weight_decay=settings.weight_decay)
         self.old = policy.snapshot() if recipe.lag else None
         self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
@@ -197,16 +196,16 @@ class Learner:
         """Begin the trust region of round ``index``, measured on a few samples of each batch, whatever rank has it."""
         if self.rates is None:
             return None
-        objective, seed = cast(MeasuresDistance, self.recipe.objective), derived_seed(self.settings.seed, index, "d")
+        seed = derived_seed(self.settings.seed, index, "d")
         count = -(-self.settings.trust_region.probe // sum(size > 0 for size in self.batch_sizes))
-        own = list[Distance]()
+        changes = list[Callable[[], Tensor]]()
         for batch in batches.values():
             spread = torch.arange(min(count, len(batch))) * len(batch) // min(count, len(batch))
             for part in batch.select(spread).split(self.micro_batch):
-                own.append(objective.distance_from_now(context, part.to(self.policy.device), seed))
+                changes.append(change_of_predictions(context, part.to(self.policy.device), seed))
 
         def distance() -> float:
-            values = torch.cat([measure() for measure in own]).tolist() if own else []
+            values = torch.cat([change() for change in changes]).tolist() if changes else []
             return statistics.fmean(itertools.chain(*self.processes.all_gather_object(values)))
 
         return RoundLimit(self.rates, distance, rate_factor**2)

@@ -1,9 +1,8 @@
 """A trust region: a learning rate that moves the policy by a set distance in every round, whatever rate it began with.
 
-The distance is the mean squared change of predictions on a few samples of the round, noised to random levels
-(``interfaces.MeasuresDistance``). It means the same for every recipe, sampler and step, unlike the Kullback-Leibler
-divergence of a sampling step, which the noise of that step divides. An update that moves the policy too far is
-shortened, or taken back.
+The distance is the mean squared change of predictions on a few samples of the round, noised to random levels. It means
+the same for every recipe, sampler and step, unlike the Kullback-Leibler divergence of a sampling step, which the noise
+of that step divides. An update that moves the policy too far is shortened, or taken back.
 """
 
 from __future__ import annotations
@@ -12,10 +11,14 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
-from genalign.algorithms.interfaces import Objective
-from genalign.algorithms.objective_sum import measures_distance
+import torch
+from torch import Tensor
+
+from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
+from genalign.algorithms.losses import mean_square
+from genalign.algorithms.matching import noised_samples
+from genalign.diffusion.noise import derived_seed, seeded_uniform
 from genalign.diffusion.policy import Policy, WeightSnapshot
 
 logger = logging.getLogger(__name__)
@@ -56,16 +59,6 @@ class RateController:
 
     target: float
     rate: float
-
-    @classmethod
-    def of(cls, settings: TrustRegion, objective: Objective) -> Self:
-        """Begin with the settings. Raises ValueError for an objective that measures no distance."""
-        if not measures_distance(objective):
-            raise ValueError(
-                f"training.learning_rate auto needs to know how far an update moves the policy, which"
-                f" {type(objective).__name__} does not measure: set training.learning_rate to a number"
-            )
-        return cls(settings.target, settings.initial_rate)
 
 
 @dataclass
@@ -110,3 +103,29 @@ class RoundLimit:
         if self.moved > 0 and self.share >= _MEASURABLE:
             factor = math.sqrt(self.rates.target * self.share / self.moved)
             self.rates.rate *= min(max(factor, 1 / _CHANGE), _CHANGE)
+
+
+def change_of_predictions(context: UpdateContext, batch: UpdateBatch, seed: int) -> Callable[[], Tensor]:
+    """Predict each sample at one random noise level; return what measures the mean squared change (B,) since then.
+
+    The level of a noise hypernetwork is the first, where alone its adapter is on.
+
+    Args:
+        context: The model, the sampler and the policy.
+        batch: B samples.
+        seed: The seed of levels and noises.
+    """
+    pipeline, inputs = context.pipeline, batch.rollout.inputs
+    seeds = [derived_seed(seed, own) for own in inputs.noise_seeds]
+    noised = noised_samples(pipeline, batch, torch.arange(len(batch)), seeded_uniform(seeds), seeds)
+
+    @torch.no_grad()
+    def predictions() -> Tensor:
+        if not context.policy.shifts_noise:
+            return noised.predict(pipeline)
+        noise, conditioning = pipeline.initial_noise(inputs.noise_seeds), inputs.conditioning[inputs.prompt]
+        with context.policy.trained_prediction():
+            return pipeline.predict(noise, context.grid[0], conditioning, context.guidance)
+
+    before = predictions()
+    return lambda: mean_square(predictions(), before)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.algorithms.interfaces import MeasuresDistance, MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.recipe import Recipe
+from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.recipes import dragon, flow_grpo, nft, prdp
 from genalign.diffusion.policy import Policy
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
-from genalign.training.trust_region import RateController, RoundLimit, TrustRegion
+from genalign.training.trust_region import RateController, RoundLimit, TrustRegion, change_of_predictions
 from pipelines import SD3
 from tests.genalign.training.toy_runs import SETTINGS, toy_trainer, weights
 
@@ -139,26 +138,15 @@ def move(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_objective_measures_the_change_of_predictions(tiny: SD3, name: str) -> None:
+def test_the_distance_is_the_change_of_predictions(tiny: SD3, name: str) -> None:
     trainer = toy_trainer(tiny, RECIPES[name]())
     context, batch = first_batch(trainer)
-    objective = trainer.recipe.objective
-    assert isinstance(objective, MeasuresDistance)
-    distance = objective.distance_from_now(context, batch, seed=0)
+    distance = change_of_predictions(context, batch, seed=0)
     assert distance().tolist() == [0.0] * len(batch)
     move(trainer)
     first = distance()
     move(trainer)
     assert (first > 0).all() and (distance() > first).all() and torch.equal(distance(), distance())
-
-
-def test_an_objective_without_a_distance_is_refused_by_name(tiny: SD3) -> None:
-    class Own:
-        unit, clip_range = "sample", None
-
-    recipe: Recipe = replace(flow_grpo(window=2), objective=Own())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"which Own does not measure: set training\.learning_rate to a number"):
-        toy_trainer(tiny, recipe, settings=auto(1e-3))
 
 
 @pytest.mark.parametrize("name", ["target", "initial_rate", "probe"])
