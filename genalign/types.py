@@ -264,9 +264,10 @@ class Reward(Protocol):
 
 @runtime_checkable
 class SaturatingReward(Protocol):
-    """A reward whose scores level off on purpose, as a log-sigmoid's do, so that good samples stop to differ.
+    """A reward whose scores level off on purpose, as a log-sigmoid's do, so that good samples no longer differ.
 
-    It means something only to credit in units of the score: what is divided by its spread does not fade.
+    Use it with a credit in units of the score, such as ``LeaveOneOut``: dividing by the standard deviation would undo
+    the saturation.
     """
 
     @property

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 import types
 import typing
@@ -21,14 +23,18 @@ from typing import Any, Literal, Union
 
 import docstring_parser
 from jsonargparse.typing import Path_fr
+from torch import Tensor
 
 import genalign
+import rewards
+from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.recipe import Recipe
 from genalign.cli.commands import COMMANDS, imported
 from genalign.cli.compare import OwnSettings
 from genalign.cli.structure import ALIASES
 from genalign.diffusion.transitions import Kernel
 from genalign.search.strategy import Strategy
+from genalign.types import AnyCallable, Prompt
 
 ROOT = Path(__file__).parents[1]
 PAGE, TABLE = ROOT / "docs" / "settings.md", ROOT / "genalign" / "cli" / "settings.json"
@@ -38,6 +44,17 @@ KINDS: dict[str, tuple[type, str]] = {
     "strategy": (Strategy, "Search strategies"),
 }
 """What a setting may be by name: its class, and a heading."""
+BY_PATH = {
+    "credit": ("credit", (RoundScores,), "Credits", "What `with_credit.credit` may be, by import path."),
+    "reward": (
+        "function",
+        (Tensor, Sequence[Prompt]),
+        "Rewards",
+        "What `rewards.NAME.function` may be, by import path.",
+    ),
+}
+"""What a setting may be by import path: the last name of the setting, the parameters of a call, a heading and a
+sentence."""
 
 _PLAIN = {
     int: "int",
@@ -99,7 +116,13 @@ def _field_default(component: Any, name: str) -> Any:
 
 def _setting(name: str, hint: Any, default: Any, text: str) -> Iterator[dict[str, Any]]:
     """Describe a setting, and then those of its parts."""
-    yield {"name": name, "type": _type_name(hint), "help": text} | _properties(hint, default)
+    last = name.rpartition(".")[2]
+    among = next((kind for kind, (setting, *_) in BY_PATH.items() if setting == last and hint is AnyCallable), None)
+    yield (
+        {"name": name, "type": _type_name(hint), "help": text}
+        | ({"among": among} if among else {})
+        | _properties(hint, default)
+    )
     main = _options(hint)[0]
     if _is_group(hint):
         parts = _parts(main, name, default)
@@ -212,6 +235,30 @@ def components(kind: str) -> dict[str, Any]:
     return {name: one for name, one in sorted(named.items()) if _makes(one, base)}
 
 
+def components_by_path(kind: str) -> dict[str, Any]:
+    """The public classes and functions of a kind of :data:`BY_PATH` in genalign and rewards, by import path."""
+    found = {}
+    for package in (genalign.algorithms, rewards):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, one in vars(importlib.import_module(module.name)).items():
+                own = getattr(one, "__module__", None) == module.name and not name.startswith("_")
+                if own and _is_called_with(one, BY_PATH[kind][1]):
+                    found[f"{module.name}.{name}"] = one
+    return dict(sorted(found.items()))
+
+
+def _is_called_with(component: Any, expected: tuple[Any, ...]) -> bool:
+    """Whether a function, or calls of a class's objects, require parameters of these types and return a tensor."""
+    call = (
+        component.__call__ if inspect.isclass(component) and typing.Protocol not in component.__bases__ else component
+    )
+    if not inspect.isfunction(call):
+        return False
+    parameters, hints = inspect.signature(call).parameters.items(), typing.get_type_hints(call)
+    required = [hints.get(name) for name, one in parameters if one.default is one.empty and name != "self"]
+    return tuple(required) == expected and hints.get("return") is Tensor
+
+
 def _makes(component: Any, base: type) -> bool:
     if inspect.isfunction(component):
         return typing.get_type_hints(component).get("return") is base
@@ -224,7 +271,7 @@ def _makes(component: Any, base: type) -> bool:
 
 
 def table() -> dict[str, Any]:
-    """What settings.json holds: settings by dataclass, without those of a base, and of all that a setting may name."""
+    """What settings.json holds: settings by dataclass, without those of a base, and of all that a setting may be."""
     groups: dict[str, dict[str, Any]] = {}
     for place in dict.fromkeys(command.settings for command in COMMANDS.values()):
         kind = imported(place)
@@ -232,13 +279,16 @@ def table() -> dict[str, Any]:
         inherited = list(settings_of(imported(base))) if base else []
         own = [setting for setting in settings_of(kind) if setting not in inherited]
         groups[place] = {"help": summary(kind), **({"base": base} if base else {}), "settings": own}
-    named = {
-        kind: {
-            name: {"help": summary(one), "settings": list(settings_of(one))} for name, one in components(kind).items()
-        }
-        for kind in KINDS
+    named = {kind: _described(components(kind)) for kind in KINDS}
+    return {
+        "settings": groups,
+        "named": named,
+        "by_path": {kind: _described(components_by_path(kind)) for kind in BY_PATH},
     }
-    return {"settings": groups, "named": named}
+
+
+def _described(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {"help": summary(one), "settings": list(settings_of(one))} for name, one in found.items()}
 
 
 def page(content: dict[str, Any]) -> str:
@@ -260,9 +310,11 @@ def page(content: dict[str, Any]) -> str:
         lines += [f"## {_command_names(place)}", "", _markdown(about["help"]), ""]
         lines += [f"All settings of {_command_names(about['base'])}, and:", ""] if "base" in about else []
         lines += [*_rows(about["settings"]), ""]
-    for kind, (_, heading) in KINDS.items():
-        lines += [f"## {heading}", "", f"What `{kind}` may be.", ""]
-        for name, about in content["named"][kind].items():
+    kinds = [(heading, f"What `{kind}` may be.", content["named"][kind]) for kind, (_, heading) in KINDS.items()]
+    kinds += [(heading, text, content["by_path"][kind]) for kind, (*_, heading, text) in BY_PATH.items()]
+    for heading, text, found in kinds:
+        lines += [f"## {heading}", "", text, ""]
+        for name, about in found.items():
             lines += [f"### {name}", "", _markdown(about["help"]), ""]
             lines += [*_rows(about["settings"]), ""] if about["settings"] else []
     return "\n".join(lines).rstrip() + "\n"

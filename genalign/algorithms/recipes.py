@@ -384,8 +384,9 @@ def dragon(
         pairs: The number of pairs per prompt: the best and the worst, the second best and the second worst, ...
         anchor: The weight of the distance from the reference policy.
         low: The lowest noise level, as a fraction of the path's range. High levels decide the content of a sample.
-        link: The function of the gains that the loss "dpo" compares, for example ``matching.ChiSquaredLink`` of chi-PO
-            or ``matching.AlphaLink`` of AlphaPO; None compares the gains themselves.
+        link: The function of the gains that the loss "dpo" compares, for example
+            ``genalign.algorithms.matching_losses.ChiSquaredLink`` of chi-PO or ``AlphaLink`` of AlphaPO beside it; None
+            compares the gains themselves.
     """
     if link is not None and loss != "dpo":
         raise ValueError(f'recipe.link belongs to the loss "dpo", not to {loss!r}: leave one of them out')

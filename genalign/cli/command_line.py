@@ -32,6 +32,7 @@ def _synopsis(command: Command) -> str:
     return f"{command.name} {command.positional.upper()}" if command.positional else command.name
 
 
+_KINDS = {"kernel": "kernel", "credit": "credit", "function": "reward"}  # by the last name of a nested setting
 _WIDTH = 2 + max(len(_synopsis(command)) for command in COMMANDS.values())
 
 
@@ -100,6 +101,8 @@ def _add_setting(
     named = settings_table()["named"].get(entry.get("kind"), {})
     if named:
         text += f" One of {', '.join(named)}, or an import path. --{name}.help NAME explains one."
+    if "among" in entry:
+        text += f" --{name}.help lists those of genalign."
     also = [f"--{alias}" for alias in ALIASES if alias != name and full_name(alias, names) == name]
     text += f" (also {', '.join(also)})" if also else ""
     if entry.get("required"):
@@ -130,23 +133,33 @@ def command_help(command: Command, arguments: Sequence[str]) -> str | None:
     for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         kinds = {entry["name"]: entry["kind"] for entry in settings_of(command.settings) if "kind" in entry}
         prefix, _, end = word.removeprefix("--").rpartition(".")
-        if end == "help" and prefix.endswith(".kernel"):
-            kinds[prefix] = "kernel"
+        if end == "help" and prefix.rpartition(".")[2] in _KINDS:
+            kinds[prefix] = _KINDS[prefix.rpartition(".")[2]]
         if word in ("-h", "--help"):
             return command_parser(command).format_help()
-        if end == "help" and prefix in kinds and "." not in following.removeprefix("genalign."):
-            return named_help(kinds[prefix], following, prefix)
+        if end == "help" and prefix in kinds:
+            known = _table(kinds[prefix])
+            if following in known or "." not in following.removeprefix("genalign."):
+                return named_help(kinds[prefix], following, prefix)
     return None
+
+
+def _table(kind: str) -> Mapping[str, Any]:
+    """What a setting of a kind may be: by short name, or by import path."""
+    table = settings_table()
+    known: Mapping[str, Any] = table["named"].get(kind) or table["by_path"][kind]
+    return known
 
 
 def named_help(kind: str, name: str, prefix: str) -> str:
     """Explain what a setting may name, such as a recipe, with its own settings; without a name, list all."""
-    named = settings_table()["named"][kind]
-    if name.rpartition(".")[2] not in named:
+    named = _table(kind)
+    name = next((one for one in named if one.rpartition(".")[2] == name.rpartition(".")[2]), "")
+    if not name:
         width = 2 + max(map(len, named))
         lines = [f"  {one:{width}s}{about['help'].splitlines()[0]}" for one, about in named.items()]
         return "\n".join([f"--{prefix} is one of these, or the import path of another:\n", *lines])
-    about = named[name.rpartition(".")[2]]
+    about = named[name]
     parser = argparse.ArgumentParser(
         prog=name,
         usage=f"--{prefix} {name} [--{prefix}.SETTING VALUE ...]",

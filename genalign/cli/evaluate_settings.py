@@ -75,7 +75,7 @@ class Evaluate:
         rewards: Rewards by name; the report shows the first one first.
         set_rewards: Scores of all samples at once, by name.
         sampling: Sampling settings.
-        seeds: Number of initial noises per prompt.
+        seeds: Number of initial noises per prompt; the least number where samples_per_task is set.
         samples_per_task: Number of samples of each task, always of the same prompts; null takes all prompts.
         batch_size: Number of samples that are generated and scored at once.
         device: Torch device on which ``samples`` are scored.

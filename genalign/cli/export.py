@@ -33,8 +33,8 @@ class Export:
             that read kohya's names (SD 1.5 and SDXL). "genalign" is an adapter that is no plain LoRA (a noise
             hypernetwork, or a LoRA with a hypernetwork), which genalign alone samples with. "merged" is the network
             with the adapter in its weights, "pipeline" a whole diffusers folder.
-        round: Export the checkpoint after so many rounds; null exports the end of the run, or the last checkpoint of
-            one that has not ended.
+        round: Export the checkpoint after so many rounds; null exports the best weights by the held-out rewards, or
+            without these the newest: of the end of the run, or of the last checkpoint of one that has not ended.
         push: Name of a new repository of the Hub (owner/name) that the export is uploaded to; needs a token.
         private: Make that repository private.
     """

@@ -112,7 +112,8 @@ class Train(Generation):
         output: Folder of the run.
         prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, a dataset
             (hf://datasets/owner/name:split#column), or a split of a world, as in shapes:train.
-        recipe: Training method, as in genalign.flow_grpo.
+        recipe: Training method, as in genalign.flow_grpo; with_credit changes its advantages, and --recipe.credit.help
+            lists what these may be.
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.
         training: Geometry of a round, optimizer, and reaction to faults.

@@ -1,4 +1,4 @@
-"""Noise-aware pruning of an unmodified diffusers pipeline, by runs of it in parts.
+"""Pruning of an unmodified diffusers pipeline, by running it in parts.
 
 Many samples begin, and a selection of them continues. The pipeline sees only a part of its timesteps and runs through
 it as always. So no run is broken off, and any family works whose pipeline steps a scheduler. N samples.

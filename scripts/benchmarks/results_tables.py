@@ -121,7 +121,7 @@ def wins(result: dict[str, Any]) -> str:
     before / after training. Those statistics take trials for independent, and a prompt returns with every seed.
     """
     rewards = list(result["win_rates"][0]["rewards"])
-    heading = ["name", "trained on", "win rate", "95% lower bound*", "p*", "trials", *rewards]
+    heading = ["name", "trained on", "win rate (a tie is half)", "95% lower bound without ties*", "p*", "trials", *rewards]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row in result["win_rates"]:
         won = row["wins"]
@@ -129,7 +129,10 @@ def wins(result: dict[str, Any]) -> str:
         cells = [row["name"], row["target"], f"{won['rate']:.1%}", f"{won['low']:.1%}", f"{won['p_value']:.1e}"]
         cells += [str(trials), *("{before:.3g} / {after:.3g}".format(**row["rewards"][name]) for name in rewards)]
         lines.append(f"| {' | '.join(cells)} |")
-    note = "\\* if all trials were independent; a prompt returns with every training seed, so that they are optimistic."
+    note = (
+        "\\* of the decided trials, as if all were independent; the same prompts come with every training seed, so that"
+        " these figures are optimistic."
+    )
     return "\n".join([*lines, "", note, ""])
 
 

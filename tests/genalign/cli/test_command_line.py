@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from genalign.algorithms import credit, multi_reward_credit, step_credit
 from genalign.cli.command_line import command_help, completion, named_help
 from genalign.cli.commands import COMMANDS, imported
 from genalign.cli.parsing import _parser
@@ -19,9 +20,9 @@ def test_every_setting_has_words(name: str) -> None:
     assert settings and [one["name"] for one in settings if len(one["help"].split()) < 2] == []
 
 
-@pytest.mark.parametrize("kind", ["recipe", "kernel", "strategy"])
+@pytest.mark.parametrize("kind", ["recipe", "kernel", "strategy", "credit", "reward"])
 def test_every_setting_of_what_a_setting_names_has_words(kind: str) -> None:
-    named = settings_table()["named"][kind]
+    named = {**settings_table()["named"], **settings_table()["by_path"]}[kind]
     assert len(named) > 5
     for name, about in named.items():
         assert about["help"], name
@@ -55,6 +56,23 @@ def test_the_help_of_a_name_explains_its_own_settings() -> None:
     assert command_help(COMMANDS["train"], ["--recipe.help", "mine.recipe"]) is None  # the parser imports it
     assert command_help(COMMANDS["train"], ["--recipe", "flow_grpo"]) is None
     assert "candidates" in named_help("strategy", "BestOfN", "strategy")
+
+
+def test_the_help_of_training_finds_every_credit_and_every_reward() -> None:
+    train = COMMANDS["train"]
+    text = " ".join((command_help(train, ["--help"]) or "").split())
+    assert "--recipe.credit.help lists" in text and "--rewards.NAME.function.help lists" in text
+    credits = command_help(train, ["--recipe.credit.help"]) or ""
+    for module in (credit, multi_reward_credit, step_credit):
+        own = [name for name, one in vars(module).items() if getattr(one, "__module__", "") == module.__name__]
+        for name in own:
+            if not name.startswith("_") and "__call__" in vars(vars(module)[name]):
+                assert f"{module.__name__}.{name} " in credits, name
+    rewards = command_help(train, ["--rewards.mine.function.help"]) or ""
+    for name in ("combine.WeightedSum", "combine.HarmonicMean", "constrained.Constrained", "shaped.PreferenceAsReward"):
+        assert f"rewards.{name} " in rewards
+    path = "genalign.algorithms.credit.BestOfNCredit"
+    assert "--recipe.credit.n N" in (command_help(train, ["--recipe.credit.help", path]) or "")
 
 
 @pytest.mark.skipif(find_spec("shtab") is None, reason="shtab is not installed")
