@@ -15,8 +15,8 @@ class RewardChoice:
     """A reward and how it is called.
 
     Args:
-        function: Import path of a function, or of a class whose objects are called, as in rewards.clip.ClipReward or, of
-            several rewards, rewards.combine.WeightedSum.
+        function: Import path of a function, or of a class whose objects are called, as in rewards.clip.ClipReward, or
+            rewards.combine.WeightedSum for a sum of others.
         weight: Weight in the sum of rewards; 0 only reports the score.
         score_batch: Number of samples that are scored in one call; null scores a batch at once.
         timeout: Seconds after which a call has failed; null waits forever.

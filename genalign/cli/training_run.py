@@ -25,8 +25,8 @@ from genalign.diffusion.rollout import SeededSamples
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
 from genalign.evaluation.folder import EvaluationFolder
-from genalign.evaluation.paired import effect_sizes, gain, gain_record, pairs_by_gain, task_gains, turned_right
-from genalign.evaluation.report.words import gain_verdict, gained_tasks, turned_right_words
+from genalign.evaluation.paired import effect_sizes, gain, gain_record, newly_correct, pairs_by_gain, task_gains
+from genalign.evaluation.report.words import gain_verdict, gained_tasks, newly_correct_words
 from genalign.evaluation.scorers import Scorer
 from genalign.runtime.distributed import (
     SINGLE_PROCESS,
@@ -272,7 +272,7 @@ class TrainingRun:
 def print_gains(before: Evaluation, after: Evaluation) -> None:
     """Print before, after and gain with intervals: the first score by task if there are several, and all overall.
 
-    Then a line on each score, one on the tasks that gained, and one on the pairs that turned right.
+    Then a line on each score, one on the tasks that gained, and one on the samples that became correct.
     """
     first, overall, by_task = before.score_names[0], gain(before, after), task_gains(before, after)
     estimates = [
@@ -294,5 +294,5 @@ def print_gains(before: Evaluation, after: Evaluation) -> None:
         print(f"{score}: {gain_verdict(overall[score], effect).text}")
     if len(by_task) > 1:
         print(gained_tasks(first, by_task))
-    if right := turned_right(pairs_by_gain(before, after)):
-        print(turned_right_words(right))
+    if right := newly_correct(pairs_by_gain(before, after)):
+        print(newly_correct_words(right))

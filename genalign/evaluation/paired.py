@@ -32,15 +32,15 @@ class SamplePair:
         return _recognition(self.before)[1]
 
     @property
-    def turns_right(self) -> bool:
+    def became_correct(self) -> bool:
         """Whether the score of that verifier rises to 1, all that the prompt asks for."""
         name, _ = _recognition(self.before)
         return self.before.scores.get(name, 1) < self.after.scores.get(name, 0) == 1
 
     @property
     def content_repaired(self) -> bool:
-        """Whether the pair turns right, and the verifier recognized everything before, so that no noise was removed."""
-        return self.turns_right and bool(self.recognized_before)
+        """Whether the sample became correct without removal of noise: the verifier recognized everything before."""
+        return self.became_correct and bool(self.recognized_before)
 
 
 def pairs(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
@@ -104,11 +104,11 @@ def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ..
 
 
 @dataclass(frozen=True)
-class TurnedRight:
-    """The number of ``pairs`` that turn right, and of them that were ``recognized`` before.
+class NewlyCorrect:
+    """The number of ``pairs`` whose sample became correct, and of those in which everything was ``recognized`` before.
 
-    In these the content was put right, such as a color, a number or a place; in the others something was there that a
-    verifier does not know, such as noise, or nothing at all.
+    In the latter the content was corrected, such as a color, a number or a place; in the others something was there
+    that a verifier does not know, such as noise, or nothing at all.
     """
 
     pairs: int
@@ -124,15 +124,15 @@ class TurnedRight:
         return {"pairs": self.pairs, "recognized_before": self.recognized, "share": self.share if self.pairs else None}
 
 
-def turned_right(pairs: Sequence[SamplePair]) -> TurnedRight | None:
-    """Count the pairs that turn right; None where no scorer says what it recognizes."""
+def newly_correct(pairs: Sequence[SamplePair]) -> NewlyCorrect | None:
+    """Count the samples that became correct; None where no scorer says what it recognizes."""
     if all(pair.recognized_before is None for pair in pairs):
         return None
-    return TurnedRight(sum(pair.turns_right for pair in pairs), sum(pair.content_repaired for pair in pairs))
+    return NewlyCorrect(sum(pair.became_correct for pair in pairs), sum(pair.content_repaired for pair in pairs))
 
 
 def gallery_improvements(by_gain: Sequence[SamplePair], seed: int = 0) -> list[SamplePair]:
-    """Order the pairs that improved for a gallery: first those that turn right and were recognized before.
+    """Order the pairs that improved for a gallery: first those that became correct and were recognized before.
 
     These are shuffled by ``seed``, so that nobody selects them; the others follow, the largest gain first.
 
@@ -160,12 +160,12 @@ def _recognition(record: SampleRecord) -> tuple[str, bool | None]:
 
 
 def gain_record(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Return a gain as JSON types: of each score, overall and by task, and the pairs that turned right."""
-    by_task, right = task_gains(before, after), turned_right(pairs_by_gain(before, after))
+    """Return a gain as JSON types: of each score, overall and by task, and the samples that became correct."""
+    by_task, right = task_gains(before, after), newly_correct(pairs_by_gain(before, after))
     return {
         "gain": {name: estimate.as_dict() for name, estimate in gain(before, after).items()},
         "tasks": {task: {name: e.as_dict() for name, e in gains.items()} for task, gains in by_task.items()},
-        "turned_right": right.as_dict() if right else None,
+        "newly_correct": right.as_dict() if right else None,
     }
 
 

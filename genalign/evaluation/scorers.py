@@ -23,7 +23,7 @@ class ExplainedScores:
 RECOGNIZED = "recognized"
 """The key of a detail that is true where a verifier knows everything that it detects in the sample, right or wrong.
 
-Comparisons tell samples whose content was put right by it from samples whose noise was removed (``paired``).
+By it comparisons tell samples whose content was corrected from samples whose noise was removed (``paired``).
 """
 
 Scorer = Callable[[Tensor, Sequence[Prompt]], Tensor | ExplainedScores]

@@ -48,9 +48,9 @@ def learning_curve(run: Path, output: Path) -> None:
 
 
 def before_after(run: Path, output: Path, scale: int = 2) -> None:
-    """Pairs from the same noise that turn right, as the report's gallery draws them: before above, after below."""
+    """Draw samples that became correct, as the report's gallery does: before above, after from the same noise below."""
     pairs = pairs_by_gain(load_evaluation(run / "before"), load_evaluation(run / "after"))
-    repaired = [pair for pair in gallery_improvements(pairs) if pair.turns_right]
+    repaired = [pair for pair in gallery_improvements(pairs) if pair.became_correct]
     tasks = list(dict.fromkeys(pair.before.task for pair in repaired))
     pairs_of = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]
     flat = [pair for group in pairs_of for pair in group][:COLUMNS]

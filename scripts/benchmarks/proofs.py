@@ -81,9 +81,9 @@ def _demo(work: Path, world: str, part: str) -> None:
         strict = gains("demo", "strict", "strict", seed, run)
         records += strict + gains("demo.partial", "partial", "partial", seed, run)
         records += [replace(record, name=f"demo.{record.task}") for record in strict]
-        right = json.loads((run / "gain.json").read_text(encoding="utf-8"))["turned_right"]
+        right = json.loads((run / "gain.json").read_text(encoding="utf-8"))["newly_correct"]
         if right and right["pairs"]:
-            metric = "share of the pairs that turn right, with known content before"
+            metric = "share of newly correct images that showed only recognizable shapes before"
             records.append(PromptRecord("demo.content", metric, seed, "all", "the whole run", 0.0, right["share"], 1))
     records.sort(key=lambda record: record.name)
     claim = f"The demo raises strict accuracy on held-out compositions ({world}, suite comp)"

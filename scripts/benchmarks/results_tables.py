@@ -121,7 +121,8 @@ def wins(result: dict[str, Any]) -> str:
     before / after training. Those statistics take trials for independent, and a prompt returns with every seed.
     """
     rewards = list(result["win_rates"][0]["rewards"])
-    heading = ["name", "trained on", "win rate (a tie is half)", "95% lower bound without ties*", "p*", "trials", *rewards]
+    heading = ["name", "trained on", "win rate (a tie is half)", "95% lower bound without ties*", "p*", "trials"]
+    heading += rewards
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row in result["win_rates"]:
         won = row["wins"]

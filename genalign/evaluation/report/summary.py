@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation
-from genalign.evaluation.paired import turned_right
+from genalign.evaluation.paired import newly_correct
 from genalign.evaluation.report.reading import Comparison, Row, Run, rounds_done
 from genalign.evaluation.report.words import (
     MIN_PROMPTS,
@@ -23,6 +23,7 @@ from genalign.evaluation.report.words import (
     gained_tasks,
     interval,
     memory_size,
+    newly_correct_words,
     number,
     percent,
     plain,
@@ -31,7 +32,6 @@ from genalign.evaluation.report.words import (
     signed,
     titled,
     trend_verdict,
-    turned_right_words,
 )
 from genalign.metrics.intervals import Estimate, t_interval
 from genalign.training.reward_hacking import HackingReport
@@ -104,12 +104,12 @@ def did_it_work(run: Run) -> list[Change]:
 
 
 def what_improved(run: Run) -> list[str]:
-    """A sentence on the tasks that gained, and one on whether the pairs that turn right had noise before."""
+    """A sentence on the tasks that gained, and one on whether the samples that became correct were noise before."""
     if run.comparison is None:
         return []
-    tasks, right = run.comparison.tasks, turned_right(run.comparison.pairs)
+    tasks, right = run.comparison.tasks, newly_correct(run.comparison.pairs)
     sentences = [gained_tasks(main_score(run.comparison.overall), tasks)] if len(tasks) > 1 else []
-    sentences += [turned_right_words(right)] if right else []
+    sentences += [newly_correct_words(right)] if right else []
     return [f"{titled(sentence)}." for sentence in sentences]
 
 

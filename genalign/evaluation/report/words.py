@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from genalign.evaluation.paired import TurnedRight
+from genalign.evaluation.paired import NewlyCorrect
 from genalign.metrics.intervals import Estimate
 
 Mood = Literal["up", "down", "even"]
@@ -142,13 +142,13 @@ def gained_tasks(score: str, tasks: Mapping[str, Mapping[str, Estimate]]) -> str
     return f"{plain(score)}: the interval of the gain is above 0 in {len(gained)} of {len(tasks)} tasks{names}"
 
 
-def turned_right_words(right: TurnedRight) -> str:
-    """Say how many pairs turn right, and in how many of them the content was put right and not noise removed."""
+def newly_correct_words(right: NewlyCorrect) -> str:
+    """Say how many samples became correct, and in how many of them content was corrected and not noise removed."""
     if not right.pairs:
-        return "no pair of samples turns right"
+        return "no sample became correct"
     return (
-        f"of the {right.pairs} pairs of samples that turn right, {right.recognized} ({percent(right.share)}) had"
-        " nothing unknown to the verifier before: their content was put right, not noise removed"
+        f"of the {right.pairs} samples that became correct, {right.recognized} ({percent(right.share)}) had nothing"
+        " unknown to the verifier before: their content was corrected, not noise removed"
     )
 
 

@@ -66,15 +66,15 @@ def judged(rows: Sequence[tuple[float, bool | None]]) -> Evaluation:
 
 
 def test_pairs_that_turn_right_are_told_apart_by_what_was_there_before() -> None:
-    """Two colors put right, noise removed, one right before, one still wrong, and one that turns wrong."""
+    """Two colors corrected, noise removed, one correct before, one still wrong, and one that becomes wrong."""
     before = judged([(0, True), (0, True), (0, False), (1, True), (0, True), (1, True)])
     after = judged([(1, True), (1, True), (1, True), (1, True), (0, True), (0, True)])
     record = gain_record(before, after)
-    assert record["turned_right"] == {"pairs": 3, "recognized_before": 2, "share": pytest.approx(2 / 3)}
+    assert record["newly_correct"] == {"pairs": 3, "recognized_before": 2, "share": pytest.approx(2 / 3)}
     assert record["gain"]["strict"]["mean"] == pytest.approx(1 / 3) and set(record["tasks"]) == {"a", "b"}
-    assert gain_record(after, after)["turned_right"] == {"pairs": 0, "recognized_before": 0, "share": None}
+    assert gain_record(after, after)["newly_correct"] == {"pairs": 0, "recognized_before": 0, "share": None}
     silent = judged([(0, None), (0, None)])
-    assert gain_record(silent, judged([(1, None), (1, None)]))["turned_right"] is None
+    assert gain_record(silent, judged([(1, None), (1, None)]))["newly_correct"] is None
 
 
 def test_a_gallery_shows_content_put_right_first_in_an_order_that_nobody_selects() -> None:
@@ -82,7 +82,7 @@ def test_a_gallery_shows_content_put_right_first_in_an_order_that_nobody_selects
     before = judged([(0, i >= 5) for i in range(20)])
     after = judged([(1, True)] * 20)
     for pair in pairs_by_gain(before, after):
-        assert pair.turns_right and pair.content_repaired == (pair.before.seed >= 5)
+        assert pair.became_correct and pair.content_repaired == (pair.before.seed >= 5)
     drawn = [pair.before.seed for pair in gallery_improvements(pairs_by_gain(before, after))]
     assert sorted(drawn[:15]) == [*range(5, 20)] and drawn[:15] != sorted(drawn[:15])
     again = gallery_improvements(tuple(reversed(pairs_by_gain(before, after))))
@@ -90,7 +90,7 @@ def test_a_gallery_shows_content_put_right_first_in_an_order_that_nobody_selects
     assert gallery_improvements(pairs_by_gain(after, before)) == []
 
 
-def test_the_last_lines_name_the_tasks_that_gained_and_the_pairs_that_turned_right(
+def test_the_last_lines_name_the_tasks_that_gained_and_the_samples_that_became_correct(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Task a gains on all 20 prompts, task b on 2 of 20, an interval with 0 in it."""
@@ -98,6 +98,6 @@ def test_the_last_lines_name_the_tasks_that_gained_and_the_pairs_that_turned_rig
     print_gains(before, judged([(float(i % 2 == 0 or i < 4), True) for i in range(40)]))
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines[0] == "strict: the interval of the gain is above 0 in 1 of 2 tasks (a)"
-    assert lines[1].startswith("of the 22 pairs of samples that turn right, 21 (95.5 %) had nothing unknown to the")
+    assert lines[1].startswith("of the 22 samples that became correct, 21 (95.5 %) had nothing unknown to the")
     print_gains(evaluation([0.0, 1.0]), evaluation([1.0, 1.0]))  # one task, and no verifier
-    assert "in 1 of" not in (text := capsys.readouterr().out) and "turn right" not in text
+    assert "in 1 of" not in (text := capsys.readouterr().out) and "became correct" not in text

@@ -334,15 +334,17 @@ def test_cards_of_the_largest_changes_have_their_scores(run):
 
 
 def test_the_gallery_draws_what_was_put_right_before_what_was_cleaned(run):
-    """Of the 40 images that turn right the last 20 were recognized before: 12 of these are shown, not the first."""
+    """Of the 40 images that became correct the last 20 were recognized before: 12 of these are shown, not the first."""
     for when in ("before", "after"):
         saved = load_evaluation(run / when)
         details = [{"strict": {"recognized": index > 20 or when == "after"}} for index in range(72)]
         records = [replace(r, details=d) for r, d in zip(saved.records, details, strict=True)]
         replace(saved, records=tuple(records)).save(run / when)
     parsed = page(run)
-    assert "Of the 40 pairs of samples that turn right, 20 (50 %) had nothing unknown" in parsed.within("worked")
-    _, improvements = parsed.text.split("Improvements Drawn by a fixed seed from the 20 pairs that turn right and")
+    assert "Of the 40 samples that became correct, 20 (50 %) had nothing unknown" in parsed.within("worked")
+    _, improvements = parsed.text.split(
+        "Improvements Drawn by a fixed seed from the 20 samples that became correct and"
+    )
     files = [address for address in parsed.addresses if address.startswith("before/images")]
     numbers = [int(file.split("/")[-1].split(".")[0]) for file in files[1:]]  # the first is the regression
     assert len(numbers) == improvements.count("strict 0.0 %") == 12 and min(numbers) > 20
