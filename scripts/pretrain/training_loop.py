@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from genalign.runtime.cpu import retain_freed_memory, use_faster_attention_backward
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
@@ -22,12 +23,16 @@ class Fit:
     """The settings of a stage of pretraining.
 
     The ``steps`` are of a one-cycle schedule, or of several ``cycles`` of equal length. ``muon`` is the learning rate
-    at which Muon trains the matrices of transformer blocks; None trains them like all others.
+    at which Muon trains the matrices of transformer blocks; None trains them like all others. ``t5`` is the learning
+    rate of a T5 text encoder: its attention logits are not divided by the square root of their width, and at the rate
+    of the other weights they saturate, after which the model no longer sees the order of words. None trains it like
+    all others.
     """
 
     steps: int
     learning_rate: float
     muon: float | None = None
+    t5: float | None = None
     averaging: float = 0.999
     warm_up: float = 0.1
     cycles: int = 1
@@ -106,11 +111,12 @@ def contrastive(rows: Tensor, columns: Tensor, captions: Tensor) -> Tensor:
 
 
 def _optimizers(model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, ...]) -> list[torch.optim.Optimizer]:
-    by_muon = {id(parameter) for parameter in matrices} if settings.muon else set()
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in by_muon]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    ]
+    encoders = [module for module in model.modules() if isinstance(module, T5EncoderModel)] if settings.t5 else []
+    slow = [parameter for encoder in encoders for parameter in encoder.parameters()]
+    apart = {id(parameter) for parameter in [*slow, *(matrices if settings.muon else ())]}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    groups = [{"params": rest, "lr": settings.learning_rate}, *([{"params": slow, "lr": settings.t5}] if slow else [])]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)]
     if settings.muon and matrices:
         optimizers.append(torch.optim.Muon(list(matrices), lr=settings.muon, weight_decay=0.01))
     for optimizer in optimizers:

@@ -86,7 +86,7 @@ def loudness(first: str, change: str, second: str) -> Prompt:
 
 
 def is_held_out_note(timbre: str, note: str) -> bool:
-    """Whether the note is held out: two notes of each pitched timbre are never played in training, in any clip."""
+    """Whether the note is held out: no training prompt names these two notes of a pitched timbre with it."""
     return timbre != NOISE and (_NOTES.index(note) - 2 * TIMBRES.index(timbre)) % 5 == 0
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from genalign.types import Metadata
 from genalign.worlds.tones.instruments import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, Array, tone
-from genalign.worlds.tones.prompts import is_held_out_note
 
 RAMP = 0.012  # seconds of a raised cosine at either end of an event
 MARGIN = 0.02  # seconds of silence kept at either end of a clip
@@ -87,16 +86,16 @@ def render_metadata(metadata: Sequence[Metadata], rng: np.random.Generator) -> T
     return render([sample_clip(item, rng) for item in metadata])
 
 
-def sample_clip(metadata: Metadata, rng: np.random.Generator, hold_out: bool = True) -> Clip:
+def sample_clip(metadata: Metadata, rng: np.random.Generator) -> Clip:
     """A clip for which ``metadata`` are exactly true. Raises ValueError where none is found in 1000 draws.
 
-    ``hold_out`` keeps held-out notes away from tones whose pitch the prompt leaves open, as every training clip must.
+    A tone whose pitch the prompt leaves open has any note, also one that no training prompt names with its timbre.
     """
     clauses = [clause for clause in metadata["events"] for _ in range(clause["count"])]
     most = int((LENGTH / SAMPLE_RATE - 2 * MARGIN + GAP) / (DURATION[0] + GAP))
     if not 1 <= len(clauses) <= most or (metadata.keys() & {"relation", "loudness"} and len(clauses) != 2):
         raise ValueError(f"no clip has {len(clauses)} events as in {metadata}: a clip has 1 to {most}, a comparison 2")
-    notes = _notes(clauses, metadata.get("relation"), rng, hold_out)
+    notes = _notes(clauses, metadata.get("relation"), rng)
     times = _times(len(clauses), rng)
     levels = _levels(len(clauses), metadata.get("loudness"), rng)
     return Clip(
@@ -107,19 +106,15 @@ def sample_clip(metadata: Metadata, rng: np.random.Generator, hold_out: bool = T
     )
 
 
-def _notes(
-    clauses: Sequence[Metadata], relation: str | None, rng: np.random.Generator, hold_out: bool
-) -> list[str | None]:
+def _notes(clauses: Sequence[Metadata], relation: str | None, rng: np.random.Generator) -> list[str | None]:
     """The notes of the clauses, others at random; drawn again until the second is ``relation`` than the first."""
     for _ in range(_DRAWS):
         notes: list[str | None] = []
         for clause in clauses:
-            timbre = clause["class"]
-            if timbre == NOISE:
+            if clause["class"] == NOISE:
                 notes.append(None)
                 continue
-            free = [note for note in NOTES if not (hold_out and is_held_out_note(timbre, note))]
-            notes.append(clause["pitch"] if "pitch" in clause else free[rng.integers(len(free))])
+            notes.append(clause["pitch"] if "pitch" in clause else tuple(NOTES)[rng.integers(len(NOTES))])
         if relation is None:
             return notes
         first, second = (NOTES[note or "A4"] for note in notes)

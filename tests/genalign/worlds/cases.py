@@ -36,7 +36,7 @@ def true_cases(world: Any, sample: Callable[..., Any], per_task: int, seed: int)
     for task, group in seen.items():
         pool = [prompt.metadata for prompt in (*group, *held_out.get(task, ()))]
         for index in rng.integers(len(pool), size=per_task):
-            cases.append(Case(sample(pool[index], rng, hold_out=False), pool[index]))
+            cases.append(Case(sample(pool[index], rng), pool[index]))
     return cases
 
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from scripts.pretrain import training_loop
+from scripts.pretrain.t5 import WIDTH, build_t5
 from scripts.pretrain.training_loop import Fit, OutOfTimeError, contrastive, fit
+
+MOVED = (("encoder", "encoder.final_layer_norm.weight"), ("head", "weight"))
 
 
 def _fit(steps: int, state: Path, stop: int | None = None) -> Tensor:
@@ -69,3 +72,20 @@ def test_one_cycle_rises_and_falls_to_zero() -> None:
     assert [training_loop.one_cycle(step, twice) for step in range(200)] == 2 * rates
     with pytest.raises(ValueError, match="multiple of the 2 cycles, not 201"):
         Fit(201, 1.0, cycles=2)
+
+
+def test_a_text_encoder_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    """By Adam the first update is as large as the rate, for every weight."""
+    model = nn.ModuleDict({"encoder": build_t5(8), "head": nn.Linear(WIDTH, 1)})
+    before = [model[name].get_parameter(weight).detach().clone() for name, weight in MOVED]
+
+    def loss(step: int) -> Tensor:
+        hidden: Tensor = model["encoder"](torch.tensor([[1, 2, 3]])).last_hidden_state
+        return model["head"](hidden).sum()
+
+    fit(model, loss, Fit(1, 1e-2, t5=1e-4, averaging=0.0, warm_up=1.0), tmp_path / "state.safetensors")
+    moved = [
+        float((model[name].get_parameter(weight) - old).abs().max())
+        for (name, weight), old in zip(MOVED, before, strict=True)
+    ]
+    assert moved == pytest.approx([1e-4, 1e-2], rel=0.02)

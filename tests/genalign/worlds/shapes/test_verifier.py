@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def alone(shape: str, count: int, seed: int) -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return true_cases(shapes, sample_scene, per_task=60, seed=71_001)
+    return true_cases(shapes, partial(sample_scene, hold_out=False), per_task=60, seed=71_001)
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ def misses(cases: list[Case]) -> list[tuple[int, str, Case]]:
     """(index of the true case, kind of mistake, case) of near misses."""
     rng = np.random.default_rng(72_002)
     return [
-        (index, kind, Case(sample_clip(wrong, rng, hold_out=False), case.metadata))
+        (index, kind, Case(sample_clip(wrong, rng), case.metadata))
         for index, case in enumerate(cases)
         for kind, wrong in near_misses(case.metadata, rng)
     ]
