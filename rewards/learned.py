@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.reward_learning.network import Head, Pool, RewardEncoder, RewardNetwork
+from genalign.reward_learning.network import Pool, RewardEncoder, RewardNetwork
 from genalign.reward_learning.preferences import OVERALL
 from genalign.reward_learning.reward_file import RewardFile
+from genalign.runtime.waveforms import warn_once
 from genalign.types import Prompt
 from rewards.learned_encoders import ClapTokens, ClipTokens, DinoTokens, SiglipTokens, YesTokenLogits
-
-logger = logging.getLogger(__name__)
 
 _ENCODERS = {
     f"{kind.__module__}.{kind.__qualname__}": kind
@@ -37,7 +35,8 @@ class LearnedReward:
         dimension: The dimension that is the score; None takes "overall", or else the first.
         pool: How an ensemble's scores become one: their mean, the least, or their mean less their deviation. The last
             two compare members, whose scores for a prompt are known up to a constant by Bradley and Terry's loss: train
-            with ``Centering``, as an ensemble is by default.
+            with ``Centering``, as an ensemble is by default. Of a single member that was trained with ``uncertainty``,
+            "mean_minus_std" is the score less its deviation by the posterior.
         encoder: The encoder, for one of your own class; None builds that of the file.
     """
 
@@ -58,7 +57,7 @@ class LearnedReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples (B, ...) as (B,) in float32, differentiable where the encoder is; NaN where one has NaN.
 
-        Raises ValueError for samples of the other modality.
+        Raises ValueError for samples of the other modality, and for a pool that compares members where there is one.
         """
         complete, missing = self._complete(samples)
         scores: Tensor = self._network.to(samples.device)(complete, prompts)
@@ -73,20 +72,14 @@ class LearnedReward:
         neither.
         """
         network, file = self._network.to(samples.device), self._file
-        if len(network.heads) < 2 and not file.posteriors:
+        if file.description.members < 2 and not file.posteriors:
             raise ValueError(
                 f"{self.path} has one member and no posterior: train it with fit.members above 1, or with"
                 " genalign.reward_learning.uncertainty.LastLayerLaplace"
             )
+        self._warn_without_centering("the uncertainty")
         complete, missing = self._complete(samples)
-        tokens = network.encoder(complete, prompts)
-        if len(network.heads) > 1:
-            deviation = network.outputs(tokens)[..., network.output].std(1, correction=0)
-        else:
-            head = network.heads[0]
-            assert isinstance(head, Head)
-            features = head.features(network.standardized(tokens)).cpu()
-            deviation = file.posteriors[network.output].deviation(features).float().to(samples.device)
+        deviation = network.deviation(network.encoder(complete, prompts))
         return deviation.masked_fill(missing, torch.nan)
 
     def _complete(self, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,15 +106,22 @@ class LearnedReward:
                 f"{self.path} was trained on {description.encoder}, which is no encoder of rewards.learned_encoders:"
                 " give it as encoder"
             )
-        if self.pool != "mean" and description.members > 1 and not description.centered:
-            logger.warning(
-                "%s was trained without Centering: its members differ by a constant for each prompt that no preference"
-                " determines, by which pool=%r chooses among them; train with regularizers.Centering, or take the mean",
-                *(self.path, self.pool),
-            )
+        if self.pool != "mean":
+            self._warn_without_centering(f"pool={self.pool!r}")
         encoder = self.encoder or _ENCODERS[description.encoder](**description.encoder_arguments)
         default = OVERALL if OVERALL in description.dimensions else description.dimensions[0]
         output = description.dimensions.index(self.dimension or default)
-        network = description.build(encoder, output, self.pool)
+        posteriors = self._file.posteriors
+        network = description.build(encoder, output, self.pool, posteriors[output] if posteriors else None)
         self._file.load_into(network)
         return network.requires_grad_(False).eval()
+
+    def _warn_without_centering(self, what: str) -> None:
+        """Warn once where ``what`` compares members of an ensemble whose scores have no common origin."""
+        description = self._file.description
+        if description.members > 1 and not description.centered:
+            warn_once(
+                f"{self.path} was trained without Centering: its members differ by a constant for each prompt that no"
+                f" preference determines, and {what} mostly follows these constants; train with"
+                " genalign.reward_learning.regularizers.Centering, or take the mean"
+            )

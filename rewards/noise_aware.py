@@ -170,10 +170,10 @@ class LatentClapDistilled(LatentDistilled):
 
     @property
     def _clap(self) -> ClapEncoder:
-        encoder = getattr(self.network, "encoder", None)
-        if not isinstance(encoder, ClapEncoder):
+        encoders = [module for module in self.network.modules() if isinstance(module, ClapEncoder)]
+        if not encoders:
             raise ValueError("this student is of a reward on CLAP, such as rewards.clap.ClapReward: give one")
-        return encoder
+        return encoders[0]
 
     def decoder_target(self, samples: Tensor) -> Tensor:
         """Return the target of the decoder: the clips' spectrograms. Raises ValueError for clips of another length."""

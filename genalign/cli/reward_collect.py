@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,8 @@ class RewardCollect:
             there are as many, drawn by the seed.
         prompts: Prompts of the models' samples: a file, a dataset, or a split of a world.
         samples: A folder of other programs' samples with a prompts.jsonl, in place of models; a line may have a
-            generator and a seed.
+            generator and a seed. Of a list of folders, each comparison takes different ones where there are as many,
+            and a generator that is not given is the folder's name.
         group_size: Number of samples in a comparison.
         comparisons_per_prompt: Number of comparisons of each prompt, each of samples of its own.
         batch_size: Number of samples that are made at once.
@@ -73,7 +75,7 @@ class RewardCollect:
     output: str
     models: dict[str, ComparedModel] = field(default_factory=dict)
     prompts: str | None = None
-    samples: str | None = None
+    samples: str | list[str] | None = None
     group_size: int = 2
     comparisons_per_prompt: int = 1
     batch_size: int = 8
@@ -105,7 +107,8 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
     output, share = Path(settings.output), rank_share()
     _begin(output, {name: value for name, value in plain.items() if name != "output"})
     if settings.samples is not None:
-        comparisons, source = list(_of_folder(settings, output)), settings.samples
+        folders = [settings.samples] if isinstance(settings.samples, str) else settings.samples
+        comparisons, source = list(_of_folders(settings, folders, output)), ", ".join(folders)
     else:
         planned = _planned(settings)
         for name in settings.models:
@@ -217,23 +220,28 @@ def _comparison(prompt: Prompt, samples: Sequence[JudgedSample]) -> Judgment:
     return Judgment(prompt, tuple(samples), "pair" if len(samples) == 2 else "ranking")
 
 
-def _of_folder(settings: RewardCollect, output: Path) -> Iterator[Judgment]:
-    """Copy the samples of a folder, and group those of a prompt in a drawn order."""
-    external = external_samples(Path(str(settings.samples)), None, None)
-    by_prompt: dict[str, list[tuple[Prompt, Path]]] = {}
-    for spec, path in zip(external.specs, external.files, strict=True):
-        by_prompt.setdefault(spec.prompt.text, []).append((spec.prompt, path))
+def _of_folders(settings: RewardCollect, folders: Sequence[str], output: Path) -> Iterator[Judgment]:
+    """Copy the samples of folders, and group those of a prompt in a drawn order, those of each folder in turn."""
+    by_prompt: dict[str, list[tuple[Prompt, Path, str]]] = {}
+    for folder in folders:
+        external = external_samples(Path(folder), None, None)
+        for spec, path in zip(external.specs, external.files, strict=True):
+            by_prompt.setdefault(spec.prompt.text, []).append((spec.prompt, path, folder))
     if few := sum(len(samples) < settings.group_size for samples in by_prompt.values()):
         print(f"{few} of {len(by_prompt)} prompts have fewer than {settings.group_size} samples, and are left out")
     number = 0
     for text, samples in by_prompt.items():
-        order = _shuffled(samples, settings.seed, "samples", text)
-        for group in _divided(order, settings.group_size)[: settings.comparisons_per_prompt]:
+        order, turns = [], Counter[str]()
+        for sample in _shuffled(samples, settings.seed, "samples", text):
+            order.append((turns[sample[2]], sample))
+            turns[sample[2]] += 1
+        order.sort(key=lambda one: one[0])
+        for group in _divided([sample for _, sample in order], settings.group_size)[: settings.comparisons_per_prompt]:
             if len(group) < settings.group_size:
                 continue
             judged = list[JudgedSample]()
-            for prompt, path in group:
-                about = prompt.metadata or {}
+            for prompt, path, folder in group:
+                about = {"generator": Path(folder).name if len(folders) > 1 else None} | dict(prompt.metadata or {})
                 file = output / medium_of_file(path).folder / f"{number:05d}{path.suffix.lower()}"
                 (output / ".part").mkdir(exist_ok=True)
                 shutil.copyfile(path, output / ".part" / file.name)

@@ -20,7 +20,7 @@ from genalign.evaluation.report.reward_page import write_reward
 from genalign.reward_learning.examples import Item
 from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS, training_items
-from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.preference_formats import read_all_preferences
 from genalign.reward_learning.preferences import JudgedSample
 from genalign.reward_learning.reward_evaluation import evaluate_judge, evaluate_reward
 from genalign.reward_learning.reward_report import EvaluationOptions, RewardEvaluation
@@ -45,7 +45,7 @@ class RewardEvaluate:
     Args:
         reward: Import path of the reward; ``--args.NAME`` sets its parameters.
         output: Folder to write.
-        preferences: A folder with a preferences.jsonl, or a file of judgments.
+        preferences: A folder with a preferences.jsonl or .parquet files, a file of judgments, or a list of these.
         samples: A folder of PNG, JPEG, WAV or FLAC files with a prompts.jsonl, several of each prompt, for best of n,
             ranks, distances and nuisances; null takes the samples of the preferences.
         truth: Import path of the reward that says what the samples are worth, such as a verifier; null takes the
@@ -63,7 +63,7 @@ class RewardEvaluate:
 
     reward: AnyCallable
     output: str
-    preferences: str | None = None
+    preferences: str | list[str] | None = None
     samples: str | None = None
     truth: AnyCallable | None = None
     others: dict[str, RewardChoice] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
     settings, plain = parsing.parse(RewardEvaluate, named_settings(arguments, command), command)
     output = Path(settings.output)
     name, version = reward_version(plain["reward"])
-    judgments = read_preferences(Path(settings.preferences)) if settings.preferences else []
+    judgments = [] if settings.preferences is None else read_all_preferences(settings.preferences)
     samples = _listed_items(Path(settings.samples)) if settings.samples else []
     _require_same(output, plain, version)
     # All samples are read like the first one, whose sample rate the rewards must take.

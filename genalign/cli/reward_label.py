@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table, require_rate
 from genalign.cli.generation_settings import require_positive
 from genalign.reward_learning.annotators import agreement, side_choices
 from genalign.reward_learning.label_page import LabelPageSettings, serve_labels
-from genalign.reward_learning.labeling import Labeler, sample_rate, task_key, unlabeled
+from genalign.reward_learning.labeling import Labeler, missing_dimensions, sample_rate, unlabeled
 from genalign.reward_learning.preferences import (
     COMPARISONS,
     OVERALL,
@@ -25,7 +25,12 @@ from genalign.reward_learning.preferences import (
     mend,
     read_judgments,
 )
+from genalign.runtime.files import write_json
 from genalign.runtime.progress import Progress
+from genalign.runtime.text_files import read_json
+
+LABELERS = "labelers.json"
+"""The file of a dataset's folder that says by which settings each annotator of ``by`` judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +58,13 @@ class LabelPage:
 class RewardLabel:
     """Judgments of the comparisons of a folder: by people, on a page in the browser, or by rewards or judges.
 
-    Run the command again to resume it.
+    Run the command again to resume it, to ask again for what a judge had no answer to, or to judge more dimensions.
 
     Args:
         folder: Folder of a dataset, with the comparisons.jsonl of genalign reward collect; the judgments are added to
             its preferences.jsonl.
         by: What judges: a genalign.reward_learning.labeling.RewardLabeler, or a JudgeLabeler; null serves the page.
+            Other settings need other names of annotators; dimensions and annotators may be added.
         kind: What is asked of each comparison: pair (each two of its samples), ranking (all of them), rating or label
             (each sample); null asks what the comparison says. On the page, more than two samples are ranked.
         per_comparison: Number of annotators who judge a comparison, drawn by the seed; null for all.
@@ -86,9 +92,9 @@ def reward_label_command(context: CommandContext, arguments: Sequence[str]) -> i
 
     Prints how far annotators agree.
     """
-    settings, _ = parsing.parse(RewardLabel, arguments, "reward label", "folder")
+    settings, plain = parsing.parse(RewardLabel, arguments, "reward label", "folder")
     if settings.by is not None:
-        return _label(settings, settings.by)
+        return _label(settings, settings.by, plain["by"])
     page, folder = settings.page, Path(settings.folder)
     kind: Literal["pair", "rating", "label"] = settings.kind if settings.kind in ("rating", "label") else "pair"
     labels = LabelPageSettings(kind, page.dimensions, page.scale, page.instructions, settings.seed)
@@ -98,8 +104,11 @@ def reward_label_command(context: CommandContext, arguments: Sequence[str]) -> i
     return 0
 
 
-def _label(settings: RewardLabel, labeler: Labeler) -> int:
-    """Make and write the judgments of a labeler, batch by batch, and print what was made and skipped."""
+def _label(settings: RewardLabel, labeler: Labeler, plain: Mapping[str, Any]) -> int:
+    """Make and write the judgments of a labeler, batch by batch, and print what was made and what is missing.
+
+    ``plain`` are the labeler's settings as JSON types.
+    """
     folder = Path(settings.folder)
     comparisons = read_judgments(folder / COMPARISONS)
     require_rate({"by": labeler}, sample_rate(comparisons))
@@ -108,21 +117,61 @@ def _label(settings: RewardLabel, labeler: Labeler) -> int:
     judgments = read_judgments(folder) if _has_content(folder / PREFERENCES) else []
     if {"rating", "label"} <= {one.kind for one in (*judgments, *tasks)}:
         raise ValueError(f"{folder} would mix ratings, on a scale, with labels, of 0 and 1: use a folder for each")
-    judged, earlier = {task_key(one) for one in judgments}, len(judgments)
-    rest = [task for task in tasks if task_key(task) not in judged]
-    with Progress().phase("judging", len(rest)) as advance:
-        for first in range(0, len(rest), settings.batch_size):
-            batch = rest[first : first + settings.batch_size]
-            new = [one for one in labeler.label(batch, settings.device) if one is not None]
-            append_judgments(folder, new)
-            judgments += new
-            advance(len(batch))
+    _record_labeler(folder, labeler.annotator_names, plain, {one.annotator for one in judgments})
+    groups, earlier = missing_dimensions(tasks, judgments, labeler.dimensions), len(judgments)
+    rest = sum(map(len, groups.values()))
+    with Progress().phase("judging", rest) as advance:
+        for dimensions, group in groups.items():
+            for first in range(0, len(group), settings.batch_size):
+                batch = group[first : first + settings.batch_size]
+                new = [one for one in labeler.label(batch, settings.device, dimensions) if one is not None]
+                append_judgments(folder, new)
+                judgments += new
+                advance(len(batch))
     count = len(judgments) - earlier
     if rest and not count:
-        raise ValueError(f"none of {len(rest)} judgments could be made: the lines above say why")
-    print(f"judgments: {folder / PREFERENCES}, {count} new and {earlier} earlier; {len(rest) - count} have no score")
+        raise ValueError(f"none of {rest} judgments could be made: the lines above say why")
+    missing = Counter[str]()
+    for dimensions, group in missing_dimensions(tasks, judgments, labeler.dimensions).items():
+        missing.update(dict.fromkeys(dimensions, len(group)))
+    text = "".join(f"; {number} have no score of {name}" for name, number in missing.items())
+    print(f"judgments: {folder / PREFERENCES}, {count} new and {earlier} earlier{text}")
     _print_annotators(judgments)
     return 0
+
+
+def _record_labeler(folder: Path, names: Sequence[str], labeler: Mapping[str, Any], judged_by: set[str | None]) -> None:
+    """Record by which settings annotators judge; their dimensions may be more or fewer than before.
+
+    Args:
+        folder: The dataset's folder.
+        names: The names under which the labeler judges.
+        labeler: Its settings as JSON types.
+        judged_by: The annotators of the judgments so far.
+
+    Raises:
+        ValueError: There are judgments under one of the names, by other settings or by someone else.
+    """
+    arguments = dict(labeler.get("init_args") or {})
+    annotators = arguments.pop("annotators", None) or {}
+    dimensions = {**(arguments.pop("rewards", None) or {}), **(arguments.pop("judges", None) or {})}
+    recorded = read_json(folder / LABELERS) if (folder / LABELERS).is_file() else {}
+    for name in names:
+        own = {"class_path": labeler["class_path"], **arguments, "annotator": annotators.get(name)}
+        earlier: dict[str, Any] = {}
+        if name in judged_by:
+            if name not in recorded:
+                raise ValueError(f"{folder} has judgments of {name!r} by someone else: give the annotator another name")
+            before, earlier = recorded[name]["settings"], recorded[name]["dimensions"]
+            changed = [key for key in {**before, **own} if before.get(key) != own.get(key)]
+            changed += [key for key in dimensions if key in earlier and earlier[key] != dimensions[key]]
+            if changed:
+                raise ValueError(
+                    f"{folder} has judgments of {name!r} with another {', '.join(changed)}, see its {LABELERS}: give"
+                    " the annotator another name"
+                )
+        recorded[name] = {"settings": own, "dimensions": {**earlier, **dimensions}}
+    write_json(folder / LABELERS, recorded)
 
 
 def _has_content(file: Path) -> bool:

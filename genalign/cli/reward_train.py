@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext
@@ -19,17 +20,19 @@ from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.annotators import side_choices
 from genalign.reward_learning.encoding import ItemTokens, LiveTokens, TokenFolder, measured_nuisances
 from genalign.reward_learning.ensemble_vote import ensemble_votes
-from genalign.reward_learning.examples import Examples, examples, split_by_prompt
+from genalign.reward_learning.examples import Examples, examples, prompt_numbers, split_by_prompt
 from genalign.reward_learning.heads import LinearHead
+from genalign.reward_learning.item_scores import ItemReader, ItemScorer, ScoreFile
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS
 from genalign.reward_learning.label_noise import EnsembleVote, NoiseCorrection, PairVotes, apply_votes, changed_lines
 from genalign.reward_learning.laplace import laplace_posteriors, require_laplace
+from genalign.reward_learning.measures import UnmeasurableError, correlation_within_prompts
 from genalign.reward_learning.network import HeadShape, RewardEncoder, RewardNetwork
 from genalign.reward_learning.objective import RewardData, RewardObjective, nothing_held_out
-from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.preference_formats import path_names, read_all_preferences
 from genalign.reward_learning.preference_losses import BradleyTerryLoss, PairLoss, PreferenceLoss
 from genalign.reward_learning.preferences import Judgment
-from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer, correlation
+from genalign.reward_learning.regularizers import Centering, Disentangle, Regularizer
 from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
 from genalign.reward_learning.training import RewardFit, RewardTraining, build_network, truncate_metrics
 from genalign.reward_learning.uncertainty import LastLayerLaplace
@@ -49,9 +52,9 @@ class RewardTrain:
 
     Args:
         output: Folder of the reward, with its configuration, metrics and card.
-        preferences: Folder or file of judgments, in our own format or a published one.
-        held_out: Folder or file of judgments that are measured on and not trained on; null holds out a fraction
-            of the prompts.
+        preferences: Folder or file of judgments, in our own format or a published one, or a list of these.
+        held_out: Folder or file of judgments that are measured on and not trained on, or a list of these; null holds
+            out a fraction of the prompts.
         held_out_fraction: Fraction of the prompts that are held out without held_out, one at least; 0 holds out none.
         dimensions: Dimensions to learn; by default all.
         exclude_annotators: Annotators whose judgments are left out.
@@ -67,14 +70,15 @@ class RewardTrain:
         disentangle: Nuisances whose share of the preference is kept out of the reward; null keeps none out.
         uncertainty: Laplace approximation of the last layer, for a single member; null takes none.
         fit: Epochs, batches, members and optimizer.
-        encode_batch: Largest number of samples that a frozen encoder reads at once.
+        encode_batch: Largest number of samples that the encoder reads at once; a step on a trained encoder keeps the
+            activations of its whole batch, fit.batch_size pairs or grades.
         device: Torch device of the training.
     """
 
     output: str
-    preferences: str
+    preferences: str | list[str]
     encoder: RewardEncoder
-    held_out: str | None = None
+    held_out: str | list[str] | None = None
     held_out_fraction: float = 0.1
     dimensions: tuple[str, ...] = ()
     exclude_annotators: tuple[str, ...] = ()
@@ -147,7 +151,11 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
     with progress.phase("measuring"):
         posteriors = [] if settings.uncertainty is None else laplace_posteriors(run, settings.uncertainty)
         save_reward(folder / REWARD, network, description, posteriors)
-        write_text(folder / "card.md", _card(settings, description, run, [p.precision for p in posteriors]))
+        reader = ItemReader(sample_rate=network.encoder.sample_rate)
+        scorer = ItemScorer(reader, ScoreFile(None), settings.encode_batch, progress)
+        statistics = scorer.statistics(held_out.items)
+        card = _card(settings, description, run, [posterior.precision for posterior in posteriors], statistics)
+        write_text(folder / "card.md", card)
     print(f"report: {write_reward_training(folder)}")
     print(f"reward: {folder / REWARD}")
     return 0
@@ -191,26 +199,35 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
 
     The counts are returned as well, as JSON types.
 
-    Raises ValueError where there is none, or ratings are mixed with labels.
+    Raises ValueError where there is none, ratings are mixed with labels, or no held-out judgment is of a dimension that
+    is learned.
     """
-    judgments = read_preferences(Path(settings.preferences))
-    held_out = None if settings.held_out is None else read_preferences(Path(settings.held_out))
+    judgments = read_all_preferences(settings.preferences)
+    held_out = None if settings.held_out is None else read_all_preferences(settings.held_out)
     if held_out is None:
         judgments, held_out = split_by_prompt(judgments, settings.held_out_fraction, settings.fit.seed)
     annotators = {judgment.annotator for judgment in [*judgments, *held_out]}
     if unknown := sorted(set(settings.exclude_annotators) - annotators):
-        raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {settings.preferences}")
+        source = path_names(settings.preferences)
+        raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {source}")
     learned, counts = _usable(judgments, "training", settings, loss)
     if not learned:
         raise ValueError(_why_nothing_is_left(judgments, settings, loss))
     training = examples(learned, settings.dimensions)
     measured, held_out_counts = _usable(held_out, "held-out", settings, loss)
     held = examples(measured).of_dimensions(training.dimensions) if measured else nothing_held_out(training)
+    judged = held.pairs.preferred if isinstance(loss, PairLoss) else held.grades.values
+    if measured and bool(judged.isnan().all()):
+        others = ", ".join(dict.fromkeys(name for judgment in measured for name in judgment.scores))
+        raise ValueError(
+            f"no held-out judgment is of {', '.join(training.dimensions)}, which the reward learns, but of {others}:"
+            " give held_out judgments of it, or hold out more prompts by held_out_fraction"
+        )
     seen = {item.digest for item in training.items} & {item.digest for item in held.items}
     if seen and settings.held_out is not None:
         raise ValueError(
-            f"{len(seen)} samples of {settings.held_out} are training samples as well, by the hash of their files: give"
-            " others"
+            f"{len(seen)} samples of {path_names(settings.held_out)} are training samples as well, by the hash of their"
+            " files: give others"
         )
     if seen:
         print(f"{len(seen)} held-out samples are training samples as well, of another prompt")
@@ -221,7 +238,8 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
 def _why_nothing_is_left(judgments: Sequence[Judgment], settings: RewardTrain, loss: PreferenceLoss) -> str:
     scored, kinds = {name for judgment in judgments for name in judgment.scores}, {one.kind for one in judgments}
     if not scored:
-        return f"the judgments of {settings.preferences} have no scores: make them with genalign reward label"
+        source = path_names(settings.preferences)
+        return f"the judgments of {source} have no scores: make them with genalign reward label"
     if settings.dimensions and not scored & set(settings.dimensions):
         return f"no judgment has the dimension {settings.dimensions[0]!r}: there are {', '.join(sorted(scored))}"
     return (
@@ -268,10 +286,11 @@ def _usable(
 def _tokens(
     settings: RewardTrain, encoder: RewardEncoder, items: Sequence[Any], folder: Path, progress: Progress
 ) -> ItemTokens:
-    """Encode the items where the encoder is frozen, and otherwise measure the nuisances alone."""
+    """Encode the items where the encoder is frozen, and otherwise measure the nuisances of ``disentangle`` alone."""
     nuisances = {} if settings.disentangle is None else settings.disentangle.nuisances
     if any(weight.requires_grad for weight in encoder.parameters()):
-        return LiveTokens(encoder, items, measured_nuisances(items, encoder, nuisances), settings.device)
+        measured = measured_nuisances(items, encoder, nuisances)
+        return LiveTokens(encoder, items, measured, settings.device, settings.encode_batch)
     with progress.phase("encoding", len(items)) as advance:
         store = TokenFolder(folder / _TOKENS)
         return store.encode(encoder, items, nuisances, settings.encode_batch, settings.device, advance)
@@ -320,9 +339,21 @@ def _line(metrics: Mapping[str, Any], steps: int) -> str:
 
 
 def _card(
-    settings: RewardTrain, description: RewardDescription, run: RewardTraining, precisions: Sequence[float]
+    settings: RewardTrain,
+    description: RewardDescription,
+    run: RewardTraining,
+    precisions: Sequence[float],
+    statistics: Mapping[str, Tensor],
 ) -> str:
-    """Describe a trained reward: data, measures on held-out judgments, and how it is used."""
+    """Describe a trained reward: data, measures on held-out judgments, and how it is used.
+
+    Args:
+        settings: The settings of the training.
+        description: What builds its network.
+        run: The finished training.
+        precisions: The prior precisions of the posteriors of the dimensions, if any.
+        statistics: Statistics (n,) of the held-out samples, by their names.
+    """
     data, objective = run.data, run.objective
     grades = not isinstance(objective.loss, PairLoss)
     judged = data.training.grades if grades else data.training.pairs
@@ -330,7 +361,7 @@ def _card(
     kind = "grades" if grades else "pairs"
     annotators = len({name for name in judged.annotators if name})
     lines = [
-        f"# A reward learned from {settings.preferences}",
+        f"# A reward learned from {path_names(settings.preferences)}",
         "",
         "```python",
         "from rewards.learned import LearnedReward",
@@ -357,13 +388,7 @@ def _card(
     lines += _held_out_lines(run)
     if precisions:
         lines += ["", f"Prior precision of the last layer: {', '.join(f'{value:.3g}' for value in precisions)}."]
-    if objective.nuisances:
-        rows = torch.arange(len(data.training.items))
-        scores = run.scores(rows).mean(1)[:, 0]
-        lines += ["", "## Nuisances", "", "| nuisance | correlation with the score, on training samples |", "|---|---|"]
-        columns = zip(objective.nuisances, data.tokens.nuisances[rows].unbind(1), strict=True)
-        lines += [f"| {name} | {float(correlation(values, scores)):+.3f} |" for name, values in columns]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_nuisance_lines(run, statistics)]) + "\n"
 
 
 def _held_out_lines(run: RewardTraining) -> list[str]:
@@ -376,5 +401,30 @@ def _held_out_lines(run: RewardTraining) -> list[str]:
     lines += [f"| {name} | {'-' if own is None else own.text('.3f')} |" for name, own in accuracies]
     lines += ["", f"Loss {measured.loss:.4f}."]
     if measured.calibration is not None:
-        lines += [f"Expected calibration error of sigmoid(difference): {measured.calibration:.3f}."]
+        logit = "difference" if isinstance(run.objective.loss, PairLoss) else "score"
+        lines += [f"Expected calibration error of sigmoid({logit}): {measured.calibration:.3f}."]
     return lines
+
+
+def _nuisance_lines(run: RewardTraining, statistics: Mapping[str, Tensor]) -> list[str]:
+    """The table of a card on how far the scores of held-out samples go with statistics of them, within prompts."""
+    held_out, offset = run.data.held_out, len(run.data.training.items)
+    if not held_out.items:
+        return []
+    rows, prompts = torch.arange(offset, offset + len(held_out.items)), prompt_numbers(held_out.items)
+    scores = run.scores(rows).mean(1)[:, : len(held_out.dimensions)]
+    apart = zip(run.objective.nuisances, run.data.tokens.nuisances[rows].unbind(1), strict=True)
+    cells = dict[str, list[str]]()
+    for name, values in (dict(statistics) | dict(apart)).items():
+        for column in scores.unbind(1):
+            try:
+                cell = correlation_within_prompts(column, values, prompts).text("+.3f")
+            except UnmeasurableError:
+                cell = "-"
+            cells.setdefault(name, []).append(cell)
+    lines = ["", "## Nuisances", ""]
+    if all(cell == "-" for row in cells.values() for cell in row):
+        return [*lines, "Not measured: no prompt has held-out samples that differ in a nuisance and in their scores."]
+    lines += ["Correlations with the score on held-out samples, within prompts (95 % interval).", ""]
+    lines += [f"| nuisance | {' | '.join(held_out.dimensions)} |", "|---" * (1 + len(held_out.dimensions)) + "|"]
+    return lines + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +58,19 @@ class SideChoices:
 def side_choices(judgments: Sequence[Judgment]) -> list[SideChoices]:
     """Count the sides that each named annotator chose, in all dimensions together.
 
-    A pair counts once: by the side that it has in more dimensions, in the order in which its samples were shown. It
-    says something where sides were shuffled.
+    A pair counts once, also where its dimensions are in several judgments: by the side that it has in more of them, in
+    the order in which its samples were shown; not at all where that is not known. It says something where sides were
+    shuffled.
     """
-    first, decided = Counter[str](), Counter[str]()
+    signs = defaultdict[tuple[str, str, tuple[Path | bytes, ...]], float](float)
     for judgment in map(Judgment.in_shown_order, judgments):
-        if judgment.kind == "pair" and judgment.annotator is not None:
-            signs = sum(float(np.sign(left - right)) for left, right in judgment.scores.values())
-            decided[judgment.annotator] += signs != 0
-            first[judgment.annotator] += signs > 0
+        if judgment.kind == "pair" and judgment.annotator is not None and judgment.shown is not None:
+            pair = judgment.annotator, judgment.prompt.text, tuple(sample.content for sample in judgment.samples)
+            signs[pair] += sum(float(np.sign(left - right)) for left, right in judgment.scores.values())
+    first, decided = Counter[str](), Counter[str]()
+    for (name, *_), sign in signs.items():
+        decided[name] += sign != 0
+        first[name] += sign > 0
     return [
         SideChoices(name, share(first[name], count), float(scipy.stats.binomtest(first[name], count).pvalue))
         for name, count in decided.items()

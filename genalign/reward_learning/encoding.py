@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genalign.reward_learning.examples import Item
+from genalign.reward_learning.item_scores import batches_of_one_shape
 from genalign.reward_learning.network import RewardEncoder
 from genalign.runtime.files import write_json
 from genalign.runtime.text_files import read_json
@@ -32,20 +33,12 @@ class ItemTokens(Protocol):
         """Return tokens (b, n, d) of the items ``rows`` (b,), on the device of training."""
 
 
-def read_samples(items: Sequence[Item], encoder: RewardEncoder) -> Tensor:
-    """Read the samples (b, ...) of items that an encoder takes.
+def read_sample(item: Item, encoder: RewardEncoder) -> Tensor:
+    """Read the sample of an item as an encoder takes it, an image (3, H, W) or a waveform (C, L).
 
     Raises:
-        ValueError: The encoder is of the other modality or another sample rate, or the samples have different shapes.
+        ValueError: The file is damaged, or the encoder is of the other modality or another sample rate.
     """
-    samples = [_read(item, encoder) for item in items]
-    if len({sample.shape for sample in samples}) > 1:
-        shapes = sorted({tuple(sample.shape) for sample in samples})
-        raise ValueError(f"samples of shapes {shapes[0]} and {shapes[-1]} form no batch: resize them to one shape")
-    return torch.stack(samples)
-
-
-def _read(item: Item, encoder: RewardEncoder) -> Tensor:
     sample, rate = item.sample.read_with_rate()
     if rate == encoder.sample_rate:
         return sample
@@ -62,27 +55,51 @@ def _read(item: Item, encoder: RewardEncoder) -> Tensor:
     )
 
 
+def _require_as_many_tokens(encoded: Tensor, count: int, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for tokens (b, n, d) of samples of ``prompts`` that are more or fewer than ``count``."""
+    if encoded.shape[1] != count:
+        raise ValueError(
+            f"a sample of {prompts[0].text!r} has {encoded.shape[1]} tokens, and others have {count}: give clips of one"
+            " length, or an encoder with pooled tokens"
+        )
+
+
 @dataclass(frozen=True)
 class LiveTokens:
     """Tokens that an encoder computes whenever they are needed, with a gradient for its trained weights.
+
+    Samples of one shape are read together, so that images may differ in size.
 
     Args:
         encoder: The encoder.
         items: The items.
         nuisances: The measured nuisances (N, J) of the items.
         device: Torch device of the samples.
+        batch_size: Largest number of samples that the encoder reads at once.
     """
 
     encoder: RewardEncoder
     items: Sequence[Item]
     nuisances: Tensor
     device: str = "cpu"
+    batch_size: int = 64
 
     def tokens(self, rows: Tensor) -> Tensor:
+        """Return tokens (b, n, d) of the items ``rows`` (b,). Raises ValueError where n differs."""
         items = [self.items[row] for row in rows.tolist()]
-        samples = read_samples(items, self.encoder).to(self.device, non_blocking=True)
-        tokens: Tensor = self.encoder(samples, [item.prompt for item in items])
-        return tokens.float()
+
+        def read(place: int) -> tuple[Tensor, Prompt]:
+            return read_sample(items[place], self.encoder), items[place].prompt
+
+        order, parts = list[int](), list[Tensor]()
+        for places, samples, prompts in batches_of_one_shape(range(len(items)), read, self.batch_size):
+            encoded: Tensor = self.encoder(samples.to(self.device, non_blocking=True), prompts)
+            order += places
+            parts.append(encoded.float())
+            _require_as_many_tokens(encoded, parts[0].shape[1], prompts)
+        tokens = torch.cat(parts)
+        in_order = torch.tensor(order).argsort().to(tokens.device, non_blocking=True)
+        return tokens[in_order]
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ def measured_nuisances(items: Sequence[Item], encoder: RewardEncoder, nuisances:
     """Measure nuisances (N, J) of items, one by one. Raises ValueError for one that is not finite."""
     rows = torch.empty(len(items), len(nuisances))
     for row, item in enumerate(items if nuisances else ()):
-        rows[row] = _nuisances_of(read_samples([item], encoder), [item.prompt], nuisances)[0]
+        rows[row] = _nuisances_of(read_sample(item, encoder)[None], [item.prompt], nuisances)[0]
     return rows
 
 
@@ -167,11 +184,7 @@ class TokenFolder:
                     np.lib.format.open_memmap(self.folder / name, "w+", np.float32, shape)
                     for name, shape in zip(("tokens.npy", "nuisances.npy"), shapes, strict=True)
                 )
-            if encoded.shape[1:] != tokens.shape[1:]:
-                raise ValueError(
-                    f"a sample of {prompts[0].text!r} has {encoded.shape[1]} tokens, and others have {tokens.shape[1]}:"
-                    " give clips of one length, or an encoder with pooled tokens"
-                )
+            _require_as_many_tokens(encoded, tokens.shape[1], prompts)
             tokens[done : done + len(batch)] = encoded.numpy()
             values[done : done + len(batch)] = _nuisances_of(samples, prompts, measures).numpy()
             tokens.flush()
@@ -185,9 +198,9 @@ class TokenFolder:
     @staticmethod
     def _next_batch(items: Sequence[Item], encoder: RewardEncoder) -> tuple[list[Item], Tensor]:
         """Read the first of the items whose samples have one shape."""
-        samples = [_read(items[0], encoder)]
+        samples = [read_sample(items[0], encoder)]
         for item in items[1:]:
-            sample = _read(item, encoder)
+            sample = read_sample(item, encoder)
             if sample.shape != samples[0].shape:
                 break
             samples.append(sample)

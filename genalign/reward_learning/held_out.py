@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from genalign.metrics.intervals import Estimate, clustered_share
 from genalign.reward_learning.measures import prompt_means
 from genalign.reward_learning.pair_measures import CalibrationBin, pair_accuracy
+from genalign.reward_learning.preference_losses import compared_rows
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class HeldOutMetrics:
     """Measures on held-out judgments.
 
     Attributes:
-        loss: The loss without a correction of label noise and without other terms.
+        loss: The loss without a correction of label noise and without other terms; of grades, the mean of the members'
+            own, since each learns thresholds of its own.
         accuracy: The share of pairs that are ordered right, over prompts, by dimension; None where nothing is decided.
-        calibration: The expected calibration error of sigmoid(lead); None for grades.
-        bins: The bins of the calibration error.
+        calibration: The expected calibration error of sigmoid(lead) of pairs, or of sigmoid(score) of labels; None
+            where a score gives no probability.
+        bins: The bins of the calibration error of pairs.
         members: The accuracy of each member of an ensemble, by dimension; empty for a single member.
         nuisances: Correlations of the nuisances that are kept out of the reward, by name.
     """
@@ -79,14 +83,19 @@ def accuracy_of_grades(scores: Tensor, values: Tensor, prompt: Tensor, within_pr
         prompt: The number (N,) of the prompt.
         within_prompts: Whether only items of one prompt are compared, where any prompt has different grades.
     """
-    compared = values[:, None] != values[None]
-    compared &= ~(values.isnan()[:, None] | values.isnan()[None])
-    same = prompt[:, None] == prompt[None]
-    if within_prompts and bool((compared & same).any()):
-        compared &= same
-    right = ((scores[:, None] - scores[None]).sign() * (values[:, None] - values[None]).sign() + 1) / 2
-    any_pair = compared.any(1)
-    if not bool(any_pair.any()):
-        return None
-    shares = (right.nan_to_num() * compared).sum(1)[any_pair] / compared.sum(1)[any_pair]
-    return clustered_share(prompt_means(shares, prompt[any_pair]))
+    graded = ~values.isnan()
+    scores, values, prompt = scores[graded], values[graded], prompt[graded]
+
+    def shares_within(group: Tensor) -> Tensor:
+        shares = torch.full((len(values),), torch.nan)
+        for rows, others in compared_rows(group):
+            lead, gap = (own[rows][:, None] - own[others] for own in (scores, values))
+            right = (lead.sign() * gap.sign() + 1) / 2
+            compared = (gap != 0) & (group[rows][:, None] == group[others])
+            shares[rows] = (right * compared).sum(1) / compared.sum(1)  # NaN without a comparison
+        return shares
+
+    shares = shares_within(prompt if within_prompts else torch.zeros_like(prompt))
+    if within_prompts and bool(shares.isnan().all()):
+        shares = shares_within(torch.zeros_like(prompt))
+    return None if bool(shares.isnan().all()) else clustered_share(prompt_means(shares, prompt))

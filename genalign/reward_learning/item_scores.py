@@ -105,7 +105,7 @@ class ItemScorer:
             return self.reader(items[row]), items[row].prompt
 
         with self.progress.phase("measuring samples", len(items)) as advance:
-            for rows, samples, _ in _of_one_shape(range(len(items)), read, self.batch_size):
+            for rows, samples, _ in batches_of_one_shape(range(len(items)), read, self.batch_size):
                 for name, statistic in NUISANCES.get(medium_of(samples).name, {}).items():
                     column = columns.setdefault(name, torch.full((len(items),), torch.nan, dtype=torch.float64))
                     column[torch.tensor(rows)] = statistic(samples).double().cpu()
@@ -139,7 +139,7 @@ class ItemScorer:
         what = f"scoring by {reward.name}" + (f" after {name}" if name else "")
         if missing:
             with self.progress.phase(what, len(missing)) as advance:
-                for rows, samples, prompts in _of_one_shape(missing, read, self.batch_size):
+                for rows, samples, prompts in batches_of_one_shape(missing, read, self.batch_size):
                     values = self._score(reward, samples, prompts)
                     self.file.add({keys[row]: value for row, value in zip(rows, values, strict=True)})
                     advance(len(rows))
@@ -175,7 +175,7 @@ class ItemScorer:
 
         if missing:
             with self.progress.phase(f"comparing by {name}", len(missing)) as advance:
-                for places, pairs, prompts in _of_one_shape(missing, pair, self.batch_size):
+                for places, pairs, prompts in batches_of_one_shape(missing, pair, self.batch_size):
                     values = self._score(in_order, pairs, prompts)
                     self.file.add({keys[place]: value for place, value in zip(places, values, strict=True)})
                     advance(len(places))
@@ -209,7 +209,7 @@ def _first_scores(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt
     raise RewardError(f"{reward.name} failed on a first batch: {failure}")
 
 
-def _of_one_shape(
+def batches_of_one_shape(
     rows: Sequence[int], read: Callable[[int], tuple[Tensor, Prompt]], size: int
 ) -> Iterator[tuple[list[int], Tensor, list[Prompt]]]:
     """Yield batches of at most ``size`` rows whose samples have one shape, with the samples and prompts."""

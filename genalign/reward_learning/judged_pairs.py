@@ -133,6 +133,20 @@ def win_shares(pairs: EvaluatedPairs, prompt: Tensor) -> Tensor:
     return (wins / others).masked_fill(incomplete | (others < 2), torch.nan)
 
 
+def wins_over_several(pairs: EvaluatedPairs, prompt: Tensor) -> list[list[int]]:
+    """Group pairs by the item that was preferred: the numbers of the pairs that an item won, two or more of them.
+
+    Only of prompts whose items were not all compared with each other, as where one winner stands against several
+    others; of the rest, ``win_shares`` say which item is the best. ``prompt`` (n,) are the numbers of the items'
+    prompts.
+    """
+    incomplete, won = win_shares(pairs, prompt).isnan().tolist(), defaultdict[int, list[int]](list)
+    for place, ((first, second), share) in enumerate(zip(pairs.rows.tolist(), pairs.preferred.tolist(), strict=True)):
+        if share != 0.5 and incomplete[first]:
+            won[first if share > 0.5 else second].append(place)
+    return [places for places in won.values() if len(places) > 1]
+
+
 def training_items(path: Path) -> frozenset[str]:
     """Read the digests of the items that a reward was trained on.
 

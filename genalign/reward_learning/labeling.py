@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -37,11 +37,25 @@ class Labeler(Protocol):
     def annotator_names(self) -> tuple[str, ...]:
         """The names under which it judges."""
 
-    def label(self, comparisons: Sequence[Judgment], device: str = "cpu") -> list[Judgment | None]:
-        """Judge comparisons, each as its annotator; None for one that cannot be judged.
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The dimensions in which it judges."""
 
-        ``device`` is the torch device that the samples are on when they are scored. Raises ValueError for a kind of
-        judgment that it does not give.
+    def label(
+        self, comparisons: Sequence[Judgment], device: str = "cpu", dimensions: Collection[str] | None = None
+    ) -> list[Judgment | None]:
+        """Judge comparisons, each as its annotator.
+
+        Args:
+            comparisons: The comparisons, each with the name of its annotator.
+            device: The torch device that the samples are on when they are scored.
+            dimensions: Those of its dimensions in which it judges; None for all.
+
+        Returns:
+            The judgments, without the dimensions that cannot be judged; None where none can.
+
+        Raises:
+            ValueError: It does not give judgments of the kind of a comparison.
         """
 
 
@@ -134,13 +148,21 @@ class RewardLabeler:
         """The names of ``annotators``; "reward" where there are none."""
         return tuple(self.annotators) or ("reward",)
 
-    def label(self, comparisons: Sequence[Judgment], device: str = "cpu") -> list[Judgment | None]:
-        """Judge comparisons by the scores of their samples; None where no dimension has a score of every sample.
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The names of ``rewards``."""
+        return tuple(self.rewards)
+
+    def label(
+        self, comparisons: Sequence[Judgment], device: str = "cpu", dimensions: Collection[str] | None = None
+    ) -> list[Judgment | None]:
+        """Judge comparisons by the scores of their samples, in the dimensions that have a score of every sample.
 
         Raises ValueError for a ranking by an annotator with errors, which are of pairs.
         """
         items = _items(comparisons, device)
-        columns = {name: _scores(name, reward, items) for name, reward in self.rewards.items()}
+        names = self.dimensions if dimensions is None else dimensions
+        columns = {name: _scores(name, reward, items) for name, reward in self.rewards.items() if name in names}
         tastes: dict[str, Mapping[ItemKey, float]] = {}
         for name, annotator in self.annotators.items():
             if annotator.taste is not None:
@@ -164,17 +186,21 @@ class RewardLabeler:
         scores: dict[str, tuple[float, ...]] = {}
         for dimension, column in columns.items():
             values = [column[key] + annotator.weight * taste.get(key, 0.0) for key in _keys(comparison)]
-            if not all(map(math.isfinite, values)):
-                continue
             draw = lambda error, dimension=dimension: _uniform(noise.seed, error, dimension, *named)  # noqa: E731
-            if comparison.kind == "pair":
-                first = 1.0 if always_first else noise.preferred(values[0] - values[1], draw)
-                scores[dimension] = (first, 1 - first)
-            elif comparison.kind == "ranking":
-                scores[dimension] = tuple(values)
-            else:
-                scores[dimension] = tuple(self._grade(comparison.kind, value, noise, draw) for value in values)
+            if all(map(math.isfinite, values)):
+                scores[dimension] = self._answer(comparison.kind, values, noise, always_first, draw)
         return replace(comparison, scores=scores) if scores else None
+
+    def _answer(
+        self, kind: Kind, values: Sequence[float], noise: LabelNoise, always_first: bool, draw: Callable[[str], float]
+    ) -> tuple[float, ...]:
+        """Return what is said of samples in a dimension, by their scores and the errors that are drawn."""
+        if kind == "pair":
+            first = 1.0 if always_first else noise.preferred(values[0] - values[1], draw)
+            return first, 1 - first
+        if kind == "ranking":
+            return tuple(values)
+        return tuple(self._grade(kind, value, noise, draw) for value in values)
 
     def _grade(self, kind: Kind, value: float, noise: LabelNoise, draw: Callable[[str], float]) -> float:
         """Return the rating or label of a score."""
@@ -214,19 +240,23 @@ class JudgeLabeler:
         """The one name under which all judges answer."""
         return (self.annotator,)
 
-    def label(self, comparisons: Sequence[Judgment], device: str = "cpu") -> list[Judgment | None]:
-        """Judge pairs; None for one of which no judge has an answer. Raises ValueError for another kind."""
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The names of ``judges``."""
+        return tuple(self.judges)
+
+    def label(
+        self, comparisons: Sequence[Judgment], device: str = "cpu", dimensions: Collection[str] | None = None
+    ) -> list[Judgment | None]:
+        """Judge pairs, in the dimensions whose judge has an answer. Raises ValueError for another kind."""
         if other := next((one.kind for one in comparisons if one.kind != "pair"), None):
             raise ValueError(f"a judge of pairs gives no {other}: judge pairs")
-        items = _items(comparisons, device)
-        shapes: dict[tuple[torch.Size, ...], list[int]] = {}
-        for place, comparison in enumerate(comparisons):
-            shapes.setdefault(tuple(items[key][1].shape for key in _keys(comparison)), []).append(place)
+        names = self.dimensions if dimensions is None else dimensions
+        judges = [(name, judge) for name, judge in self.judges.items() if name in names]
         scores: list[dict[str, tuple[float, ...]]] = [{} for _ in comparisons]
         reasons: list[list[str]] = [[] for _ in comparisons]
-        for (name, judge), places in itertools.product(self.judges.items(), shapes.values()):
-            keys = [_keys(comparisons[place]) for place in places]
-            left, right = (torch.stack([items[key][1] for key in side]) for side in zip(*keys, strict=True))
+        for (name, judge), batch in itertools.product(judges, _pairs_by_shape(comparisons, device)):
+            places, left, right = batch
             answers = self._ask(name, judge, left, right, [comparisons[place].prompt for place in places])
             for place, preferred, reason in zip(places, answers.preferred.tolist(), answers.written, strict=True):
                 if math.isfinite(preferred):
@@ -257,6 +287,20 @@ class JudgeLabeler:
             for a, b in zip(first.written, second.written, strict=True)
         ]
         return OneOrder(preferred, tuple(text or None for text in written))
+
+
+def _pairs_by_shape(comparisons: Sequence[Judgment], device: str) -> list[tuple[list[int], Tensor, Tensor]]:
+    """Stack the pairs whose samples have the same shapes: their numbers, and the first and second samples (n, ...)."""
+    items = _items(comparisons, device)
+    shapes: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, comparison in enumerate(comparisons):
+        shapes.setdefault(tuple(items[key][1].shape for key in _keys(comparison)), []).append(place)
+    batches = []
+    for places in shapes.values():
+        keys = [_keys(comparisons[place]) for place in places]
+        left, right = (torch.stack([items[key][1] for key in side]) for side in zip(*keys, strict=True))
+        batches.append((places, left, right))
+    return batches
 
 
 def _one_order(judge: AnyCallable, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> OneOrder:
@@ -305,6 +349,30 @@ def task_key(judgment: Judgment) -> tuple[object, ...]:
     """Return what tells the judgments of a dataset apart: what was asked of whom, about which samples in any order."""
     samples = frozenset(sample.content for sample in judgment.samples)
     return judgment.kind, judgment.prompt.text, samples, judgment.annotator
+
+
+def missing_dimensions(
+    tasks: Iterable[Judgment], judgments: Iterable[Judgment], dimensions: Sequence[str]
+) -> dict[tuple[str, ...], list[Judgment]]:
+    """Group what is still to be judged by the dimensions in which it is.
+
+    Args:
+        tasks: What annotators are to judge, as ``unlabeled`` lists it.
+        judgments: The judgments that were made; those of a task may be in different dimensions.
+        dimensions: The dimensions in which each task is to be judged.
+
+    Returns:
+        The tasks by their missing dimensions, in order; those with all dimensions are left out.
+    """
+    judged: dict[tuple[object, ...], set[str]] = {}
+    for judgment in judgments:
+        judged.setdefault(task_key(judgment), set()).update(judgment.scores)
+    groups: dict[tuple[str, ...], list[Judgment]] = {}
+    for task in tasks:
+        known = judged.get(task_key(task), ())
+        if missing := tuple(name for name in dimensions if name not in known):
+            groups.setdefault(missing, []).append(task)
+    return groups
 
 
 def sample_rate(judgments: Iterable[Judgment]) -> int | None:

@@ -15,10 +15,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from genalign.reward_learning.uncertainty import LaplacePosterior, posterior_deviation
 from genalign.types import Prompt
 
 Pool = Literal["mean", "min", "mean_minus_std"]
-"""How the scores of an ensemble's members become one."""
+"""How the scores of an ensemble's members become one; "mean_minus_std" is also of a single member with a posterior."""
 
 
 class RewardEncoder(nn.Module, ABC):
@@ -89,28 +90,49 @@ class RewardNetwork(nn.Module):
 
     ``forward`` gives one of the outputs, pooled over the members. Heads read tokens that are standardized by
     ``token_mean`` and ``token_scale`` (d). A member's output is counted from its ``level`` (M, K), its mean over the
-    training items: preferences leave the origin of its scores open. They leave it open for each prompt, so that pools
-    that compare members ("min", "mean_minus_std") also need ``Centering`` in training.
+    training items where the loss leaves the origin of scores open. A loss of pairs leaves it open for each prompt, so
+    that pools that compare members ("min", "mean_minus_std") also need ``Centering`` in training.
 
     Args:
         encoder: What the heads read.
         heads: The members.
         output: The number of the output that ``forward`` gives.
-        pool: How it pools the members; the deviation is that of the population.
+        pool: How it pools the members; their deviation is that of the population.
+        posterior: The posterior of the last layer of a single member, for this output; None without.
+
+    Raises:
+        ValueError: The pool compares members, and there is one, without a posterior to take the deviation from.
     """
 
     token_mean: Tensor
     token_scale: Tensor
     level: Tensor
+    covariance: Tensor | None
+    center: Tensor | None
 
-    def __init__(self, encoder: RewardEncoder, heads: Sequence[Head], output: int = 0, pool: Pool = "mean") -> None:
+    def __init__(
+        self,
+        encoder: RewardEncoder,
+        heads: Sequence[Head],
+        output: int = 0,
+        pool: Pool = "mean",
+        posterior: LaplacePosterior | None = None,
+    ) -> None:
         super().__init__()
         if pool not in get_args(Pool):
             raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, not {pool!r}")
+        if len(heads) == 1 and (pool == "min" or (pool == "mean_minus_std" and posterior is None)):
+            instead = ", or with uncertainty (a posterior of its last layer)" if pool == "mean_minus_std" else ""
+            raise ValueError(
+                f"pool {pool!r} compares the members of an ensemble, and this reward has one: take pool 'mean', or"
+                f" train it with fit.members of 2 or more{instead}"
+            )
         self.encoder, self.heads, self.output, self.pool = encoder, nn.ModuleList(heads), output, pool
         self.register_buffer("token_mean", torch.zeros(encoder.width))
         self.register_buffer("token_scale", torch.ones(encoder.width))
         self.register_buffer("level", torch.zeros(len(heads), heads[0].last.out_features))
+        for name in ("covariance", "center"):
+            self.register_buffer(name, None if posterior is None else getattr(posterior, name), persistent=False)
 
     @property
     def sample_tower(self) -> tuple[nn.Module, ...]:
@@ -136,13 +158,30 @@ class RewardNetwork(nn.Module):
         tokens = self.standardized(tokens)
         return torch.stack([head(tokens) for head in self.heads], dim=1) - self.level
 
+    def deviation(self, tokens: Tensor) -> Tensor:
+        """Compute the standard deviation (B,) of the scores of tokens (B, n, d) of the encoder, differentiably.
+
+        It is that over the members, or by the posterior of a single one, counted from the mean training item.
+        """
+        if self.covariance is None or self.center is None:
+            return self.outputs(tokens)[..., self.output].std(1, correction=0)
+        (head,) = self.heads
+        assert isinstance(head, Head)
+        features = head.features(self.standardized(tokens))
+        return posterior_deviation(features, self.covariance, self.center).float()
+
     def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), differentiably."""
-        members = self.outputs(self.encoder(samples, prompts))[..., self.output]
+        tokens = self.encoder(samples, prompts)
+        members = self.outputs(tokens)[..., self.output]
         if self.pool == "min":
             return members.amin(1)
         mean = members.mean(1)
-        return mean if self.pool == "mean" else mean - members.std(1, correction=0)
+        return mean if self.pool == "mean" else mean - self.deviation(tokens)
+
+    def extra_repr(self) -> str:
+        """Say what its score is, by which ``RewardIdentity`` tells networks of the same weights apart."""
+        return f"output={self.output}, pool={self.pool!r}"
 
     def trained(self) -> dict[str, Tensor]:
         """Return the weights that are trained, by name: those of the heads, and the encoder's with a gradient."""

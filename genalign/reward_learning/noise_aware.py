@@ -69,7 +69,9 @@ class RewardIdentity:
         path = f"{kind.__module__}.{kind.__qualname__}"
         digest = hashlib.blake2b(path.encode(), digest_size=8)
         if isinstance(reward, NetworkReward):
-            for name, weight in reward.network().named_parameters():
+            network = reward.network()
+            digest.update(network.extra_repr().encode())  # such as the output of a learned reward and its pool
+            for name, weight in network.named_parameters():
                 values = weight.detach().flatten()[:: max(1, weight.numel() // _DIGEST_VALUES)]
                 digest.update(f"{name} {tuple(weight.shape)}".encode())
                 digest.update(values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())

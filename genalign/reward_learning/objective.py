@@ -42,7 +42,11 @@ class RewardObjective:
 
     @property
     def centered(self) -> bool:
-        """Whether the scores of a prompt have an origin that members share: by grades, or by ``Centering``."""
+        """Whether the scores of a prompt have an origin that members share: by ``Centering``, or by grades.
+
+        Grades compare the items of different prompts, so that what they leave open is one constant of a member: its
+        level, which training measures (``PreferenceLoss.has_origin``).
+        """
         return isinstance(self.loss, GradeLoss) or any(isinstance(term, Centering) for term in self.regularizers)
 
     @property
@@ -60,8 +64,9 @@ class RewardData:
     tokens: ItemTokens
 
     def has_held_out(self, loss: PreferenceLoss) -> bool:
-        """Return whether a judgment of the kinds of ``loss`` is held out."""
-        return len(self.held_out.pairs if isinstance(loss, PairLoss) else self.held_out.grades) > 0
+        """Return whether a judgment of the kinds of ``loss`` is held out, in a dimension that is learned."""
+        held_out = self.held_out.pairs.preferred if isinstance(loss, PairLoss) else self.held_out.grades.values
+        return not bool(held_out.isnan().all())
 
     def digest(self) -> str:
         """Return a hash of the items and of what was judged of them."""

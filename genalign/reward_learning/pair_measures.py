@@ -8,7 +8,7 @@ a tie. ``prompt`` (N,) is the number of the prompt. A pair with a NaN is left ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -92,6 +92,52 @@ def margin_bins(margin: Tensor, count: int) -> list[tuple[float, float, Tensor]]
     bins = [(~margin.isnan() & (place == number)).nonzero()[:, 0] for number in range(int(place.max()) + 1)]
     filled = [(float(margin[rows].min()), float(margin[rows].max()), rows) for rows in bins if len(rows)]
     return filled if len(filled) > 1 else []
+
+
+# One sample against several
+
+
+@dataclass(frozen=True)
+class WinnerAccuracy:
+    """How often a reward prefers a sample to all that it was preferred to, which are several.
+
+    Attributes:
+        accuracy: The share of these samples; one that ties with k of the others counts 1 / (k + 1).
+        by_chance: That of a reward that draws scores by lot.
+        winners: Number of these samples.
+    """
+
+    accuracy: Estimate
+    by_chance: float
+    winners: int
+
+
+def winner_accuracy(
+    difference: Tensor, preferred: Tensor, prompt: Tensor, wins: Sequence[Sequence[int]]
+) -> WinnerAccuracy:
+    """Estimate how often a reward prefers a sample to all that it was preferred to.
+
+    Args:
+        difference: Differences (N,) of scores.
+        preferred: Preferences (N,) for the first samples.
+        prompt: The number (N,) of the prompt.
+        wins: The numbers of the pairs that each sample won; those of a sample with a NaN are left out.
+
+    Raises:
+        UnmeasurableError: No sample has a score beside all that it was preferred to.
+    """
+    lead = torch.where(preferred > 0.5, difference, -difference)
+    values, chances, prompts = list[float](), list[float](), list[int]()
+    for places in wins:
+        leads = lead[list(places)]
+        if not bool(leads.isnan().any()):
+            values.append(float(bool((leads >= 0).all())) / (1 + int((leads == 0).sum())))
+            chances.append(1 / (1 + len(leads)))
+            prompts.append(int(prompt[places[0]]))
+    shares, by_chance = (
+        prompt_means(torch.tensor(column, dtype=torch.float64), torch.tensor(prompts)) for column in (values, chances)
+    )
+    return WinnerAccuracy(clustered_share(shares), math.fsum(by_chance) / len(by_chance), len(values))
 
 
 # Calibration

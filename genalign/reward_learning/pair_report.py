@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from genalign.metrics.intervals import Estimate, mean_over_tasks
 from genalign.reward_learning.examples import Examples, Item, prompt_numbers
-from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, judged_pairs
+from genalign.reward_learning.judged_pairs import EvaluatedPairs, annotator_votes, judged_pairs, wins_over_several
 from genalign.reward_learning.measures import UnmeasurableError, prompt_means
 from genalign.reward_learning.pair_measures import (
     PreferenceCalibration,
+    Votes,
     annotator_agreement,
     calibration,
     credit,
     margin_bins,
     pair_accuracy,
     position_bias,
+    winner_accuracy,
 )
 from genalign.reward_learning.preferences import OVERALL, Judgment
 from genalign.reward_learning.reward_report import EvaluationOptions, RewardEvaluation
@@ -70,7 +73,13 @@ def measure_judgments(
             own = judged_pairs(data, dimension)
             unseen = of_unseen(predictions.of(own.rows), own, seen)
             _add_accuracy(report, "accuracy by dimension", dimension, unseen, own, prompt)
-    _measure_annotators(report, data, main, pairs, difference)
+    if wins := wins_over_several(pairs, prompt):
+        with report.attempt("one sample against several"):
+            winners = winner_accuracy(difference, pairs.preferred, prompt[pairs.rows[:, 0]], wins)
+            counted = f"{winners.winners} winners, {winners.by_chance:.3f} by chance"
+            report.add("one against several", "winner above all others", winners.accuracy, True, counted)
+    _measure_sides(report, judgments, main)
+    _measure_agreement(report, annotator_votes(data, main, pairs), difference, prompt[pairs.rows[:, 0]])
     return pairs
 
 
@@ -214,15 +223,18 @@ def _measure_seen(
     pair_seen = seen[pairs.rows].any(1)
     report.counts |= {"items trained on": int(seen.sum()), "pairs trained on": int(pair_seen.sum())}
     count = int(pair_seen.sum())
-    apart = {0: "", len(pairs): ": all measures are of training data, collect other pairs"}
-    report.notes.append(
+    note = (
         f"the reward was trained on {int(seen.sum())} of the {len(seen)} samples, by the hash of their files, which are"
         f" in {count} of the {len(pairs)} pairs"
-        + apart.get(count, ": these pairs count in the section training data alone")
     )
     if count:
+        if count == len(pairs):
+            note += ": all measures are of training data, collect other pairs"
+        else:
+            note += ": these pairs count in the section training data alone"
         rows = pair_seen.nonzero()[:, 0]
         _add_accuracy(report, "training data", "pairs that were trained on", difference, pairs, prompt, rows)
+    report.notes.append(note)
 
 
 def _record(
@@ -247,39 +259,41 @@ def _record(
     return plain
 
 
-def _measure_annotators(
-    report: RewardEvaluation, data: Examples, dimension: str, pairs: EvaluatedPairs, difference: Tensor
-) -> None:
-    """Measure the position bias of the annotators, and their agreement with the reward and with each other."""
-    prompt = prompt_numbers(data.items)
-    column = data.dimensions.index(dimension)
-    first = data.pairs.preferred[:, column].masked_fill(data.pairs.difference[:, column].isnan(), torch.nan)
-    if not bool(first.isnan().all()):
-        names = ["", *dict.fromkeys(filter(None, data.pairs.annotators))]
-        for name in names:
-            own = torch.tensor([name in ("", annotator) for annotator in data.pairs.annotators]) & ~first.isnan()
-            if not bool(own.any()):
-                continue
-            value = position_bias(first[own], prompt[data.pairs.rows[own, 0]])
-            label = f"annotator {name}" if name else "all annotators"
-            report.add("position bias", label, value, True, f"{int(own.sum())} pairs")
-            if name and int(own.sum()) >= _ONE_SIDED and abs(value.mean) == 0.5:
-                side = "first" if value.mean > 0 else "second"
-                report.notes.append(f"annotator {name} preferred the {side} sample in all {int(own.sum())} pairs")
-    votes = annotator_votes(data, dimension, pairs)
+def _measure_sides(report: RewardEvaluation, judgments: Sequence[Judgment], dimension: str) -> None:
+    """Measure how far annotators prefer the sample that was shown first, where the order is known.
+
+    Data that name no annotator say nothing of the order either, unless they list it.
+    """
+    ordered = [one for one in judgments if one.kind in ("pair", "ranking") and dimension in one.scores]
+    ordered = [one for one in ordered if one.shown or (one.annotator is not None and one.shown is not None)]
+    numbers: dict[str, int] = {}
+    by_name = defaultdict[str, list[tuple[float, int]]](list)
+    for judgment in map(Judgment.in_shown_order, ordered):
+        number = numbers.setdefault(judgment.prompt.text, len(numbers))
+        for left, right in combinations(judgment.scores[dimension], 2):
+            share = left if judgment.kind == "pair" else (1.0 + (left > right) - (left < right)) / 2
+            for name in dict.fromkeys(("", judgment.annotator or "")):
+                by_name[name].append((share, number))
+    for name, choices in by_name.items():
+        first, prompt = torch.tensor(choices, dtype=torch.float64).unbind(1)
+        value = position_bias(first, prompt)
+        label = f"annotator {name}" if name else "all annotators"
+        report.add("position bias", label, value, True, f"{len(choices)} pairs")
+        if name and len(choices) >= _ONE_SIDED and abs(value.mean) == 0.5:
+            side = "first" if value.mean > 0 else "second"
+            report.notes.append(f"annotator {name} preferred the {side} sample in all {len(choices)} pairs")
+
+
+def _measure_agreement(report: RewardEvaluation, votes: Votes, difference: Tensor, prompt: Tensor) -> None:
+    """Measure the agreement of the annotators with the reward and with each other; ``prompt`` (N,) is of the pairs."""
     if not votes.annotators:
         return
     with report.attempt("agreement with annotators"):
-        agreement = annotator_agreement(votes, difference, prompt[pairs.rows[:, 0]])
-        for name, one in agreement.items():
+        for name, one in annotator_agreement(votes, difference, prompt).items():
             section, label = "agreement with annotators", f"annotator {name}" if name else "annotators"
             report.add(section, f"reward with {label}", one.with_reward, True, f"{one.pairs} pairs")
             if one.with_others and one.reward_with_others:
                 majority = f"the others' majority{'' if name else ', each left out in turn'}"
                 report.add(section, f"{label} with {majority}", one.with_others, True)
-                report.add(
-                    section,
-                    f"reward with that majority{f' (without {name})' if name else ''}",
-                    one.reward_with_others,
-                    True,
-                )
+                own = f"reward with that majority{f' (without {name})' if name else ''}"
+                report.add(section, own, one.reward_with_others, True)

@@ -1,18 +1,20 @@
 """Preference data in the layouts that they are published in, as judgments.
 
-A file is .json (a list, or an object with a list under "pairs"), .jsonl or .parquet. The columns of a row say what it
-is; those in brackets may be missing:
+A file is .json (a list, or an object with a list under "pairs"), .jsonl or .parquet, or a folder with the .parquet
+files of one split. The columns of a row say what it is; those in brackets may be missing:
 
+    our own         prompt, samples, [kind, scores, annotator, ...]: see ``preferences``
     Pick-a-Pic      caption, jpg_0, jpg_1 (the files' content) or image_0, image_1 (files), label_0, [label_1,
                     has_label, model_0, model_1, user_id]: a pair; a label of 0.5 is a tie
     HPD v2, train   prompt, file_path or image_path (a list), human_preference (1 for the preferred image), [user_hash]:
-                    a pair. One preferred image of n is n - 1 pairs, since the others were not compared with each other
+                    a pair. One preferred image of n is n - 1 pairs, since the others were not compared with each other,
+                    each in the order of the row
     HPD v2, test    prompt, image_path (a list), rank (a list, averaged over annotators): a ranking
     ImageReward     prompt, generations (a list), ranking (a list): a ranking
     ImageRewardDB   prompt_id, prompt, image_path or image, rank, [overall_rating, image_text_alignment_rating,
                     fidelity_rating]: the rows of a prompt_id are a ranking, and each is a rating
-    RewardBench     prompt, chosen, rejected (files or content), [chosen_model, rejected_model, subset]: a pair, in that
-                    order; the subset is in the prompt's metadata
+    RewardBench     prompt, chosen, rejected (files or content), [chosen_model, rejected_model, subset]: a pair, without
+                    the order in which it was shown; the subset is in the prompt's metadata
     MMRB 2          prompt_content, response_a, response_b, chosen ("A" or "B"), [prompt_source]: a pair; only rows
                     whose prompt is text and whose responses are one image each, those of its task t2i
     VideoFeedback   "text prompt", images (the frames of a video) or image or audio (a file), and a number under each
@@ -31,14 +33,17 @@ RewardBench's columns for images, since its own rows are texts.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from genalign.reward_learning.preferences import (
     OVERALL,
+    PREFERENCES,
     JudgedSample,
     Judgment,
     read_judgments,
@@ -60,6 +65,25 @@ _OF_MOTION = ("temporal consistency", "dynamic degree")
 _NO_DIMENSION = ("id", "seed")  # numbers of a VideoFeedback row that are no ratings
 
 
+def path_names(paths: str | Sequence[str]) -> str:
+    """Return the paths of ``read_all_preferences`` as a text, for messages."""
+    return paths if isinstance(paths, str) else ", ".join(paths)
+
+
+def read_all_preferences(paths: str | Sequence[str]) -> list[Judgment]:
+    """Read the judgments of a folder or file, or of a list of them, one after the other.
+
+    Raises ``read_preferences``'s errors, and ValueError for an empty list and for a path that is listed twice.
+    """
+    listed = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    if not listed:
+        raise ValueError("the list of preferences is empty: name a folder or file of judgments")
+    counts = Counter(path.resolve() for path in listed)
+    if twice := next((path for path in listed if counts[path.resolve()] > 1), None):
+        raise ValueError(f"{twice} is listed twice, so that its judgments would count twice: list it once")
+    return [judgment for path in listed for judgment in read_preferences(path)]
+
+
 def read_preferences(path: Path) -> list[Judgment]:
     """Read judgments in our own format, a folder or a .jsonl file, or in one of the layouts above.
 
@@ -67,16 +91,17 @@ def read_preferences(path: Path) -> list[Judgment]:
 
     Raises:
         FileNotFoundError: there is no such file, or a sample that it lists is missing.
-        ValueError: a row cannot be used, which is named, or there is no judgment.
+        ValueError: a row cannot be used, which is named, or there is no judgment, or a folder has .parquet files of
+            several splits.
     """
-    if path.is_dir():
+    files = _shards(path) if path.is_dir() else [path]
+    if not files:
         return read_judgments(path)
-    if not path.is_file():
+    if not files[0].is_file():
         raise FileNotFoundError(f"there is no {path}: give a folder of judgments, or a .json, .jsonl or .parquet file")
     judgments, notes, count = list[Judgment](), Counter[str](), 0
     ranked: dict[Any, tuple[_Source, list[Row]]] = {}
-    for count, row in enumerate(_rows(path), start=1):
-        source = _Source(path, f"{path}, row {count}", notes)
+    for count, (source, row) in enumerate(_sources(files, notes), start=1):
         if not isinstance(row, Mapping):
             raise ValueError(f"{source.where} is no object: give one judgment a row")
         if count == 1 and path.suffix == ".jsonl" and "samples" in row:
@@ -94,6 +119,28 @@ def read_preferences(path: Path) -> list[Judgment]:
         raise ValueError(f"{path} has no judgment")
     require_files(judgments, path)
     return judgments
+
+
+def _shards(folder: Path) -> list[Path]:
+    """List the .parquet files of a folder that has no preferences.jsonl.
+
+    Raises ValueError for those of several splits, such as train-00000-of-00002.parquet and test-00000-of-00001.parquet.
+    """
+    files = [] if (folder / PREFERENCES).is_file() else sorted(folder.glob("*.parquet"))
+    splits = sorted({shard[1] for file in files if (shard := re.fullmatch(r"(.+?)-\d+-of-\d+.*", file.stem))})
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder} has .parquet files of the splits {', '.join(splits)}: list the files of one, or give each split"
+            " a folder of its own"
+        )
+    return files
+
+
+def _sources(files: Sequence[Path], notes: Counter[str]) -> Iterator[tuple[_Source, Any]]:
+    """Yield the rows of files, and where each stands."""
+    for file in files:
+        for number, row in enumerate(_rows(file), start=1):
+            yield _Source(file, f"{file}, row {number}", notes), row
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -154,10 +201,20 @@ class _Source:
 def _unknown(source: _Source, row: Row) -> list[Judgment]:
     _text(row)
     raise ValueError(
-        f"its columns {', '.join(map(str, row))} are of no layout that is known: it needs jpg_0, jpg_1 and label_0"
-        " (Pick-a-Pic), image_0, image_1 and label_0, image_path and human_preference or rank (HPD), prompt_id and rank"
-        " (ImageRewardDB), chosen and rejected (RewardBench), or images and text prompt (VideoFeedback)"
+        f"its columns {', '.join(map(str, row))} are of no layout that is known: it needs samples (our own format),"
+        " jpg_0, jpg_1 and label_0 (Pick-a-Pic), image_0, image_1 and label_0, image_path and human_preference or rank"
+        " (HPD), prompt_id and rank (ImageRewardDB), chosen and rejected (RewardBench), or images and text prompt"
+        " (VideoFeedback)"
     )
+
+
+def _own_judgment(source: _Source, row: Row) -> list[Judgment]:
+    """A row of our own format, in which parquet has null for what a row does not say."""
+    line = {name: value for name, value in row.items() if value is not None}
+    for name in ("scores", "metadata"):
+        if isinstance(line.get(name), Mapping):
+            line[name] = {key: value for key, value in line[name].items() if value is not None}
+    return [Judgment.from_dict(line, source.path.parent)]
 
 
 def _labeled_pair(source: _Source, row: Row) -> list[Judgment]:
@@ -182,8 +239,8 @@ def _choice(source: _Source, row: Row) -> list[Judgment]:
         return [_pair(row, samples, preferred[0], preferred[1])]
     if len(best) != 1 or any(value != 0 for place, value in enumerate(preferred) if place not in best):
         raise ValueError(f"its human_preference is {preferred}, so that the winner is unknown: give one 1, and 0")
-    others = [sample for place, sample in enumerate(samples) if place not in best]
-    return [_pair(row, [samples[best[0]], other], 1.0, 0.0) for other in others]
+    pairs = [pair for pair in combinations(range(len(samples)), 2) if best[0] in pair]
+    return [_pair(row, [samples[a], samples[b]], preferred[a], preferred[b]) for a, b in pairs]
 
 
 def _ranking(source: _Source, row: Row) -> list[Judgment]:
@@ -211,7 +268,8 @@ def _ranked_rows(source: _Source, rows: Sequence[Row]) -> list[Judgment]:
 def _decided_pair(source: _Source, row: Row) -> list[Judgment]:
     """A row of RewardBench, which has a column for the better sample and one for the other."""
     samples = [source.sample(row[side], row.get(f"{side}_model")) for side in ("chosen", "rejected")]
-    return [_pair(row, samples, 1.0, 0.0, {"subset": row["subset"]} if row.get("subset") else None)]
+    pair = _pair(row, samples, 1.0, 0.0, {"subset": row["subset"]} if row.get("subset") else None)
+    return [replace(pair, shown=None)]
 
 
 def _responses(source: _Source, row: Row) -> list[Judgment]:
@@ -249,6 +307,7 @@ def _ratings(source: _Source, row: Row) -> list[Judgment]:
 
 
 _LAYOUTS: Sequence[tuple[set[str], Callable[[_Source, Any], list[Judgment]]]] = (
+    ({"samples"}, _own_judgment),
     ({"label_0", "jpg_0"}, _labeled_pair),
     ({"label_0", "image_0"}, _labeled_pair),
     ({"human_preference"}, _choice),

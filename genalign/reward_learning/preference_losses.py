@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from genalign.reward_learning.preferences import Kind
 
 _MOST_GRADES = 20
+_ROWS = 256  # that are compared with others at once
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -25,16 +27,50 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def mean_over_blocks(blocks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Average the values of blocks, each of values and a mask, where the masks are True; 0 where they are nowhere."""
+    sums = [((values * mask).sum(), mask.sum()) for values, mask in blocks]
+    total, count = (torch.stack(column).sum() for column in zip(*sums, strict=True))
+    return total / count.clamp(min=1)
+
+
+def compared_rows(group: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split the comparison of all rows of a group with each other into blocks, whose size does not grow with N squared.
+
+    A block is the numbers of some rows (n,), and of the rows (m,) that they are compared with: all of their groups.
+    Each row is among the first in one block.
+
+    Args:
+        group: The number (N,) of the group of each row, on the CPU.
+    """
+    order = torch.argsort(group, stable=True)
+    ordered = group[order]
+    for start in range(0, len(order), _ROWS):
+        rows = order[start : start + _ROWS]
+        first = torch.searchsorted(ordered, group[rows[0]])
+        end = torch.searchsorted(ordered, group[rows[-1]], right=True)
+        yield rows, order[int(first) : int(end)]
+
+
 class PreferenceLoss(ABC):
     """A loss, and the kinds of judgments that it learns from."""
 
     kinds: ClassVar[tuple[Kind, ...]]
+
+    @property
+    def has_origin(self) -> bool:
+        """Whether it determines the scores themselves, and not only the differences between them."""
+        return True
 
 
 class PairLoss(PreferenceLoss):
     """A loss of pairs, by the share of the preference for the first item (1, 0, or 0.5 for a tie)."""
 
     kinds = ("pair", "ranking")
+
+    @property
+    def has_origin(self) -> bool:
+        return False
 
     @abstractmethod
     def per_pair(self, lead: Tensor, preferred: Tensor, difference: Tensor) -> Tensor:
@@ -50,6 +86,11 @@ class PairLoss(PreferenceLoss):
 class GradeLoss(PreferenceLoss):
     """A loss of ratings or labels of single items."""
 
+    @property
+    def gives_probability(self) -> bool:
+        """Whether sigmoid(score) is the probability that an item is good."""
+        return False
+
     @abstractmethod
     def prepare(self, values: Tensor) -> GradeObjective:
         """Return the loss of scores, with what it measures of the training values (N, K).
@@ -63,7 +104,13 @@ class GradeObjective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, scores: Tensor, values: Tensor, prompt: Tensor) -> Tensor:
-        """Compute the loss () of scores (N, K) by values (N, K) of items of the prompts numbered ``prompt`` (N,)."""
+        """Compute the loss ().
+
+        Args:
+            scores: Scores (N, K) of items.
+            values: Their grades (N, K).
+            prompt: The number (N,) of the prompt of each, on the CPU.
+        """
 
 
 # Pairs
@@ -137,10 +184,15 @@ class CumulativeLogit(GradeLoss):
     """Ordinal regression: P(grade <= k) = sigmoid(c_k - score), with learned thresholds c_1 < c_2 < ... by dimension.
 
     This is McCullagh's proportional-odds model (1980). The grades are the distinct ratings of the training data, whose
-    distances do not matter; another rating, of held-out data, has no probability and is left out.
+    distances do not matter; another rating, of held-out data, has no probability and is left out. Scores are known up
+    to a constant, which the thresholds take up.
     """
 
     kinds = ("rating",)
+
+    @property
+    def has_origin(self) -> bool:
+        return False
 
     def prepare(self, values: Tensor) -> GradeObjective:
         grades = torch.unique(values[~values.isnan()])
@@ -228,9 +280,16 @@ class _Regression(GradeObjective):
         loss = masked_mean((scores - target).square(), judged)
         if not self.pairs:
             return loss
-        better = (target[:, None] > target[None]) & judged[:, None] & judged[None]
-        better &= (prompt[:, None] == prompt[None])[..., None]
-        return loss + self.pairs * masked_mean(F.softplus(scores[None] - scores[:, None]), better)
+        return loss + self.pairs * mean_over_blocks(self._pairs(scores, target, judged, prompt))
+
+    @staticmethod
+    def _pairs(scores: Tensor, target: Tensor, judged: Tensor, prompt: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the losses of pairs of items, and which of them are of one prompt and decided, by blocks (n, m, K)."""
+        for block in compared_rows(prompt):
+            same = prompt[block[0]][:, None] == prompt[block[1]]
+            rows, others, same = (part.to(scores.device, non_blocking=True) for part in (*block, same))
+            better = (target[rows][:, None] > target[others]) & judged[rows][:, None] & judged[others]
+            yield F.softplus(scores[others] - scores[rows][:, None]), better & same[..., None]
 
 
 # Labels
@@ -257,6 +316,14 @@ class LabelPool(GradeLoss):
 
     kinds = ("label",)
 
+    @property
+    def has_origin(self) -> bool:
+        return self.quality > 0
+
+    @property
+    def gives_probability(self) -> bool:
+        return self.quality > 0
+
     def __post_init__(self) -> None:
         if min(self.quality, self.pairs, self.ties, self.margin) < 0 or not self.quality + self.pairs > 0:
             raise ValueError(f"weights and margin must be at least 0, and quality or pairs positive, not {self}")
@@ -276,11 +343,27 @@ class _Labels(GradeObjective):
         own, judged, labels = self.settings, ~values.isnan(), values.nan_to_num()
         losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
         loss = own.quality * masked_mean(losses, judged)
-        lead = scores[:, None] - scores[None]
-        good, bad = (values > 0.5), (values < 0.5)
-        wins, defeats = F.softplus(own.margin - lead), F.softplus(own.margin + lead)
-        loss = loss + own.pairs * masked_mean(wins, good[:, None] & bad[None])
+        good, bad = values > 0.5, values < 0.5
+        if own.pairs:
+            wins = (
+                (F.softplus(own.margin - lead), good[rows][:, None] & bad[others])
+                for rows, others, lead in _leads(scores)
+            )
+            loss = loss + own.pairs * mean_over_blocks(wins)
         if own.ties:
-            different = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)[..., None]
-            loss = loss + own.ties * masked_mean(wins + defeats, good[:, None] & good[None] & different)
+            ties = (
+                (
+                    F.softplus(own.margin - lead) + F.softplus(own.margin + lead),
+                    good[rows][:, None] & good[others] & (rows[:, None] != others)[..., None],
+                )
+                for rows, others, lead in _leads(scores)
+            )
+            loss = loss + own.ties * mean_over_blocks(ties)
         return loss
+
+
+def _leads(scores: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield rows (n,), others (m,), and how far the scores (N, K) of rows lead those of others, (n, m, K)."""
+    for block in compared_rows(torch.zeros(len(scores))):
+        rows, others = (part.to(scores.device, non_blocking=True) for part in block)
+        yield rows, others, scores[rows][:, None] - scores[others]

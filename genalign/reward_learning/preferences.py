@@ -13,8 +13,9 @@ The scores are one number per sample, by dimension, and higher is better:
 - "label": 1 for a good sample and 0 for a bad one.
 
 A sample may also say its ``generator`` and ``seed``, and a judgment its ``reason``, the prompt's ``metadata``, and the
-order in which the samples were ``shown``, such as [1, 0] where the second was on the left. A list of files stands for
-samples that say nothing else, and a list of scores for the dimension "overall".
+order in which the samples were ``shown``, such as [1, 0] where the second was on the left, or null where it is not
+known, as in data that list the better sample first. A list of files stands for samples that say nothing else, and a
+list of scores for the dimension "overall". In parquet, a sample may have its content under "bytes" in place of a file.
 """
 
 from __future__ import annotations
@@ -66,6 +67,22 @@ class JudgedSample:
     generator: str | None = None
     seed: int | None = None
 
+    @classmethod
+    def from_entry(cls, entry: Any, folder: Path) -> Self:
+        """Restore a sample from its entry in a judgment: a file in ``folder``, its content, or an object.
+
+        An object has the file or the content under "file", or the content under "bytes" or the file under "path", and
+        may have a "generator" and a "seed". Raises ValueError for anything else.
+        """
+        about = entry if isinstance(entry, Mapping) else {"file": entry}
+        content = about.get("file") or about
+        if isinstance(content, Mapping):
+            content = content.get("bytes") or content.get("path")
+        if not isinstance(content, str | bytes):
+            raise ValueError(f'its sample {entry!r} names no file: give {{"file": ...}}')
+        place = inside(folder, content) if isinstance(content, str) else content
+        return cls(place, about.get("generator"), about.get("seed"))
+
     def read(self) -> Tensor:
         """Read the image (3, H, W) in [0, 1] or the waveform (C, L). Raises ValueError for a damaged file."""
         return self.read_with_rate()[0]
@@ -110,12 +127,13 @@ class Judgment:
 
     Attributes:
         prompt: What the samples were generated from.
-        samples: The samples, in the order in which they were shown, unless ``shown`` says another.
+        samples: The samples, in the order in which they were shown, unless ``shown`` says something else.
         kind: What was asked.
         scores: One number per sample, by dimension; see the module.
         annotator: The name of who judged; None where the data do not say.
         reason: What a judge wrote about it.
-        shown: The indices of the samples in the order in which they were shown, from left to right; () for their own.
+        shown: The indices of the samples in the order in which they were shown, from left to right; () for their own,
+            None where it is not known.
     """
 
     prompt: Prompt
@@ -124,7 +142,7 @@ class Judgment:
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     annotator: str | None = None
     reason: str | None = None
-    shown: tuple[int, ...] = ()
+    shown: tuple[int, ...] | None = ()
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -138,17 +156,21 @@ class Judgment:
         if self.shown and sorted(self.shown) != list(range(len(self.samples))):
             raise ValueError(f"it was shown as {list(self.shown)}, which is no order of {len(self.samples)} samples")
         for dimension, scores in self.scores.items():
-            if len(scores) != len(self.samples):
-                raise ValueError(f"it has {len(self.samples)} samples and {len(scores)} scores of {dimension!r}")
-            if not all(map(math.isfinite, scores)):
-                raise ValueError(f"its scores of {dimension!r} are {list(scores)}: leave out what was not judged")
-            if self.kind == "pair" and (min(scores) < 0 or abs(sum(scores) - 1) > 1e-6):
-                raise ValueError(
-                    f"its scores of {dimension!r} are {list(scores)}, so that the winner is unknown: give [1, 0],"
-                    " [0, 1], or [0.5, 0.5] for a tie"
-                )
-            if self.kind == "label" and not all(0 <= score <= 1 for score in scores):
-                raise ValueError(f"its labels of {dimension!r} are {list(scores)}: give 1 for good, 0 for bad")
+            self._require_scores(dimension, scores)
+
+    def _require_scores(self, dimension: str, scores: Sequence[float]) -> None:
+        """Raise ValueError for scores of a dimension that a judgment of this kind cannot have."""
+        if len(scores) != len(self.samples):
+            raise ValueError(f"it has {len(self.samples)} samples and {len(scores)} scores of {dimension!r}")
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(f"its scores of {dimension!r} are {list(scores)}: leave out what was not judged")
+        if self.kind == "pair" and (min(scores) < 0 or abs(sum(scores) - 1) > 1e-6):
+            raise ValueError(
+                f"its scores of {dimension!r} are {list(scores)}, so that the winner is unknown: give [1, 0],"
+                " [0, 1], or [0.5, 0.5] for a tie"
+            )
+        if self.kind == "label" and not all(0 <= score <= 1 for score in scores):
+            raise ValueError(f"its labels of {dimension!r} are {list(scores)}: give 1 for good, 0 for bad")
 
     def overall(self) -> tuple[float, ...]:
         """Return the scores of the dimension "overall", or of the only one. Raises ValueError if there are others."""
@@ -160,7 +182,7 @@ class Judgment:
         return next(iter(self.scores.values()))
 
     def in_shown_order(self) -> Self:
-        """Return the judgment with its samples and scores in the order in which they were shown."""
+        """Return the judgment with its samples and scores in the order in which they were shown, if that is known."""
         if not self.shown:
             return self
         scores = {name: tuple(values[index] for index in self.shown) for name, values in self.scores.items()}
@@ -178,12 +200,13 @@ class Judgment:
         line: dict[str, Any] = {"prompt": self.prompt.text, "kind": self.kind, "samples": samples}
         metadata = self.prompt.metadata and dict(self.prompt.metadata)
         rest: dict[str, Any] = {"metadata": metadata, "scores": dict(self.scores)}
-        rest |= {"annotator": self.annotator, "reason": self.reason, "shown": list(self.shown)}
-        return line | {name: value for name, value in rest.items() if value}
+        rest |= {"annotator": self.annotator, "reason": self.reason}
+        line |= {name: value for name, value in rest.items() if value}
+        return line if self.shown == () else line | {"shown": self.shown and list(self.shown)}
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any], folder: Path) -> Self:
-        """Restore the result of ``as_dict``. Raises ValueError for anything else."""
+        """Restore the result of ``as_dict``, or a judgment with samples' content. Raises ValueError for others."""
         text, samples, scores = line.get("prompt"), line.get("samples"), line.get("scores", {})
         if not isinstance(text, str):
             raise ValueError("it has no prompt")
@@ -191,20 +214,15 @@ class Judgment:
             raise ValueError("it has no list of samples")
         if isinstance(scores, list):
             scores = {OVERALL: scores}
-        judged = list[JudgedSample]()
-        for value in samples:
-            entry: Any = {"file": value} if isinstance(value, str) else value
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
-                raise ValueError(f'its sample {value!r} names no file: give {{"file": ...}}')
-            judged.append(JudgedSample(inside(folder, entry["file"]), entry.get("generator"), entry.get("seed")))
+        shown = line.get("shown", ())
         return cls(
             Prompt(text, line.get("metadata")),
-            tuple(judged),
+            tuple(JudgedSample.from_entry(entry, folder) for entry in samples),
             line.get("kind", "pair"),
             {name: tuple(map(float, values)) for name, values in scores.items()},
             line.get("annotator"),
             line.get("reason"),
-            tuple(map(int, line.get("shown", ()))),
+            None if shown is None else tuple(map(int, shown)),
         )
 
 

@@ -70,12 +70,24 @@ class RewardDescription:
         read, head = (path, encoder.arguments, encoder.fingerprint()), (kind.__name__, asdict(shape))
         return cls(*read, *head, len(network.heads), *names, encoder.sample_rate, centered)
 
-    def build(self, encoder: RewardEncoder, output: int, pool: Pool) -> RewardNetwork:
-        """Build the network, whose weights have no meaning yet."""
+    def build(
+        self, encoder: RewardEncoder, output: int, pool: Pool, posterior: LaplacePosterior | None = None
+    ) -> RewardNetwork:
+        """Build the network, whose weights have no meaning yet.
+
+        Args:
+            encoder: The encoder.
+            output: The number of the output that is the score.
+            pool: How the members become one.
+            posterior: The posterior of this output, if there is one.
+
+        Raises:
+            ValueError: The pool compares members, and there is one without a posterior.
+        """
         shape, outputs = _HEADS[self.head](**self.head_arguments), len(self.dimensions) + len(self.nuisances)
         with torch.random.fork_rng(devices=[]):
             heads: list[Head] = [shape.build(encoder.width, outputs) for _ in range(self.members)]
-        return RewardNetwork(encoder, heads, output, pool)
+        return RewardNetwork(encoder, heads, output, pool, posterior)
 
 
 def save_reward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,8 @@ from genalign.reward_learning.network import Head, HeadShape, RewardEncoder, Rew
 from genalign.reward_learning.objective import RewardData, RewardObjective
 from genalign.reward_learning.pair_measures import CalibrationBin, calibration_bins, expected_calibration_error
 from genalign.reward_learning.preference_losses import GradeLoss, PairLoss, masked_mean
-from genalign.reward_learning.regularizers import (
-    ScoredBatch,
-    correlation,
-)
-from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
+from genalign.reward_learning.regularizers import ScoredBatch, correlation
+from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix, write_text
 
 _STANDARDIZED_BY, _LIVE = 4096, 256  # items whose tokens give mean and deviation: stored ones, computed ones
 CHUNK = 256  # items scored at once
@@ -181,6 +179,9 @@ class RewardTraining:
     def run(self, checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:
         """Train, and yield the metrics of each evaluation; a checkpoint, where there is one, is continued.
 
+        A checkpoint is written when training goes on after its metrics, so that metrics which the caller stored are
+        never missing; after an interruption in between they come again, and ``truncate_metrics`` removes the first.
+
         Metrics are "step", "epoch", "loss" (mean over steps and members since the last evaluation), "gradient_norm"
         (its mean likewise), "learning_rate" and "held_out".
         Raises ValueError for a checkpoint of other data or another encoder, and for a loss that is not finite.
@@ -204,9 +205,9 @@ class RewardTraining:
                 since = 0
                 if self.stopped or self.step == self.steps:
                     self._finish()
+                yield metrics
                 if checkpoint is not None:
                     self._save(checkpoint)
-                yield metrics
 
     def loss(self, member: _Member, rows: Tensor) -> Tensor:
         """Compute the loss () of a member on training judgments ``rows``, with all terms."""
@@ -215,14 +216,14 @@ class RewardTraining:
         items, place = torch.unique(judged, return_inverse=True)
         tokens = self.network.standardized(self.data.tokens.tokens(items))
         outputs, place = member.head(tokens), self._moved(place)
-        scores = outputs.sum(1, keepdim=True) if self.objective.disentangle else outputs
+        scores = self._explained(outputs)
         if isinstance(loss, PairLoss):
             lead = scores[place[:, 0]] - scores[place[:, 1]]
             value = self._pair_loss(loss, lead, training.pairs, rows)
         else:
             assert member.grades is not None
-            prompts, values = self.prompts[judged], training.grades.values[rows]
-            value = member.grades(scores[place], self._moved(values), self._moved(prompts))
+            values = self._moved(training.grades.values[rows])
+            value = member.grades(scores[place], values, self.prompts[judged])
         pairs = place if isinstance(loss, PairLoss) else None
         batch = ScoredBatch(tokens, outputs, pairs, self._moved(self.data.tokens.nuisances[items]), member.head)
         terms = [*self.objective.regularizers, *filter(None, [self.objective.disentangle])]
@@ -297,30 +298,47 @@ class RewardTraining:
                 " fit.optimizer.learning_rate, or leave out samples whose tokens are not finite"
             )
         scores, prompts = outputs.mean(1)[:, :count], prompt_numbers(held.items)
-        sums = outputs.sum(2, keepdim=True) if self.objective.disentangle else outputs
         calibration, bins = None, tuple[CalibrationBin, ...]()
         if isinstance(loss, PairLoss):
             first, second = held.pairs.rows.unbind(1)
-            everything, leads = torch.arange(len(held.pairs)), self._moved((sums[first] - sums[second]).mean(1))
-            value = self._pair_loss(loss, leads, held.pairs, everything, plain=True)
             lead, preferred = (scores[first] - scores[second]).flatten(), held.pairs.preferred.flatten()
             judged = lead, preferred, prompts[first].repeat_interleave(count)
             calibration, bins = expected_calibration_error(*judged), calibration_bins(*judged)
-        else:
-            graded, objective = held.grades.rows, self.members[0].grades
-            assert objective is not None
-            own = sums.mean(1)[graded], held.grades.values, prompts[graded]
-            value = objective(*map(self._moved, own))
+        elif isinstance(loss, GradeLoss) and loss.gives_probability:
+            logits, labels = scores[held.grades.rows].flatten(), held.grades.values.flatten()
+            labeled = logits, labels, prompts[held.grades.rows].repeat_interleave(count)
+            calibration = expected_calibration_error(*labeled)
         ensemble = outputs[..., :count].unbind(1) if len(self.members) > 1 else ()
         members = [self._accuracy(own, prompts) for own in ensemble]
         return HeldOutMetrics(
-            float(value),
+            self._held_out_loss(outputs, prompts),
             self._accuracy(scores, prompts),
             calibration,
             bins,
             {name: [member[name] for member in members] for name in held.dimensions} if members else {},
             self._nuisances(rows, outputs.mean(1), count),
         )
+
+    def _held_out_loss(self, outputs: Tensor, prompts: Tensor) -> float:
+        """Compute the loss of outputs (N, M, K + J) of the held-out items, whose prompts' numbers are (N,).
+
+        It is that of the mean lead of the members on pairs, and the mean of the members' own losses on grades.
+        """
+        held, loss = self.data.held_out, self.objective.loss
+        if isinstance(loss, PairLoss):
+            first, second = held.pairs.rows.unbind(1)
+            leads = self._moved(self._explained(outputs[first] - outputs[second]).mean(1))
+            return float(self._pair_loss(loss, leads, held.pairs, torch.arange(len(held.pairs)), plain=True))
+        own = self._explained(outputs + self.network.level.cpu())[held.grades.rows]
+        values, of_prompts, losses = self._moved(held.grades.values), prompts[held.grades.rows], list[Tensor]()
+        for member, scores in zip(self.members, own.unbind(1), strict=True):
+            assert member.grades is not None
+            losses.append(member.grades(self._moved(scores), values, of_prompts))
+        return float(torch.stack(losses).mean())
+
+    def _explained(self, outputs: Tensor) -> Tensor:
+        """Return what of outputs (..., K + J) explains judgments: the scores (..., K), or the sum of all (..., 1)."""
+        return outputs.sum(-1, keepdim=True) if self.objective.disentangle else outputs
 
     def _accuracy(self, scores: Tensor, prompts: Tensor) -> dict[str, Estimate | None]:
         """Measure the accuracy of scores (N, K) of the held-out items, whose prompts' numbers are (N,)."""
@@ -349,11 +367,14 @@ class RewardTraining:
 
     @torch.no_grad()
     def _finish(self) -> None:
-        """Take the weights of the least held-out loss where training may stop early, and measure the levels."""
+        """Take the weights of the least held-out loss where training may stop early, and measure the levels.
+
+        A level is measured where the loss leaves the origin of a member's scores open.
+        """
         if self.best_weights:
             for name, weight in self._weights().items():
                 weight.copy_(self.best_weights[name])
-        if isinstance(self.objective.loss, PairLoss):
+        if not self.objective.loss.has_origin:
             self.network.level.zero_()
             items = torch.linspace(0, len(self.data.training.items) - 1, min(len(self.data.training.items), 4096))
             self.network.level.copy_(self.scores(items.round().long()).mean(0))
@@ -388,8 +409,11 @@ class RewardTraining:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Remove the lines of a metrics.jsonl after ``step``, which are trained again."""
+    """Remove the lines of a metrics.jsonl after ``step``, which are trained again, and one that was cut off."""
     if path.is_file():
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        earlier = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
+        earlier = list[str]()
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # of a line that was cut off
+                if json.loads(line)["step"] <= step:
+                    earlier.append(f"{line}\n")
+        write_text(path, "".join(earlier))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PRECISIONS = torch.logspace(-3, 5, 33, dtype=torch.float64)
+_LEAST_VARIANCE = 1e-24  # of a score: below it the root has no gradient
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ class PairFeatures:
     preferred: Tensor
 
 
+def posterior_deviation(features: Tensor, covariance: Tensor, center: Tensor) -> Tensor:
+    """Compute the standard deviation (B,) of scores in float64, differentiably in the features.
+
+    Its gradient is 0 at the center, where the root has none.
+
+    Args:
+        features: What the last layer reads (B, w).
+        covariance: The covariance (w, w) of its weights.
+        center: The features (w,) whose score has no deviation.
+    """
+    offset = features.to(covariance) - center
+    return ((offset @ covariance) * offset).sum(1).clamp(min=_LEAST_VARIANCE).sqrt()
+
+
 @dataclass(frozen=True)
 class LaplacePosterior:
     """The posterior of the weights of one output, in float64.
@@ -62,8 +77,7 @@ class LaplacePosterior:
 
     def deviation(self, features: Tensor) -> Tensor:
         """Return the standard deviation (B,) of scores by features (B, w)."""
-        offset = features.to(self.covariance) - self.center
-        return ((offset @ self.covariance) * offset).sum(1).clamp(min=0).sqrt()
+        return posterior_deviation(features, self.covariance, self.center)
 
 
 def bradley_terry_hessian(weights: Tensor, differences: Tensor) -> Tensor:

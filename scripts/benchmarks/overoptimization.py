@@ -14,6 +14,7 @@ budget):
 | Flow-GRPO on the 7 rewards, on CLIP and on the verifier, 3 seeds of 4 minutes | 9 x 3 x 4.7 = 127 |
 | DRAGON at 1,000 pairs | 3 x 4.7 = 14 |
 | guards at 1,000 pairs: KL, PAR, the ensemble's mean, minimum, and mean less deviation | 5 x 3 x 4.7 = 70 |
+| a guard more, early stopping: read off the runs without a guard | 0 |
 | PAR's references: four samples of each prompt | 3 x 3 = 9 |
 
 That is 4.5 hours. Where it takes longer, arms go before seeds: DRAGON, then PAR, then KL.
@@ -74,8 +75,9 @@ def overoptimization(work: Path) -> None:
     runs["dragon"] = optimized(work, SHAPES, "dragon", rewards[UNGUARDED.name], dragon)
     runs |= {guard: _guarded(work, guard, rewards) for guard in GUARDS}
 
-    records = _records(measures, runs)
-    curves = {name: {str(seed): curve(run) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
+    curves = {name: {seed: curve(run) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
+    curves["early_stop"] = stopped_early(curves[UNGUARDED.name])
+    records = _records(measures, runs, curves)
     by_n = {name: {str(seed): one["best_of_n"] for seed, one in own.items()} for name, own in measures.items()}
     claim = (
         "Held-out strict accuracy while rewards that were learned from pairs are optimized, by the number of pairs and"
@@ -87,7 +89,9 @@ def overoptimization(work: Path) -> None:
 
 
 def _records(
-    measures: Mapping[str, Mapping[int, Mapping[str, Any]]], runs: Mapping[str, Mapping[int, Path]]
+    measures: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    runs: Mapping[str, Mapping[int, Path]],
+    curves: Mapping[str, Mapping[int, Sequence[Sequence[float]]]],
 ) -> list[PromptRecord]:
     """The truth of the best of a pool, the gains of training, what was lost again, and what guards changed."""
     records: list[PromptRecord] = []
@@ -96,12 +100,16 @@ def _records(
             records += best_of_n_records(f"best_of_n.{name}", seed, content)
     for name, by_seed in runs.items():
         records += arm_gains(f"flow_grpo.{name}" if name != "dragon" else name, "strict", "strict", by_seed)
-        for seed, run in by_seed.items():
-            truths, metric = [point[2] for point in curve(run)], "strict lost since the best"
+    for name, own in curves.items():
+        for seed, points in own.items():
+            truths, metric = [point[2] for point in points], "strict lost since the best"
             records.append(PromptRecord(f"{name}.lost", metric, seed, "all", "the run", truths[-1], max(truths), 1))
     for guard in GUARDS:
         metric = f"strict, {guard} - unguarded"
         records += differences(f"{guard}.difference", metric, "strict", runs[UNGUARDED.name], runs[guard])
+    for seed, points in curves["early_stop"].items():  # on val, where the curves are measured
+        last, stopped, metric = curves[UNGUARDED.name][seed][-1][2], points[-1][2], "strict, early_stop - unguarded"
+        records.append(PromptRecord("early_stop.difference", metric, seed, "all", "the run", last, stopped, 1))
     return sorted(records, key=lambda record: record.name)
 
 
@@ -152,6 +160,25 @@ def curve(run: Path) -> list[list[float]]:
             strict, distance = row["held_out"]["strict"], math.sqrt(max(kl, 0.0))
             points.append([distance, row["held_out"]["learned"]["mean"], strict["mean"], strict["low"], strict["high"]])
     return points
+
+
+def stopped_early(curves: Mapping[int, list[list[float]]]) -> dict[int, list[list[float]]]:
+    """The curves of runs that would have stopped before the distance at which the other runs are at their best.
+
+    The truth of the other seeds, on val, says how far a reward of this kind can be optimized: the limit of a run is the
+    mean of the distances at which theirs is highest. Its curve ends at the last evaluation before it goes beyond.
+
+    Args:
+        curves: The evaluations of each of several seeds, as ``curve`` gives them.
+    """
+    best = {seed: max(points, key=lambda point: point[2])[0] for seed, points in curves.items()}
+    stopped = dict[int, list[list[float]]]()
+    for seed, points in curves.items():
+        others = [distance for other, distance in best.items() if other != seed]
+        limit = sum(others) / len(others)
+        beyond = next((place for place, point in enumerate(points) if point[0] > limit), len(points))
+        stopped[seed] = points[: max(beyond, 1)]
+    return stopped
 
 
 def best_of_n_records(name: str, seed: int, content: Mapping[str, Any]) -> list[PromptRecord]:

@@ -18,6 +18,7 @@ from genalign.evaluation.report.words import count, number, percent, plain, titl
 from genalign.metrics.intervals import Estimate
 from genalign.reward_learning.judged_pairs import TRAINING_ITEMS
 from genalign.reward_learning.pair_measures import CalibrationBin
+from genalign.reward_learning.preference_formats import path_names
 from genalign.reward_learning.reward_file import REWARD
 from genalign.reward_learning.reward_report import RewardMeasure
 
@@ -107,7 +108,7 @@ def write_reward_training(folder: Path) -> Path:
     return write_page(
         folder / "report.html",
         "reward_training.html.j2",
-        title=f"A reward learned from {run.config.get('preferences', 'judgments')}",
+        title=f"A reward learned from {path_names(run.config.get('preferences', 'judgments'))}",
         subject=_subject(run.config),
         unfinished="" if run.finished else f"{run.epochs} epochs",
         facts=_facts(run),
@@ -204,7 +205,7 @@ def _charts(run: RewardRun) -> list[RewardChart]:
             charts.append(RewardChart(title, caption, line_chart(points, _EPOCHS, SHARE, title)))
     if errors := _curve(run.rows, "calibration"):
         title, axis = "Calibration error", Axis("", percent, limits=(0.0, 1.0), from_zero=True)
-        caption = "mean distance of confidence and accuracy on held-out pairs"
+        caption = "mean distance of confidence and accuracy on held-out judgments"
         charts.append(RewardChart(title, caption, line_chart(errors, _EPOCHS, axis, title)))
     bins = [CalibrationBin.from_dict(one) for one in run.held_out.get("bins", [])]
     return [*charts, reliability_chart(bins)] if len(bins) > 1 else charts

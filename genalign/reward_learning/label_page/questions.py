@@ -84,28 +84,29 @@ class LabelQuestion:
         Raises:
             ValueError: The scores are not those of a judgment of this kind.
         """
-        kind, count = self.comparison.kind, len(order)
-        own: dict[str, tuple[float, ...]] = {}
+        count, own = len(order), dict[str, tuple[float, ...]]()
         for dimension, values in scores.items():
-            if (
-                not isinstance(values, list)
-                or len(values) != count
-                or not all(type(value) in (int, float) for value in values)
-            ):
+            numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+            if not numbers or len(values) != count:
                 raise ValueError(f"give {count} numbers for {dimension!r}")
-            if kind == "pair" and list(values) not in ([1, 0], [0, 1], [0.5, 0.5]):
-                raise ValueError("give [1, 0] or [0, 1] for a pair, or [0.5, 0.5] for a tie")
-            if kind == "ranking":
-                if not all(value in range(count) for value in values):
-                    raise ValueError(f"give ranks from 0, the worst, to {count - 1}")
+            _require_answer(self.comparison.kind, values, scale)
+            if self.comparison.kind == "ranking":
                 levels = sorted(set(values))
                 values = [levels.index(value) for value in values]
-            if kind == "rating" and not all(value in range(1, scale + 1) for value in values):
-                raise ValueError(f"give a grade from 1 to {scale}")
-            if kind == "label" and not all(value in (0, 1) for value in values):
-                raise ValueError("give 1 for good or 0 for bad")
             own[dimension] = tuple(values[order.index(index)] for index in range(count))
         return replace(self.comparison, scores=own, annotator=annotator, reason=None, shown=order if count > 1 else ())
+
+
+def _require_answer(kind: Kind, values: Sequence[float], scale: int) -> None:
+    """Raise ValueError for numbers that are no answer to a question of a kind, of ratings up to ``scale``."""
+    if kind == "pair" and list(values) not in ([1, 0], [0, 1], [0.5, 0.5]):
+        raise ValueError("give [1, 0] or [0, 1] for a pair, or [0.5, 0.5] for a tie")
+    if kind == "ranking" and not all(value in range(len(values)) for value in values):
+        raise ValueError(f"give ranks from 0, the worst, to {len(values) - 1}")
+    if kind == "rating" and not all(value in range(1, scale + 1) for value in values):
+        raise ValueError(f"give a grade from 1 to {scale}")
+    if kind == "label" and not all(value in (0, 1) for value in values):
+        raise ValueError("give 1 for good or 0 for bad")
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,21 @@ def read_questions(folder: Path, kind: Literal["pair", "rating", "label"]) -> La
     usable = [judgment for judgment in comparisons if kind != "pair" or not _equal_files(judgment.samples)]
     if not usable:
         raise ValueError(f"all comparisons in {folder / COMPARISONS} have equal files: nothing can be asked")
-    parts = list[Judgment]()
-    for judgment in usable:
-        groups = [judgment.samples] if kind == "pair" else [(sample,) for sample in judgment.samples]
-        question_kind: Kind = "ranking" if kind == "pair" and len(judgment.samples) > 2 else kind
-        parts += [Judgment(judgment.prompt, samples, question_kind) for samples in groups]
+    parts = [part for judgment in usable for part in _question_parts(judgment, kind)]
     questions: dict[Key, LabelQuestion] = {}
     for part in parts:
         key = key_of(part, folder)
         questions.setdefault(key, LabelQuestion(part, key))
     equal, repeated = len(comparisons) - len(usable), len(parts) - len(questions)
     return LabelQuestions(folder, tuple(questions.values()), len(comparisons), repeated, equal)
+
+
+def _question_parts(comparison: Judgment, kind: Literal["pair", "rating", "label"]) -> list[Judgment]:
+    """Return what is asked of a comparison, as judgments without scores: of all its samples, or of each by itself."""
+    if kind == "pair":
+        together: Kind = "ranking" if len(comparison.samples) > 2 else "pair"
+        return [Judgment(comparison.prompt, comparison.samples, together)]
+    return [Judgment(comparison.prompt, (sample,), kind) for sample in comparison.samples]
 
 
 def key_of(judgment: Judgment, folder: Path) -> Key:

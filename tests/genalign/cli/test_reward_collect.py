@@ -74,7 +74,7 @@ def test_models_are_compared_resumed_and_labeled(
     label = ["reward", "label", str(folder), "--config", str(tmp_path / "label.yaml")]
     assert main(label) == 0
     printed = capsys.readouterr().out
-    assert "12 new and 0 earlier; 0 have no score" in printed and "agreement on size (pair, 6 judged" in printed
+    assert "12 new and 0 earlier\n" in printed and "agreement on size (pair, 6 judged" in printed
     whole, judgments = (folder / PREFERENCES).read_bytes(), read_judgments(folder)
     lines = whole.splitlines(keepends=True)
     (folder / PREFERENCES).write_bytes(b"".join(lines[:7]) + lines[7][:30])
@@ -125,6 +125,73 @@ def test_samples_of_other_programs_are_compared(tmp_path: Path, capsys: pytest.C
     assert main(["reward", "collect", "--samples", str(root), "--output", str(tmp_path / "equal")]) == 2
     captured = capsys.readouterr()
     assert "1 of 1 comparisons have equal samples" in captured.out and "gave no comparison" in captured.err
+
+
+def test_samples_of_several_folders_are_compared_with_each_other(tmp_path: Path) -> None:
+    found = _folder(tmp_path / "found", {text: [f"{text}{number}.png" for number in range(3)] for text in "xy"})
+    plain = _folder(tmp_path / "plain", {text: [f"{text}{number}.png" for number in range(3)] for text in "xyz"})
+    for folder in (found, plain):
+        lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+        rows = [{name: value for name, value in line.items() if name != "generator"} for line in lines]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    three = ["--comparisons_per_prompt", "3"]
+    assert main(["reward", "collect", "--samples", f"[{found}, {plain}]", "--output", str(tmp_path / "a"), *three]) == 0
+    comparisons = read_judgments(tmp_path / "a" / COMPARISONS)
+    sides = [tuple(sample.generator for sample in one.samples) for one in comparisons if one.prompt != "z"]
+    assert len(sides) == 6 and {frozenset(side) for side in sides} == {frozenset({"found", "plain"})}
+    assert len(set(sides)) == 2  # sides at random
+    assert [[sample.generator for sample in one.samples] for one in comparisons if one.prompt == "z"] == [["plain"] * 2]
+
+
+JUDGED = list[str]()
+
+
+def brighter(left: torch.Tensor, right: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+    JUDGED.append("brighter")
+    return (left.flatten(1).mean(1) > right.flatten(1).mean(1)).float()
+
+
+def darker(left: torch.Tensor, right: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """A judge that has no answer when it is asked for the first time."""
+    JUDGED.append("darker")
+    answers = (left.flatten(1).mean(1) < right.flatten(1).mean(1)).float()
+    return torch.full_like(answers, torch.nan) if JUDGED.count("darker") == 1 else answers
+
+
+def test_a_labeler_fills_the_dimensions_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _folder(tmp_path / "theirs", {"a": ["a0.png", "a1.png"], "b": ["b0.png", "b1.png"]})
+    folder = tmp_path / "pairs"
+    _collected(root, folder)
+    JUDGED.clear()
+
+    def label(status: int = 0, annotator: str = "vlm", both_orders: bool = False, **judges: str) -> str:
+        arguments = {"judges": {name: f"{__name__}.{judge}" for name, judge in judges.items()}}
+        by = {"class_path": "genalign.reward_learning.labeling.JudgeLabeler"}
+        by["init_args"] = arguments | {"both_orders": both_orders, "annotator": annotator}  # type: ignore[assignment]
+        (tmp_path / "by.yaml").write_text(yaml.safe_dump({"by": by}))
+        JUDGED.append("start")
+        assert main(["reward", "label", str(folder), "--config", str(tmp_path / "by.yaml")]) == status
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    assert "2 new and 0 earlier; 2 have no score of style\n" in label(overall="brighter", style="darker")
+    assert "2 new and 2 earlier\n" in label(overall="brighter", style="darker")
+    assert "2 new and 4 earlier\n" in label(overall="brighter", style="darker", light="brighter")
+    assert "0 new and 6 earlier\n" in label(overall="brighter", style="darker", light="brighter")
+    assert JUDGED == ["start", "brighter", "darker", "start", "darker", "start", "brighter", "start"]
+    judgments = read_judgments(folder)
+    assert [tuple(one.scores) for one in judgments] == [("overall",)] * 2 + [("style",)] * 2 + [("light",)] * 2
+    assert [one.scores["style"] for one in judgments[2:4]] == [one.scores["light"][::-1] for one in judgments[4:]]
+    # other settings need another name
+    before = (folder / PREFERENCES).read_bytes()
+    assert "has judgments of 'vlm' with another overall, see its labelers.json" in label(2, overall="darker")
+    assert "has judgments of 'vlm' with another both_orders" in label(2, both_orders=True, overall="brighter")
+    assert (folder / PREFERENCES).read_bytes() == before
+    assert "2 new and 6 earlier\n" in label(annotator="other", overall="darker")
+    assert "2 new and 8 earlier\n" in label(annotator="vlm", style="darker", grain="brighter")
+    assert "with another light" in label(2, light="darker")  # of a start before the last one
+    (folder / "labelers.json").unlink()
+    assert "has judgments of 'vlm' by someone else: give the annotator" in label(2, overall="brighter")
 
 
 def test_sounds_are_compared_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

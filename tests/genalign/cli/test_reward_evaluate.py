@@ -172,6 +172,66 @@ def test_training_pairs_are_found_by_hash(folder: Path, capsys: pytest.CaptureFi
     assert _evaluated(folder / "all")["measures"]["accuracy/without ties"]["of"].startswith("11 pairs")
 
 
+def test_nothing_is_of_training_data_where_there_is_no_pair(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One rating of each prompt makes no pair, and one of the two items was trained on."""
+    data = folder / "data"
+    data.mkdir()
+    squares = [_square(data / f"{number}.png", 50 * number + 20, 0) for number in range(2)]
+    ratings = [Judgment(Prompt(f"square {n}"), (one,), "rating", {"overall": (n,)}) for n, one in enumerate(squares)]
+    append_judgments(data, ratings)
+    (folder / "items.json").write_text(json.dumps([{"digest": squares[0].digest()}]))
+    command = ["reward", "evaluate", "outside_brightness:brightness", "--preferences", str(data), "--output", "out"]
+    assert main([*command, "--trained_on", "items.json"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "trained on 1 of the 2 samples, by the hash of their files, which are in 0 of the 0 pairs" in printed
+    assert "all measures are of training data" not in printed and "the section training data" not in printed
+
+
+def test_sides_are_measured_where_their_order_is_known(folder: Path) -> None:
+    """Of unnamed judgments where it is listed, of named ones unless it is unknown; the first shown is preferred."""
+    data = folder / "data"
+    data.mkdir()
+    orders: list[tuple[str | None, tuple[int, ...] | None]] = [(None, (1, 0)), (None, ()), ("ada", ()), ("eve", None)]
+    for number in range(4):
+        two = _square(data / f"{number}-0.png", 20, 0), _square(data / f"{number}-1.png", 90 + number, 0)
+        for place, (name, shown) in enumerate(orders):
+            scores = {"overall": (0.0, 1.0) if shown else (1.0, 0.0)}
+            prompt = Prompt(f"square {number} {place}")
+            append_judgments(data, [Judgment(prompt, two, "pair", scores, name, shown=shown)])
+    command = ["reward", "evaluate", "outside_brightness:brightness", "--preferences", str(data), "--output", "out"]
+    assert main(command) == 0
+    found = {name: one for name, one in _evaluated(folder / "out")["measures"].items() if name.startswith("position")}
+    assert {name: (one["mean"], one["of"]) for name, one in found.items()} == {
+        "position bias/all annotators": (0.5, "8 pairs"),
+        "position bias/annotator ada": (0.5, "4 pairs"),
+    }
+
+
+def test_one_winner_against_several_of_several_files(folder: Path) -> None:
+    """The brightest of three squares wins for four prompts, and the second for two."""
+    lines: dict[str, list[dict[str, Any]]] = {"first": [], "second": []}
+    for number in range(6):
+        files = [f"{number}-{place}.png" for place in range(3)]
+        for place, file in enumerate(files):
+            _square(folder / file, 20 * place + 10 * number + 40, 0)
+        best = 2 if number < 4 else 1
+        row = {"prompt": f"square {number}", "file_path": files, "human_preference": [int(p == best) for p in range(3)]}
+        lines["first" if number < 3 else "second"].append(row)
+    for name, rows in lines.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    command = ["reward", "evaluate", "outside_brightness:brightness", "--output", "out"]
+    command += ["--preferences", f"[{folder / 'first.json'}, {folder / 'second.json'}]"]
+    assert main(command) == 0
+    found = _evaluated(folder / "out")
+    winners = found["measures"]["one against several/winner above all others"]
+    assert winners["mean"] == pytest.approx(4 / 6) and winners["n"] == 6
+    assert winners["of"] == "6 winners, 0.333 by chance"
+    assert found["measures"]["accuracy/without ties"]["mean"] == pytest.approx(10 / 12)
+    assert not any(name.startswith("position bias") for name in found["measures"])  # nobody is named
+    assert found["settings"]["preferences"] == [str(folder / "first.json"), str(folder / "second.json")]
+    assert main(command) == 0 and _evaluated(folder / "out") == found
+
+
 def test_a_judge_of_pairs_in_both_orders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = _preferences(folder)
     command = ["reward", "evaluate", "outside_brightness:First", "--preferences", str(data), "--pairwise", "true"]

@@ -16,15 +16,18 @@ from genalign.cli import reward_train
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
 from genalign.evaluation.report.words import number, percent
+from genalign.metrics.image import brightness
 from genalign.reward_learning.label_noise import EnsembleVote, Smoothing
+from genalign.reward_learning.measures import correlation_within_prompts
 from genalign.reward_learning.preferences import COMPARISONS, PREFERENCES, JudgedSample, Judgment, append_judgments
-from genalign.runtime.media import read_image, save_images
+from genalign.runtime.media import AudioMedium, read_image, save_images
 from genalign.types import Prompt
 from genalign.worlds.shapes.prompts import prompts as shapes_prompts
 from genalign.worlds.shapes.scenes import render_metadata
+from genalign.worlds.tones import SAMPLE_RATE
 from rewards.learned import LearnedReward
 from tests.genalign.evaluation.report.pages import Page
-from tests.genalign.reward_learning.toy_rewards import write_judgments
+from tests.genalign.reward_learning.toy_rewards import PixelTokens, write_judgments
 from tests.packages import folder_of
 
 CONFIG = folder_of("scripts") / "configs/reward/shapes_clip.yaml"
@@ -124,6 +127,95 @@ def test_200_pairs_teach_shapes_clip_which_scene_is_right(tmp_path: Path, capsys
     )
 
 
+def test_an_evaluation_of_a_trained_reward_leaves_out_what_it_was_trained_on(tmp_path: Path) -> None:
+    """The second dimension is the opposite of the first, so that their accuracies sum to 1."""
+    pairs, run = tmp_path / "pairs", tmp_path / "run"
+    judgments = [
+        replace(one, scores={**one.scores, "dark": one.scores["overall"][::-1]}) for one in write_judgments(pairs, 24)
+    ]
+    append_judgments(pairs, judgments)
+    assert main(["reward", "train", "--config", config(tmp_path)]) == 0
+    evaluate = ["reward", "evaluate", "rewards.learned:LearnedReward", "--args.path", str(run)]
+    evaluate += ["--preferences", str(pairs), "--measure.robustness", "0", "--output", str(tmp_path / "trust")]
+    assert main(evaluate) == 0
+    found = json.loads((tmp_path / "trust/evaluation.json").read_text())
+    measures, counts = found["measures"], found["counts"]
+    assert counts["pairs trained on"] == 18 and counts["items trained on"] == 36 and counts["pairs"] == 24
+    assert measures["training data/pairs that were trained on"]["of"] == "18 pairs"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]["accuracy"]["overall"]
+    by_dimension = [measures[f"accuracy by dimension/{name}"] for name in ("overall", "dark")]
+    assert [one["of"] for one in by_dimension] == ["6 pairs"] * 2 and last["n"] == 6
+    assert [one["mean"] for one in by_dimension] == pytest.approx([last["mean"], 1 - last["mean"]])
+    assert measures["accuracy/without ties"]["mean"] == pytest.approx(last["mean"]) and last["mean"] != 0.5
+    # the card has the nuisances of the held-out samples, which the command measures as well
+    trained_on = {entry["digest"] for entry in json.loads((run / "training_items.json").read_text())}
+    items = [(one.prompt, sample) for one in judgments for sample in one.samples if sample.digest() not in trained_on]
+    images, texts = torch.stack([sample.read() for _, sample in items]), [prompt for prompt, _ in items]
+    scores = [LearnedReward(run, name)(images, texts) for name in ("overall", "dark")]
+    prompt = torch.tensor([texts.index(text) for text in texts])
+    wanted = [correlation_within_prompts(own, brightness(images), prompt) for own in scores]
+    (row,) = (line for line in (run / "card.md").read_text().splitlines() if line.startswith("| brightness |"))
+    cells = [cell.strip() for cell in row.split("|")[2:4]]
+    assert [float(cell.split()[0]) for cell in cells] == pytest.approx([one.mean for one in wanted], abs=2e-3)
+    assert "| pixels | - | - |" in (run / "card.md").read_text()
+
+
+def test_clips_teach_tones_clap_which_of_them_is_a_tone(tmp_path: Path) -> None:
+    pairs, generator = tmp_path / "pairs", torch.Generator().manual_seed(0)
+    pairs.mkdir()
+    judgments, seconds = [], torch.arange(SAMPLE_RATE) / SAMPLE_RATE
+    for place in range(12):
+        tone = 0.5 * torch.sin(2 * torch.pi * (300 + 40 * place) * seconds)
+        noise = 0.3 * torch.rand(SAMPLE_RATE, generator=generator) - 0.15
+        samples = []
+        for name, clip in {"tone": tone, "noise": noise}.items():
+            (pairs / f"{place}-{name}.wav").write_bytes(AudioMedium(SAMPLE_RATE).encode(clip[None]))
+            samples.append(JudgedSample(pairs / f"{place}-{name}.wav"))
+        shown, scores = (samples, (1.0, 0.0)) if place % 2 else (samples[::-1], (0.0, 1.0))
+        judgments.append(Judgment(Prompt(f"a tone, number {place}"), tuple(shown), scores={"overall": scores}))
+    append_judgments(pairs, judgments)
+    arguments = {"model": "tones-clap", "sample_rate": SAMPLE_RATE}
+    clap = {"class_path": "rewards.learned_encoders.ClapTokens", "init_args": arguments}
+    assert main(["reward", "train", "--config", config(tmp_path, encoder=clap)]) == 0
+    run = tmp_path / "run"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]["accuracy"]["overall"]
+    assert last["mean"] == 1.0 and last["n"] == 3
+    assert "| spectral centroid | " in (run / "card.md").read_text()
+    reward, clips = LearnedReward(run), torch.stack([one.read() for one in judgments[1].samples])
+    tone_score, noise_score = reward(clips, [judgments[1].prompt] * 2)
+    assert reward.sample_rate == SAMPLE_RATE and tone_score > noise_score
+
+
+def test_a_trained_encoder_reads_images_of_several_sizes_in_batches_of_encode_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judgments = write_judgments(tmp_path / "pairs", 24, "label")
+    append_judgments(tmp_path / "pairs", judgments)
+    for judgment in judgments[::2]:
+        (path,) = (sample.content for sample in judgment.samples[:1])
+        assert isinstance(path, Path)
+        save_images(read_image(path)[None].repeat(1, 1, 2, 2), [path])
+    batches, forward = list[int](), PixelTokens.forward
+
+    def counted(self: PixelTokens, samples: torch.Tensor, prompts: Any) -> torch.Tensor:
+        batches.append(len(samples))
+        return forward(self, samples, prompts)
+
+    monkeypatch.setattr(PixelTokens, "forward", counted)
+    parts: dict[str, Any] = {
+        "encoder": {"class_path": f"{PixelTokens.__module__}.PixelTokens", "init_args": {"trainable": True}},
+        "loss": {"class_path": "genalign.reward_learning.preference_losses.LabelPool"},
+        "encode_batch": 5,
+    }
+    assert main(["reward", "train", "--config", config(tmp_path, **parts)]) == 0
+    assert max(batches) == 5
+    card, page = (tmp_path / "run/card.md").read_text(), page_text(tmp_path / "run")
+    held_out = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["held_out"]
+    assert f"Expected calibration error of sigmoid(score): {held_out['calibration']:.3f}." in card
+    assert f"calibration error {percent(held_out['calibration'])}" in page
+    assert "| pixels | +" in card or "| pixels | -0" in card  # sizes differ within prompts
+
+
 def page_text(run: Path) -> str:
     """The text of a page, without the date on which it was written."""
     text = Page((run / "report.html").read_text()).text.replace("\N{NO-BREAK SPACE}", " ")
@@ -198,6 +290,32 @@ def test_an_ensemble_on_pairs_is_centered_by_default(tmp_path: Path) -> None:
     assert terms(*ensemble, "--loss", "genalign.reward_learning.preference_losses.Regression") == []
 
 
+def test_several_rounds_of_judgments_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both rounds are of the same eight prompts, of which two are held out in both."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seed, folder in enumerate((first, second)):
+        append_judgments(folder, write_judgments(folder, 8, seed=seed))
+    pixels = {"class_path": "tests.genalign.reward_learning.toy_rewards.PixelTokens"}
+    path = config(tmp_path, preferences=[str(first), str(second)], encoder=pixels, fit={"epochs": 2})
+    assert main(["reward", "train", "--config", path]) == 0
+    printed = capsys.readouterr().out
+    assert "training: 12 of 12 judgments of 6 prompts" in printed and "held-out: 4 of 4 judgments of 2" in printed
+    run = tmp_path / "run"
+    assert f"# A reward learned from {first}, {second}\n" in (run / "card.md").read_text()
+    assert f"A reward learned from {first}, {second}" in page_text(run)
+    before = (run / "reward.safetensors").read_bytes()
+    assert main(["reward", "train", "--config", path, "--preferences", f"[{first}, {second}]"]) == 0
+    assert (run / "reward.safetensors").read_bytes() == before
+    assert "is of a training with another preferences" in wrong(capsys, path, "--preferences", f"[{second}, {first}]")
+    new = ["--output", str(tmp_path / "other")]
+    assert "is listed twice" in wrong(capsys, path, "--preferences", f"[{first}, {first}]", *new)
+    append_judgments(second, write_judgments(second, 2, seed=2))
+    assert "is of other judgments: train into another output folder" in wrong(capsys, path)
+    apart = ["--preferences", str(first), "--held_out", f"[{second}]"]
+    assert main(["reward", "train", "--config", path, *apart, *new]) == 0
+    assert "held-out: 10 of 10 judgments of 8 prompts" in capsys.readouterr().out
+
+
 def wrong(capsys: pytest.CaptureFixture[str], path: str, *more: str) -> str:
     assert main(["reward", "train", "--config", path, *more]) == 2
     return capsys.readouterr().err
@@ -237,6 +355,16 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         *("--uncertainty.precision", "1"),
     )
     assert not (tmp_path / "early").exists()  # before anything is encoded
+    append_judgments(
+        tmp_path / "detail",
+        [replace(one, scores={"detail": (1.0, 0.0)}) for one in write_judgments(tmp_path / "detail", 3, seed=9)],
+    )
+    held_out = ["--held_out", str(tmp_path / "detail"), "--output", str(tmp_path / "early")]
+    unclear = (
+        "no held-out judgment is of overall, which the reward learns, but of detail: give held_out judgments of it"
+    )
+    assert unclear in wrong(capsys, path, *held_out)
+    assert not (tmp_path / "early").exists()
     assert "are training samples as well" in wrong(capsys, path, "--held_out", str(tmp_path / "pairs"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_an_annotator_who_always_chooses_one_side_is_named() -> None:
     assert ada.p_value == pytest.approx(2 * (20 + 1) / 2**20)
     assert str(ada).startswith("annotator 'ada' chose the left sample in 19 of 20 decided pairs (p = 4e-05)")
     assert "chose the right sample in 40 of 40" in str(bob) and cy.p_value == 1
+    assert side_choices([replace(judgment, shown=None) for judgment in right]) == []  # the sides are not known
+    style = [replace(judgment, scores={"style": judgment.overall()}) for judgment in right]
+    assert side_choices([*right, *style]) == [bob]  # a pair counts once, in however many judgments its dimensions are
 
 
 def test_agreement_about_pairs_in_any_order() -> None:

@@ -19,6 +19,7 @@ from genalign.reward_learning.regularizers import (
     gradient_penalty,
     odin_correlations,
 )
+from genalign.reward_learning.uncertainty import LaplacePosterior
 from genalign.types import Prompt
 
 
@@ -90,6 +91,33 @@ def test_members_are_pooled_from_their_levels() -> None:
     torch.testing.assert_close(careful(samples, prompts), members.mean(1) - members.std(1, correction=0))
     with pytest.raises(ValueError, match="pool must be one of mean, min, mean_minus_std"):
         RewardNetwork(encoder, heads, pool="median")  # type: ignore[arg-type]
+
+
+def test_a_single_member_has_the_deviation_of_its_posterior_or_none() -> None:
+    torch.manual_seed(0)
+    encoder, head, root = Flat(), LinearHead().build(4, 2), torch.randn(4, 4, dtype=torch.float64)
+    for pool in ("min", "mean_minus_std"):
+        with pytest.raises(ValueError, match=f"pool '{pool}' compares the members of an ensemble, and this reward has"):
+            RewardNetwork(encoder, [head], pool=pool)
+    posterior = LaplacePosterior(root @ root.T, torch.randn(4, dtype=torch.float64), 1.0)
+    with pytest.raises(ValueError, match="compares the members"):
+        RewardNetwork(encoder, [head], 1, "min", posterior)
+    careful = RewardNetwork(encoder, [head], 1, "mean_minus_std", posterior)
+    careful.token_scale.fill_(2.0)
+    samples, prompts = torch.randn(3, 4).requires_grad_(True), [Prompt("a")] * 3
+    offset = samples.double() / 2 - posterior.center
+    deviation = ((offset @ posterior.covariance) * offset).sum(1).sqrt()
+    scores = careful(samples, prompts)
+    torch.testing.assert_close(careful.deviation(samples[:, None]), deviation.float())
+    torch.testing.assert_close(scores, head(samples[:, None] / 2)[:, 1] - deviation.float())
+    (gradient,) = torch.autograd.grad(scores.sum(), samples)
+    slope = (head.last.weight[1] - (offset @ posterior.covariance) / deviation[:, None]) / 2
+    torch.testing.assert_close(gradient, slope.detach().float())
+    careful.center = posterior.center.float().double()
+    center = (2 * posterior.center.float()[None]).requires_grad_(True)  # whose score has no deviation
+    (gradient,) = torch.autograd.grad(careful(center, prompts[:1]).sum(), center)
+    torch.testing.assert_close(gradient, head.last.weight[1:].detach() / 2)
+    assert set(careful.state_dict()) == set(RewardNetwork(encoder, [head]).state_dict())
 
 
 def test_the_gradient_penalty_of_a_linear_head_is_that_of_its_weights() -> None:

@@ -15,6 +15,7 @@ from genalign.reward_learning.judged_pairs import (
     judged_pairs,
     training_items,
     win_shares,
+    wins_over_several,
 )
 from genalign.reward_learning.preferences import JudgedSample, Judgment
 from genalign.types import Prompt
@@ -77,6 +78,18 @@ def test_complete_rankings_say_what_samples_are_worth(samples: list[JudgedSample
     shares = win_shares(pairs, prompt_numbers(data.items))
     assert shares[:3].tolist() == [0.25, 1.0, 0.25] and bool(shares[3:].isnan().all())
     assert pairs.margin[:3].tolist() == [4.0, 0.0, 4.0]
+
+
+def test_a_winner_stands_against_several_where_not_all_were_compared(samples: list[JudgedSample]) -> None:
+    one, two, three, four = samples
+    said = [_pair((two, one), 0.0, "ada"), _pair((one, three), 1.0, "ada"), _pair((one, four), 0.5, "ada")]
+    said += [Judgment(Prompt("b"), (two, three), "pair", {"overall": (1.0, 0.0)}, "ada")]  # one against one
+    said += [Judgment(Prompt("c"), (one, two, three), "ranking", {"overall": (3.0, 2.0, 1.0)})]  # complete
+    data = examples(said)
+    pairs = judged_pairs(data, "overall")
+    (places,) = wins_over_several(pairs, prompt_numbers(data.items))
+    won = [{data.items[row].sample for row in pairs.rows[place].tolist()} for place in places]
+    assert won == [{one, two}, {one, three}]
 
 
 def test_a_ranking_without_a_dimension_is_no_tie_in_it(samples: list[JudgedSample]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from genalign.reward_learning.labeling import (
     LabelNoise,
     RewardLabeler,
     SimulatedAnnotator,
+    missing_dimensions,
     sample_rate,
     task_key,
     unlabeled,
@@ -73,6 +74,9 @@ def test_the_better_sample_is_preferred_in_each_dimension(grays: list[JudgedSamp
     assert first.scores == {"light": (0, 1), "dark": (1, 0), "half": (0, 1)}
     assert last.scores == {"light": (0, 1), "dark": (1, 0)}  # the third has no score of bright images
     assert RewardLabeler({"half": only_dark}).label(_pairs(grays, 1)[-1:]) == [None]
+    (dark,) = labeler.label([_pairs(grays, 1)[0]], dimensions=("dark",))
+    assert dark is not None and dark.scores == {"dark": (1, 0)}
+    assert labeler.dimensions == ("light", "dark", "half")
 
 
 def test_noise_has_its_rates_and_is_the_same_in_any_order(grays: list[JudgedSample]) -> None:
@@ -141,6 +145,18 @@ def test_what_is_to_be_judged(grays: list[JudgedSample]) -> None:
     assert task_key(pairs[0]) == task_key(Judgment(Prompt("a"), (grays[1], grays[0]), annotator="ada"))
 
 
+def test_what_is_missing_is_grouped_by_its_dimensions(grays: list[JudgedSample]) -> None:
+    first, second, third, fourth = _pairs(grays, 1, "ada")[:4]
+    judged = [
+        replace(first, scores={"overall": (1, 0)}),
+        replace(first, samples=first.samples[::-1], scores={"style": (0, 1)}),  # another judgment, sides swapped
+        replace(second, scores={"overall": (1, 0)}),
+        replace(third, annotator="bob", scores={"overall": (1, 0), "style": (1, 0)}),
+    ]
+    missing = missing_dimensions([first, second, third, fourth], judged, ("overall", "style"))
+    assert missing == {("style",): [second], ("overall", "style"): [third, fourth]}
+
+
 @dataclass
 class Written:
     """A judge that prefers the brighter sample unless they are near, when it prefers the first; it says what it saw."""
@@ -167,6 +183,9 @@ def test_a_judge_is_asked_in_both_orders_and_its_reasons_are_kept(
     assert "in 1 of 2 pairs, the others are ties; position bias +0.200" in caplog.text
     once = JudgeLabeler({"overall": Written()}, both_orders=False, annotator="vlm").label(pairs)[1]
     assert once is not None and once.scores["overall"] == pytest.approx((0.9, 0.1)) and once.reason == "gap -0.07"
+    both = JudgeLabeler({"overall": Written(), "style": Written()}, both_orders=False, annotator="vlm")
+    (style,) = both.label(pairs[:1], dimensions=("style",))
+    assert style is not None and style.scores == {"style": (0, 1)} and style.reason == "style: gap -0.60"
 
 
 def test_any_comparison_is_a_judge(grays: list[JudgedSample]) -> None:

@@ -18,6 +18,7 @@ from genalign.reward_learning.pair_measures import (
     order_consistency,
     pair_accuracy,
     position_bias,
+    winner_accuracy,
 )
 
 NAN = math.nan
@@ -43,6 +44,19 @@ def test_accuracy_by_hand() -> None:
     assert pair_accuracy(difference, torch.full((6,), 0.5), torch.arange(6)).accuracy is None
     with pytest.raises(UnmeasurableError, match="nothing could be scored"):
         pair_accuracy(torch.tensor([NAN]), torch.ones(1), torch.zeros(1))
+
+
+def test_winners_above_all_others_by_hand() -> None:
+    """Prompt 0: above both, and below one of three; prompt 1: tied with one of two; prompt 2 has no score of one."""
+    difference = torch.tensor([1.0, -2.0, 1.0, 1.0, -0.5, 0.0, 2.0, 1.0, NAN])
+    preferred = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 1.0])
+    prompt = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2])
+    result = winner_accuracy(difference, preferred, prompt, [[0, 1], [2, 3, 4], [5, 6], [7, 8]])
+    assert result.winners == 3 and result.accuracy.n == 2
+    assert result.accuracy.mean == pytest.approx(((1 + 0) / 2 + 1 / 2) / 2)
+    assert result.by_chance == pytest.approx(((1 / 3 + 1 / 4) / 2 + 1 / 3) / 2)
+    with pytest.raises(UnmeasurableError, match="nothing could be scored"):
+        winner_accuracy(difference, preferred, prompt, [[7, 8]])
 
 
 def test_a_pair_a_prompt_has_the_exact_interval_of_a_share() -> None:

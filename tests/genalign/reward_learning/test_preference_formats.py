@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from genalign.reward_learning.annotators import side_choices
 from genalign.reward_learning.examples import examples
-from genalign.reward_learning.preference_formats import read_preferences
+from genalign.reward_learning.preference_formats import path_names, read_all_preferences, read_preferences
 from genalign.reward_learning.preferences import Judgment
 
 COLORS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
@@ -80,9 +81,18 @@ def test_choices_of_hpd_become_pairs(folder: Path) -> None:
     first, *others = _read(folder, rows, "train.json")
     assert (first.annotator, first.scores["overall"], _names(first)) == ("f3", (0, 1), ["a", "b"])
     assert [(_names(other), other.scores["overall"]) for other in others] == [
-        (["b", "a"], (1, 0)),
+        (["a", "b"], (0, 1)),
         (["b", "c"], (1, 0)),
     ]
+
+
+def test_choices_among_several_keep_the_order_of_the_row(folder: Path) -> None:
+    """An annotator who chose each place of three equally often prefers no side."""
+    files = {"file_path": ["a.png", "b.png", "c.png"], "user_hash": "f3"}
+    choices_of = [[float(place == best) for place in range(3)] for best in (0, 1, 2) * 10]
+    rows = [files | {"prompt": f"{n} dots", "human_preference": own} for n, own in enumerate(choices_of)]
+    (choices,) = side_choices(_read(folder, rows))
+    assert (choices.first.mean, choices.first.n, choices.one_sided) == (0.5, 60, False)
 
 
 @pytest.mark.parametrize("columns", [("image_path", "rank"), ("generations", "ranking")])
@@ -138,6 +148,8 @@ def test_rewardbench_prefers_the_chosen(folder: Path) -> None:
     (judgment,) = _read(folder, rows)
     assert judgment.scores == {"overall": (1, 0)} and _names(judgment) == ["b", "a"]
     assert judgment.prompt.metadata == {"subset": "dots"} and judgment.samples[0].generator == "one"
+    assert judgment.shown is None  # the columns say nothing of it, so that no side is preferred
+    assert side_choices(_read(folder, [rows[0] | {"prompt": f"{n} dots", "user_id": "ada"} for n in range(30)])) == []
     with pytest.raises(ValueError, match="row 1 is no judgment: its sample 'I would say' is no image or audio file"):
         _read(folder, [{"prompt": "hello", "chosen": "I would say", "rejected": "a.png"}])
 
@@ -194,6 +206,92 @@ def test_our_own_format_is_recognized(folder: Path) -> None:
     (folder / "preferences.jsonl").write_text(json.dumps(line) + "\n")
     (by_folder,), (by_file,) = read_preferences(folder), read_preferences(folder / "preferences.jsonl")
     assert by_folder == by_file and by_file.annotator == "ada" and by_file.overall() == (1, 0)
+
+
+def test_our_own_format_in_json(folder: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"prompt": "a dot", "samples": ["a.png", "b.png"], "scores": [1, 0]},
+        {"prompt": "a dot", "samples": [{"file": "b.png"}, "c.png"], "scores": {"style": [0, 1]}, "shown": [1, 0]},
+    ]
+    first, second = _read(folder, lines, "rows.json")
+    assert (_names(first), first.scores) == (["a", "b"], {"overall": (1, 0)})
+    assert (_names(second), second.scores, second.shown) == (["b", "c"], {"style": (0, 1)}, (1, 0))
+    with pytest.raises(ValueError, match="row 1 is no judgment: it has 2 samples and 1 scores of 'overall'"):
+        _read(folder, [lines[0] | {"scores": [1]}], "rows.json")
+
+
+def test_our_own_format_in_parquet_with_files_and_content(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = {"file": "a.png", "bytes": None, "generator": "one", "seed": 3}
+    content = {"file": None, "bytes": _content("b"), "generator": None, "seed": None}
+    image = {"file": {"bytes": _content("c"), "path": None}}
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": "a dot",
+            "kind": "pair",
+            "samples": [file, content],
+            "scores": {"overall": [1.0, 0.0], "style": None},
+            "metadata": {"subset": "dots", "count": None},
+            "annotator": "ada",
+            "shown": [1, 0],
+        },
+        {"prompt": "a dot", "kind": "rating", "samples": [content], "scores": {"overall": None, "style": [4.0]}},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    pair, rating = read_preferences(folder / "rows.parquet")
+    assert (pair.kind, _names(pair), pair.scores, pair.shown) == ("pair", ["a", "b"], {"overall": (1, 0)}, (1, 0))
+    assert pair.annotator == "ada" and pair.prompt.metadata == {"subset": "dots"}
+    assert [(one.generator, one.seed) for one in pair.samples] == [("one", 3), (None, None)]
+    assert (rating.kind, _names(rating), rating.scores) == ("rating", ["b"], {"style": (4,)})
+    assert (rating.annotator, rating.shown) == (None, ())
+
+    own = {"prompt": "c", "samples": [image], "scores": {"overall": [1.0]}, "kind": "label"}
+    parquet.write_table(pyarrow.Table.from_pylist([own]), folder / "rows.parquet")
+    (label,) = read_preferences(folder / "rows.parquet")
+    assert (label.kind, _names(label)) == ("label", ["c"])
+    own["samples"] = [{"file": "d.png"}]
+    parquet.write_table(pyarrow.Table.from_pylist([own]), folder / "rows.parquet")
+    with pytest.raises(FileNotFoundError, match=r"there is no .*d\.png, which .*rows\.parquet names"):
+        read_preferences(folder / "rows.parquet")
+
+
+def test_a_folder_of_shards_is_read_as_one_table(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name: str, *images: str) -> None:
+        rows = [
+            {"prompt_id": "7", "prompt": "a dot", "image": {"bytes": _content(image), "path": None}, "rank": ord(image)}
+            for image in images
+        ]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+
+    write("train-00000-of-00002.parquet", "b")
+    write("train-00001-of-00002.parquet", "a", "c")
+    (ranking,) = read_preferences(folder)
+    assert (ranking.kind, _names(ranking)) == ("ranking", ["b", "a", "c"])
+    assert ranking.scores == {"overall": (-98, -97, -99)}
+    write("test-00000-of-00001.parquet", "a")
+    with pytest.raises(ValueError, match=r"has .parquet files of the splits test, train: list the files of one"):
+        read_preferences(folder)
+    (folder / "preferences.jsonl").write_text(json.dumps({"prompt": "b", "samples": ["a.png", "b.png"]}) + "\n")
+    assert [one.prompt for one in read_preferences(folder)] == ["b"]
+
+
+def test_several_folders_and_files_are_joined(folder: Path) -> None:
+    line = {"prompt": "a dot", "samples": ["a.png", "b.png"], "scores": [1, 0]}
+    (folder / "preferences.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "more.jsonl").write_text(json.dumps(line | {"prompt": "b"}) + "\n")
+    more = str(folder / "more.jsonl")
+    assert [one.prompt for one in read_all_preferences([more, str(folder)])] == ["b", "a dot"]
+    assert read_all_preferences(more) == read_all_preferences([more])
+    with pytest.raises(ValueError, match=r"more\.jsonl is listed twice, so that its judgments would count twice"):
+        read_all_preferences([more, str(folder), str(folder / "x" / ".." / "more.jsonl")])
+    with pytest.raises(ValueError, match="the list of preferences is empty"):
+        read_all_preferences([])
+    assert path_names(more) == more and path_names([more, "b"]) == f"{more}, b"
 
 
 PAIR = {"prompt": "a dot", "image_0": "a.png", "image_1": "b.png", "label_0": 1}

@@ -17,6 +17,7 @@ from genalign.reward_learning.preference_losses import (
     PairLoss,
     Regression,
     TiedBradleyTerryLoss,
+    compared_rows,
     masked_mean,
 )
 
@@ -157,6 +158,36 @@ def test_labels_pair_good_with_bad_across_prompts() -> None:
     assert float(tied) == pytest.approx(float(strict + ties), abs=1e-5)
     with pytest.raises(ValueError, match="all good or all bad"):
         LabelPool().prepare(torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("loss", [Regression(2.0), LabelPool(ties=0.5, margin=1.0)])
+def test_losses_of_compared_items_by_blocks_are_those_at_once(
+    loss: Regression | LabelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 2 if isinstance(loss, LabelPool) else 5, (40, 2), generator=generator).float()
+    values[::9, 0] = math.nan
+    prompt, scores = torch.randint(0, 6, (40,), generator=generator), torch.randn(40, 2, generator=generator)
+    objective, results = loss.prepare(values), list[tuple[Tensor, Tensor]]()
+    for rows in (256, 7):
+        monkeypatch.setattr("genalign.reward_learning.preference_losses._ROWS", rows)
+        leaf = scores.clone().requires_grad_(True)
+        value = objective(leaf, values, prompt)
+        results.append((value, torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_rows_are_compared_with_all_of_their_group_in_small_blocks() -> None:
+    group = torch.randint(0, 2000, (4000,), generator=torch.Generator().manual_seed(0))
+    largest, seen = int(torch.bincount(group).max()), list[int]()
+    for rows, others in compared_rows(group):
+        assert len(rows) <= 256 and len(others) <= len(rows) + 2 * largest
+        assert set(others.tolist()) >= set(torch.isin(group, group[rows]).nonzero()[:, 0].tolist())
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(4000))
+    sizes = [(len(rows), len(others)) for rows, others in compared_rows(torch.zeros(600))]
+    assert sizes == [(256, 600), (256, 600), (88, 600)]
 
 
 def test_an_empty_mask_costs_nothing() -> None:

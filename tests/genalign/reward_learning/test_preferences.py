@@ -105,6 +105,18 @@ def test_what_a_killed_process_left_incomplete_is_removed(folder: Path, caplog: 
     assert not read_judgments(folder / COMPARISONS)[0].scores
 
 
+@pytest.mark.parametrize("shown", [(), (1, 0), None])
+def test_the_order_that_was_shown_is_restored_also_where_it_is_unknown(
+    folder: Path, shown: tuple[int, ...] | None
+) -> None:
+    samples = (JudgedSample(folder / "0.png"), JudgedSample(folder / "1.png"))
+    judgment = Judgment(Prompt("a"), samples, scores={"overall": (1, 0)}, shown=shown)
+    append_judgments(folder, [judgment])
+    assert read_judgments(folder) == [judgment]
+    in_order = judgment.in_shown_order()
+    assert in_order.overall() == ((0, 1) if shown else (1, 0)) and in_order.shown == (None if shown is None else ())
+
+
 def test_samples_are_copied_as_they_are_with_the_suffix_of_their_format(folder: Path) -> None:
     sample = JudgedSample(folder / "0.png")
     assert sample.copy_to(folder / "copies", "a").read_bytes() == (folder / "0.png").read_bytes()

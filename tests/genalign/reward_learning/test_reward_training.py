@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_samples
+from genalign.reward_learning.encoding import LiveTokens, StoredTokens, TokenFolder, read_sample
 from genalign.reward_learning.ensemble_vote import ensemble_votes
 from genalign.reward_learning.examples import prompt_numbers, split_by_prompt
 from genalign.reward_learning.fitting import FitSettings
@@ -42,7 +42,7 @@ from genalign.reward_learning.regularizers import Centering, Disentangle, Gradie
 from genalign.reward_learning.training import RewardFit, RewardTraining, build_network, truncate_metrics
 from genalign.reward_learning.uncertainty import LastLayerLaplace
 from genalign.runtime.files import load_state, save_state
-from genalign.runtime.media import AudioMedium
+from genalign.runtime.media import AudioMedium, save_images
 from genalign.types import Prompt
 from tests.genalign.reward_learning.toy_rewards import PixelTokens, toy_data, write_judgments
 
@@ -86,7 +86,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Pat
     steps = first.run(tmp_path / "part.safetensors")
     before = [next(steps), next(steps)]
     second, rest = trained(data, objective, fit, tmp_path / "part.safetensors")
-    assert [*before, *rest] == metrics
+    assert before == metrics[:2] and rest == metrics[1:]  # the second came before its checkpoint, and comes again
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, second.network.state_dict()[name]), name
     if members > 1:
@@ -122,9 +122,66 @@ def test_dimensions_that_were_not_judged_are_left_out(tmp_path: Path) -> None:
         replace(judgment, scores={"overall": judgment.scores["overall"]} if number % 2 else {"blue": (1.0, 0.0)})
         for number, judgment in enumerate(judgments)
     ]
-    _, metrics = trained(toy_data(other), RewardObjective(BradleyTerryLoss()))
+    data = toy_data(other)
+    training, metrics = trained(data, RewardObjective(BradleyTerryLoss()))
     accuracy = metrics[-1]["held_out"]["accuracy"]
     assert set(accuracy) == {"overall", "blue"} and accuracy["overall"]["mean"] > 0.9
+    scores, (first, second) = training.scores(held_out_rows(data)).mean(1), data.held_out.pairs.rows.unbind(1)
+    wins = (scores[first] > scores[second]) == (data.held_out.pairs.preferred > 0.5)
+    for column, name in enumerate(data.held_out.dimensions):
+        judged = ~data.held_out.pairs.preferred[:, column].isnan()
+        assert 0 < judged.sum() < len(judged) and accuracy[name]["n"] == int(judged.sum())
+        assert accuracy[name]["mean"] == pytest.approx(float(wins[judged, column].double().mean()))
+
+
+def held_out_rows(data: RewardData) -> Tensor:
+    """The numbers of the held-out items in the tokens."""
+    return torch.arange(len(data.held_out.items)) + len(data.training.items)
+
+
+def test_held_out_judgments_of_another_dimension_are_none(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 12))
+    other = replace(data, held_out=replace(data.held_out, dimensions=("blue",)).of_dimensions(("overall",)))
+    assert data.has_held_out(BradleyTerryLoss()) and not other.has_held_out(BradleyTerryLoss())
+    training, metrics = trained(other, RewardObjective(BradleyTerryLoss()), replace(FAST, epochs=1))
+    assert training.held_out() is None and "held_out" not in metrics[-1]
+    with pytest.raises(ValueError, match=r"fit\.patience needs held-out judgments of the kind pair or ranking"):
+        trained(other, RewardObjective(BradleyTerryLoss()), replace(FAST, patience=1))
+
+
+def test_the_members_of_an_ordinal_ensemble_are_judged_by_their_own_thresholds(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 40, "rating"))
+    training, metrics = trained(data, RewardObjective(CumulativeLogit()), replace(FAST, epochs=3, members=2))
+    level, grades, losses = training.network.level, data.held_out.grades, list[float]()
+    scores = (training.scores(held_out_rows(data)) + level)[grades.rows]
+    for place, member in enumerate(training.members):
+        assert member.grades is not None
+        own = member.grades(scores[:, place], grades.values, torch.zeros(len(grades)))
+        losses.append(float(own.detach()))
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert metrics[-1]["held_out"]["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)  # before levels are measured
+    assert training.held_out().loss == pytest.approx(sum(losses) / 2, abs=1e-5)  # type: ignore[union-attr]
+    means = training.scores(torch.arange(len(data.training.items))).mean(0)
+    torch.testing.assert_close(means, torch.zeros(2, 1), rtol=0, atol=1e-5)  # thresholds leave the origin open
+    assert level.abs().min() > 1e-3
+    single, _ = trained(data, RewardObjective(Regression()), replace(FAST, epochs=1))
+    assert single.network.level.eq(0).all()
+
+
+def test_labels_have_a_calibration_where_the_score_is_a_logit(tmp_path: Path) -> None:
+    data, fit = toy_data(write_judgments(tmp_path, 80, "label")), replace(FAST, epochs=2)
+    training, metrics = trained(data, RewardObjective(LabelPool()), fit)
+    grades = data.held_out.grades
+    chance = training.scores(held_out_rows(data))[grades.rows, 0, 0].double().sigmoid()
+    confidence, right = chance.maximum(1 - chance), (chance > 0.5) == (grades.values[:, 0] > 0.5)
+    edges = torch.quantile(confidence, torch.linspace(0, 1, 11, dtype=torch.float64)[1:-1])  # prompts have two labels
+    gaps = torch.zeros(10, dtype=torch.float64)
+    gaps.index_add_(0, torch.bucketize(confidence, edges), (confidence - right.double()) / len(grades))
+    assert metrics[-1]["held_out"]["calibration"] == pytest.approx(float(gaps.abs().sum()), abs=1e-6)
+    assert float(gaps.abs().sum()) > 0.01 and "bins" not in metrics[-1]["held_out"]
+    for kind, loss in {"label": LabelPool(quality=0), "rating": Regression()}.items():
+        _, metrics = trained(toy_data(write_judgments(tmp_path, 20, kind)), RewardObjective(loss), fit)  # type: ignore[arg-type]
+        assert metrics[-1]["held_out"]["calibration"] is None
 
 
 def test_nuisances_get_outputs_of_their_own(tmp_path: Path) -> None:
@@ -214,6 +271,46 @@ def test_a_trained_encoder_gets_a_gradient_and_no_ensemble(tmp_path: Path) -> No
     assert set(network.trained()) == {"encoder.scale", "heads.0.last.weight", "heads.0.last.bias"}
     with pytest.raises(ValueError, match="share one encoder, which must be frozen"):
         build_network(encoder, LinearHead(), 1, 2, 0)
+
+
+def test_images_of_several_sizes_are_read_in_batches_of_one_size(tmp_path: Path) -> None:
+    data = toy_data(write_judgments(tmp_path, 6), 0.0)
+    items, batches = data.training.items, list[torch.Size]()
+    for item in items[::3]:  # flat colors, which are the same in another size
+        assert isinstance(item.sample.content, Path)
+        save_images(item.sample.read()[None].repeat(1, 1, 2, 1), [item.sample.content])
+
+    class Counted(PixelTokens):
+        def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            assert len(samples) == len(prompts)
+            batches.append(samples.shape)
+            return super().forward(samples, prompts)
+
+    encoder, rows = Counted(trainable=True), torch.tensor([5, 0, 3, 1, 9, 2, 7, 8])
+    live = LiveTokens(encoder, items, torch.empty(len(items), 0), batch_size=3)
+    tokens, wanted = live.tokens(rows), data.tokens.tokens(rows)
+    torch.testing.assert_close(tokens, wanted)
+    assert {batch[2] for batch in batches} == {8, 16}
+    assert max(batch[0] for batch in batches) == 3 and sum(batch[0] for batch in batches) == len(rows)
+    (gradient,) = torch.autograd.grad(tokens[..., 0].sum(), encoder.scale)
+    torch.testing.assert_close(gradient, torch.tensor([float(wanted[..., 0].sum()), 0.0, 0.0]))
+    batches.clear()
+    list(
+        RewardTraining(
+            build_network(encoder, LinearHead(), 1, 1, 0),
+            replace(data, tokens=live),
+            RewardObjective(BradleyTerryLoss()),
+            replace(FAST, epochs=1),
+        ).run()
+    )
+    assert max(batch[0] for batch in batches) == 3
+
+    class Parts(PixelTokens):
+        def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            return samples.flatten(2).transpose(1, 2)
+
+    with pytest.raises(ValueError, match=r"has \d+ tokens, and others have \d+: give clips of one length"):
+        replace(live, encoder=Parts()).tokens(rows)
 
 
 def test_tokens_are_encoded_once_and_continued(tmp_path: Path) -> None:
@@ -314,7 +411,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     clip = Judgment(Prompt("a"), (JudgedSample(sound),), "rating")
     item = replace(data.training.items[0], sample=clip.samples[0])
     with pytest.raises(ValueError, match=r"PixelTokens is an encoder of images, and a sample of .* is sound"):
-        read_samples([item], PixelTokens())
+        read_sample(item, PixelTokens())
     assert len(nothing_held_out(data.training).items) == 0
 
 
@@ -331,6 +428,7 @@ def test_accuracies_and_calibration_by_hand() -> None:
     assert within is not None and within.mean == 1.0 and within.n == 1
     across = accuracy_of_grades(torch.tensor([0.0, 1.0, 0.5, 5.0]), grades, torch.arange(4), within_prompts=True)
     assert across is not None and across.mean == pytest.approx((1 + 2 / 3 + 1 / 2 + 1) / 4)
+    assert accuracy_of_grades(grades, torch.full((4,), 2.0), prompt, within_prompts=False) is None
     confident = torch.full((100,), 2.0)
     right = (torch.arange(100) < 80).float()
     expected = abs(float(torch.sigmoid(torch.tensor(2.0))) - 0.8)
@@ -349,6 +447,23 @@ def test_accuracies_and_calibration_by_hand() -> None:
     assert prompt_numbers([]).tolist() == []
 
 
+@pytest.mark.parametrize("within_prompts", [False, True])
+def test_grades_are_compared_in_blocks_as_all_at_once(within_prompts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompt, values = torch.randint(0, 9, (40,), generator=generator), torch.randint(1, 5, (40,), generator=generator)
+    scores, grades = torch.randn(40, generator=generator), values.float().masked_fill(prompt == 3, torch.nan)
+    monkeypatch.setattr("genalign.reward_learning.preference_losses._ROWS", 7)
+    estimate = accuracy_of_grades(scores, grades, prompt, within_prompts)
+    by_prompt = dict[int, list[float]]()
+    for row in (~grades.isnan()).nonzero()[:, 0].tolist():
+        others = (~grades.isnan()) & (grades != grades[row]) & ((prompt == prompt[row]) | (not within_prompts))
+        right = (scores[others] < scores[row]) == (grades[others] < grades[row])
+        by_prompt.setdefault(int(prompt[row]), []).append(float(right.double().mean()))
+    means = [sum(known) / len(known) for own in by_prompt.values() if (known := [s for s in own if s == s])]
+    assert estimate is not None and estimate.n == len(means)
+    assert estimate.mean == pytest.approx(sum(means) / len(means), abs=1e-6)
+
+
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.1, 1), (0.5, 2), (0.9, 3)])
 def test_a_prompt_at_least_is_on_each_side(tmp_path: Path, fraction: float, held_out: int) -> None:
     rest, held = split_by_prompt(write_judgments(tmp_path, 4), fraction, 0)
@@ -359,4 +474,7 @@ def test_metrics_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (5, 10, 15)))
     truncate_metrics(file, 10)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [5, 10]
+    file.write_text(file.read_text() + '{"step": 15, "epo')  # cut off by a kill
+    truncate_metrics(file, 20)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [5, 10]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmarks.learned_rewards import annotator, drawn_pairs
-from scripts.benchmarks.overoptimization import curve, predictors
+from scripts.benchmarks.overoptimization import curve, predictors, stopped_early
 
 
 def test_a_measure_that_orders_the_gains_has_a_tau_of_1() -> None:
@@ -45,3 +45,18 @@ def test_fewer_pairs_are_the_first_of_more(tmp_path: Path) -> None:
     assert many[:5] == few and set(many) < set(lines) and drawn_pairs(tmp_path, 5, 0.1, seed=4) != few
     with pytest.raises(ValueError, match="has 20 pairs, not 21"):
         drawn_pairs(tmp_path, 21, 0.1, seed=3)
+
+
+def test_a_run_stops_before_the_distance_at_which_the_others_are_at_their_best() -> None:
+    """The others of the first run are at their best at 2 and 4, of the second at 1 and 4, of the third at 1 and 2."""
+    truths: dict[int, dict[float, float]] = {
+        1: {0: 0.3, 1: 0.5, 2: 0.4, 3.5: 0.2},
+        2: {0: 0.3, 1: 0.4, 2: 0.6, 3: 0.5},
+        3: {2: 0.3, 4: 0.7},
+    }
+    curves = {
+        seed: [[distance, 0.0, truth, 0.0, 1.0] for distance, truth in points.items()]
+        for seed, points in truths.items()
+    }
+    stopped = stopped_early(curves)
+    assert stopped == {1: curves[1][:3], 2: curves[2][:3], 3: curves[3][:1]}  # at most 3, 2.5, and 1.5
