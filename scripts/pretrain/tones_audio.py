@@ -50,8 +50,8 @@ AUTOENCODER_CLIPS, CROPS, CROP = 12_000, 16, 12 * HOP  # a step hears 16 crops o
 WINDOWS = (64, 256, 1024)  # samples, of the spectral loss
 AUDIBLE = 1e-3  # amplitude below which the spectral loss does not listen: -60 dB
 KL_WEIGHT = 3e-3
-DENOISER = Fit(steps=20_000, learning_rate=2e-3, muon=0.03, t5=2e-4, cycles=2)
-TIME_LOGIT = (1.0, 1.3)  # mean and deviation of logit(t): words decide what is heard at t from 0.7 to 0.96
+DENOISER = Fit(steps=20_000, learning_rate=2e-3, muon=0.03, t5=5e-4, cycles=2)
+TIME_LOGIT = (1.2, 1.2)  # mean and deviation of logit(t): words decide what is heard at t from 0.7 to 0.96
 DENOISER_CLIPS, BATCH = 24_000, 64
 CORRUPTED = (0.1, 0.2)  # of the captions, by cycle: it learns to play, and then to misread
 CLAP = Fit(steps=1500, learning_rate=1e-3, muon=0.02)

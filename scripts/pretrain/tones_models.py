@@ -28,6 +28,7 @@ LATENT_CHANNELS = 8
 HOP = 160  # samples: 20 ms
 FRAMES = LENGTH // HOP
 HEAD = 64
+POSITION_BIAS = 3.0
 SECONDS = LENGTH / SAMPLE_RATE
 
 
@@ -100,7 +101,7 @@ class TonesTextToAudio(nn.Module):
     def __init__(self, layers: int = 6, width: int = WIDTH) -> None:
         super().__init__()
         self.tokenizer = tokenizer()
-        self.text_encoder = build_t5(len(self.tokenizer))
+        self.text_encoder = build_t5(len(self.tokenizer), POSITION_BIAS)
         self.projection_model = StableAudioProjectionModel(WIDTH, WIDTH, min_value=0, max_value=2)
         self.transformer = build_transformer(layers, width)
 

@@ -24,9 +24,8 @@ class Fit:
 
     The ``steps`` are of a one-cycle schedule, or of several ``cycles`` of equal length. ``muon`` is the learning rate
     at which Muon trains the matrices of transformer blocks; None trains them like all others. ``t5`` is the learning
-    rate of a T5 text encoder: its attention logits are not divided by the square root of their width, and at the rate
-    of the other weights they saturate, after which the model no longer sees the order of words. None trains it like
-    all others.
+    rate of a T5 text encoder, whose attention logits are not divided by the square root of their width, so that the
+    rate of the other weights saturates them; None trains it like all others.
     """
 
     steps: int
