@@ -29,11 +29,13 @@ class CentredRewardLoss:
         beta: The scale of the gains.
         temperature: With one, half the sum of two such losses, centred by weights softmax(+-a / temperature) in place
             of equal ones; None is the plain mean.
+        centred: Whether the gains lose their group's mean; without that they are regressed on advantages as they are.
     """
 
     unit: ClassVar[Unit] = "group"
     beta: float = 1.0
     temperature: float | None = None
+    centred: bool = True
 
     def __post_init__(self) -> None:
         if not self.beta > 0 or (self.temperature is not None and not self.temperature > 0):
@@ -57,8 +59,8 @@ class CentredRewardLoss:
         losses = []
         for exponent in exponents:  # each loss (N,) is about the centres of the groups by its own weights (N, N)
             weights = torch.softmax(torch.where(same, exponent, -torch.inf), dim=1)
-            centred = gain - (weights @ gain).detach()
-            losses.append(5 / self.beta * (self.beta * centred - (aim - weights @ aim)).square())
+            own = gain - (weights @ gain).detach() if self.centred else gain
+            losses.append(5 / self.beta * (self.beta * own - (aim - weights @ aim)).square())
         return torch.stack(losses).mean(0)
 
 
@@ -130,7 +132,8 @@ class GroupPreferenceLoss:
 
     The weight of a group of K is sigmoid(beta / K sum A (e - e_ref)), without gradient, and the loss of a sample
     w A e. A sample stops, without gradient, once exp(e_old - e) has left 1 +- ``clip_range`` in its direction: without
-    that, the loss of negative advantages has no bound.
+    that, the loss of negative advantages has no bound. K counts the samples without credit, too, whose loss is 0; a
+    group without any credit has no term.
 
     Args:
         beta: The strength.
@@ -146,10 +149,10 @@ class GroupPreferenceLoss:
             raise ValueError(f"beta and clip_range must be positive, not {self.beta} and {self.clip_range}")
 
     def used(self, credit: Tensor) -> Tensor:
-        return credit != 0
+        return torch.ones_like(credit, dtype=torch.bool)
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        return int(self.used(credit).sum())
+        return int(self._in_credited_groups(credit, group).sum())
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         errors, advantage = noised.error, noised.on_device(credit.to(noised.x.dtype))
@@ -162,7 +165,13 @@ class GroupPreferenceLoss:
             ratio = torch.exp(mean_square(noised.old, noised.target) - errors)
             above, below = ratio > 1 + self.clip_range, ratio < 1 - self.clip_range
             stopped = torch.where(advantage > 0, above, below)
-        return weight * advantage * torch.where(stopped, errors.detach(), errors)
+        losses = weight * advantage * torch.where(stopped, errors.detach(), errors)
+        return losses[noised.on_device(self._in_credited_groups(credit, group).nonzero()[:, 0])]
+
+    @staticmethod
+    def _in_credited_groups(credit: Tensor, group: Tensor) -> Tensor:
+        """Mask (N,) bool of the samples of groups in which any sample has credit."""
+        return torch.isin(group, group[credit != 0])
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class DistributionMatching:
 
     @property
     def traits(self) -> ObjectiveTraits:
-        return ObjectiveTraits(student_guidance=self.guidance, needs_spread=False)
+        return ObjectiveTraits(student_guidance=self.guidance)
 
     def __call__(
         self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]

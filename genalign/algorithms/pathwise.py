@@ -116,6 +116,14 @@ class Ascent:
     anchor: float = 0.0
     leash: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"ascent.limit must be positive, not {self.limit}; null sets no limit")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"ascent.batch_size must be at least 1 sample, not {self.batch_size}; null takes all")
+        if not self.anchor >= 0 or not self.leash >= 0:
+            raise ValueError(f"ascent.anchor and ascent.leash must be at least 0, not {self.anchor} and {self.leash}")
+
     def __call__(
         self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> Tensor:
@@ -146,6 +154,8 @@ class Ascent:
 @dataclass(frozen=True)
 class EqualCredit:
     """Credit 1 for every sample that could be scored: the rewards' gradients say the rest."""
+
+    takes_single_samples: ClassVar[bool] = True
 
     def __call__(self, scores: RoundScores) -> Tensor:
         return scores.combined.isfinite().float()

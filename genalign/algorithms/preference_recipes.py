@@ -150,6 +150,7 @@ def crd(
     anchor: float = 0.1,
     anchor_guidance: float = 1.0,
     temperature: float | None = None,
+    centred: bool = True,
 ) -> Recipe:
     """Centred reward distillation (CRD, arXiv 2603.14128): gains regress on advantages, both less their group's mean.
 
@@ -162,10 +163,11 @@ def crd(
         anchor: The weight of the distance from the reference policy.
         anchor_guidance: The guidance scale of that policy; the published one is 4.5, the model's own.
         temperature: With one, centres are weighted towards good and towards bad samples; None is the plain mean.
+        centred: Whether gains lose their group's mean; without that it is a plain regression, the method's ablation.
     """
     least = min(1.0, 1e-4 / anchor) if anchor else None
     objective = MatchingObjective(
-        CentredRewardLoss(beta, temperature),
+        CentredRewardLoss(beta, temperature, centred),
         draws,
         anchor=anchor,
         old="memory",

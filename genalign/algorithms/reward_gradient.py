@@ -96,13 +96,7 @@ def _at_samples(
         if not reward.weight:
             columns.append(score([reward], leaf.detach(), prompts)[:, 0].to(leaf.device))
             continue
-        with torch.enable_grad():
-            values = reward(leaf, prompts)
-        if not values.requires_grad:
-            raise ValueError(
-                f"reward {reward.name!r} has no gradient: give it weight 0, or choose what needs none, such as the"
-                " recipe flow_grpo, the strategies ZeroOrder and Evolution, or the guide DoobGuide"
-            )
+        values = _differentiable_scores(reward, leaf, prompts)
         (gradient,) = torch.autograd.grad(values.sum(), leaf, materialize_grads=True)
         if equalized:
             length = gradient.flatten(1).norm(dim=1)
@@ -112,3 +106,27 @@ def _at_samples(
         counted += reward.weight * columns[-1]
     ascends = counted.isfinite() if ceiling is None else counted < ceiling
     return torch.stack(columns, dim=1), torch.where(_rows(ascends, total), total, 0)
+
+
+def _differentiable_scores(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Score samples (N, ...) that require a gradient, as (N,). Raises ValueError, by name, for a reward without one."""
+    with torch.enable_grad():
+        scores = reward(samples, prompts)
+    if not scores.requires_grad:
+        raise ValueError(
+            f"reward {reward.name!r} has no gradient: give it weight 0, or choose what needs none, such as the"
+            " recipe flow_grpo, the strategies ZeroOrder and Evolution, or the guide DoobGuide"
+        )
+    return scores
+
+
+def require_gradients(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> None:
+    """Call every reward that counts on samples (N, ...), to find one without a gradient before training starts.
+
+    Raises:
+        ValueError: A reward that counts has no gradient; it is named.
+        RewardError: A reward takes no samples that require a gradient.
+    """
+    for reward in rewards:
+        if reward.weight:
+            _differentiable_scores(reward, samples.detach().requires_grad_(), prompts)

@@ -1,8 +1,9 @@
 """The tails of the pathwise family: where the sampler carries a gradient into the weights.
 
 T is the number of sampling steps, N that of the samples to train. The moves of a tail are those of the rollout: the
-kernel at stored steps, with the same noise, and that of the sampling settings elsewhere. Where a graph spans several
-moves, each is computed again in the backward pass, so that memory holds the latents of all moves and the graph of one.
+kernel at stored steps, with the same noise, and that of the sampling settings elsewhere. Where several calls of the
+network carry a gradient, each is made again in the backward pass, so that memory holds the latents of all and the graph
+of one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
 from genalign.types import Conditioning, Grid, NoiseLevel, NoiseStep
+
+_LEAST_ALPHA = 0.01  # by which Direct-Align divides
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,16 @@ class Mover:
         """The stored latents (N, ...) before a step."""
         return self.batch.rollout.states[self.on_device, self.batch.rollout.levels.index(step)]
 
-    def predict(self, x: Tensor, level: NoiseLevel) -> Prediction:
-        """Call the network for latents (N, ...) at a level, with the run's guidance."""
-        output = self.context.pipeline.predict(x, level, self.conditioning, self.context.guidance)
+    def predict(self, x: Tensor, level: NoiseLevel, recompute: bool = False) -> Prediction:
+        """Call the network for latents (N, ...) at a level, with the run's guidance.
+
+        With ``recompute`` it is called again in the backward pass, and memory holds its input alone until then.
+        """
+
+        def run(x: Tensor) -> Tensor:
+            return self.context.pipeline.predict(x, level, self.conditioning, self.context.guidance)
+
+        output = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         return Prediction(x, level, self.conditioning, output)
 
     def move(self, x: Tensor, index: int, recompute: bool = False) -> tuple[Tensor, Prediction]:
@@ -207,7 +217,7 @@ class SparseSteps:
             x0 = context.pipeline.path.x0(mover.state(stop), stored[:, place], context.grid[stop])
         predictions = list[Prediction]()
         for index in steps:
-            prediction = mover.predict(mover.state(index), context.grid[index])
+            prediction = mover.predict(mover.state(index), context.grid[index], recompute=len(steps) > 1)
             x0 = x0 + factor * float(weights[index]) * (prediction.output - prediction.output.detach())
             predictions.append(prediction)
         yield mover.ends(x0, predictions)
@@ -302,6 +312,11 @@ class DirectAlign:
         step = NoiseStep(first.timestep, first.alpha, first.sigma, index, last.alpha, last.sigma)
         x0, seeds = batch.rollout.final[mover.on_device], batch.rollout.inputs.noise_seeds
         eps = seeded_noise([seeds[row] for row in rows.tolist()], x0)  # that of the sample, as it was first drawn
+        if (least := float(last.alpha.min())) < _LEAST_ALPHA:
+            raise ValueError(
+                f"Direct-Align divides by alpha, which is {least:.2g} at the noisiest level that a sample moves to:"
+                f" lower high, which is {self.high}, until alpha is at least {_LEAST_ALPHA} there"
+            )
         prediction = mover.predict(pipeline.path.add_noise(x0, eps, step), step)
         moved = transition(pipeline.path, ODE(), prediction.x, prediction.output, step).mean
         implied = (moved - expand(last.sigma, moved) * eps) / expand(last.alpha, moved)

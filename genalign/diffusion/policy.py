@@ -296,6 +296,7 @@ class Policy:
         """Return the squared distance () of the trained network's weights from the reference policy's, with a gradient.
 
         That of a LoRA, |s B A|^2, is the sum over layers of s^2 tr((A A^T) (B^T B)), without forming the product.
+        Raises ValueError for a frozen adapter, or one with a hypernetwork.
         """
         if self._first is not None:
             first = zip(self.parameters, self._first.tensors, strict=True)
@@ -303,6 +304,11 @@ class Policy:
         if hypernetwork_of(self.denoiser):
             raise ValueError(
                 "the weights of an adapter with a hypernetwork differ between samples, and have no distance: set"
+                " ascent.anchor in place of ascent.leash"
+            )
+        if self._is_frozen:
+            raise ValueError(
+                "lora.frozen trains the attention to users alone, for which there is no distance of weights: set"
                 " ascent.anchor in place of ascent.leash"
             )
         from peft.tuners.lora import LoraLayer  # takes seconds

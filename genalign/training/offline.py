@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,13 +16,15 @@ from genalign.algorithms.redraws import Member
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, rows_are_finite
 from genalign.diffusion.user_attention import with_user_dropout
-from genalign.runtime.distributed import ALL_RANKS, RankShare
+from genalign.runtime.distributed import ALL_RANKS, SINGLE_PROCESS, ProcessGroup, RankShare
 from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.score import NamedReward
 from genalign.training.pools import Pool, drawn_group
-from genalign.training.sampler import SampledBatch, blank_nonfinite, score_finite
+from genalign.training.sampler import SampledBatch, blank_nonfinite, features_of_finite, score_finite
 from genalign.training.settings import FittedSettings
 from genalign.types import EncodesSamples, Pipeline, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 def recorded(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -55,15 +59,9 @@ class OfflineSampler:
         members: Sequence[Member | None] | None = None,
     ) -> Iterator[SampledBatch]:
         """Yield this rank's batches of a round that are not empty; the arguments are those of ``Sampler``."""
-        size, groups = self.settings.group_size, self.pool.groups()
-        rows = [
-            row
-            for place, prompt in enumerate(prompts)
-            for row in drawn_group(groups[prompt.text], size, f"{name}/{place}")
-        ]
-        place = torch.arange(len(prompts)).repeat_interleave(size)
+        rows, own = self.draw(prompts, name)
+        place = torch.arange(len(prompts)).repeat_interleave(self.settings.group_size)
         seeds = tuple(derived_seed(name, "pool", number) for number in range(len(rows)))
-        own = [self.pool.samples[row].prompt for row in rows[::size]]  # of the groups: a text may be of several users
         seen = with_user_dropout(own, self.settings.user_dropout, name)
         inputs = RolloutInputs(self.pipeline.encode(seen), place, seeds, seeds)
         sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
@@ -75,6 +73,30 @@ class OfflineSampler:
                 yield self._batch(recipe, batches[number], drawn[number].tolist(), own)
                 advance(len(drawn[number]) * share.world_size)
 
+    def draw(self, prompts: Sequence[Prompt], name: str) -> tuple[list[int], list[Prompt]]:
+        """Draw a group of each of P prompts by the seed ``name``: the numbers of its samples, and its own prompt.
+
+        A text may be of several users, so that a prompt of the group drawn for it has other metadata.
+
+        Args:
+            prompts: The prompts, of which the texts count.
+            name: The seed, different in every round.
+
+        Returns:
+            The numbers of the samples in the pool, group by group, and the prompts (P).
+        """
+        size = self.settings.group_size
+        rows = [
+            row
+            for place, prompt in enumerate(prompts)
+            for row in drawn_group(self._groups[prompt.text], size, f"{name}/{place}")
+        ]
+        return rows, [self.pool.samples[row].prompt for row in rows[::size]]
+
+    @cached_property
+    def _groups(self) -> dict[str, list[list[int]]]:
+        return self.pool.groups()
+
     @torch.no_grad()
     def _batch(
         self, recipe: Recipe, inputs: RolloutInputs, rows: Sequence[int], prompts: Sequence[Prompt]
@@ -82,38 +104,43 @@ class OfflineSampler:
         """Read, and where it is needed decode and score, some samples; one that is not finite has no score."""
         device = next(self.pipeline.denoiser.parameters()).device
         latents = self.pool.read(rows).to(device)
-        final, finite = blank_nonfinite(latents), rows_are_finite(latents).cpu()
+        final, finite = blank_nonfinite(latents), rows_are_finite(latents)
         none = final.new_empty(len(final), 0, *final.shape[1:])
-        columns, decoded = list[Tensor](), None
-        texts = [prompts[place] for place in inputs.prompt.tolist()]
+        columns, features, samples = dict[str, Tensor](), None, None
+        for name in self.pool.info.scores:
+            values = [self.pool.samples[row].scores.get(name, torch.nan) for row in rows]
+            columns[name] = torch.tensor(values, dtype=torch.float32).masked_fill(~finite.cpu(), torch.nan)
         missing = [reward for reward in self.rewards if reward.name not in self.pool.info.scores]
         if missing or recipe.features or self.keep_samples:
             decoded = self.pipeline.decode(final)
-        for reward in self.rewards:
-            if reward.name in self.pool.info.scores:
-                values = [self.pool.samples[row].scores.get(reward.name, torch.nan) for row in rows]
-                columns.append(torch.tensor(values, dtype=torch.float32))
-            else:
-                assert decoded is not None, "samples are decoded for a reward without a column"
-                columns.append(score_finite([reward], decoded, texts)[:, 0])
-        features = None
-        if recipe.features:
-            assert decoded is not None, "samples are decoded for features"
-            features = recipe.features(blank_nonfinite(decoded)).float().cpu()
+            finite, samples = finite & rows_are_finite(decoded), blank_nonfinite(decoded)
+            if missing:
+                table = score_finite(missing, decoded, [prompts[place] for place in inputs.prompt.tolist()], finite)
+                columns |= zip([reward.name for reward in missing], table.unbind(1), strict=True)
+            features = features_of_finite(recipe.features, samples, finite) if recipe.features else None
         rollout = Rollout(inputs, (), none, none, final)
-        samples = blank_nonfinite(decoded) if self.keep_samples and decoded is not None else None
-        scores = torch.stack(columns, dim=1)
-        scores[~finite] = torch.nan
+        samples = samples if self.keep_samples else None
+        scores = torch.stack([columns[reward.name] for reward in self.rewards], dim=1)
         return SampledBatch(rollout, samples, scores, None, features)
 
 
-def pool_of(folder: str, pipeline: Pipeline, group_size: int) -> Pool:
-    """Open a pool for a model, with the groups that have enough samples. Raises ValueError for another model's."""
+def pool_of(folder: str, pipeline: Pipeline, group_size: int, processes: ProcessGroup = SINGLE_PROCESS) -> Pool:
+    """Open a pool for a model, with the groups that have enough samples; the main rank's log says how many have not.
+
+    Raises ValueError for another model's.
+    """
     if not isinstance(pipeline, EncodesSamples):
         raise ValueError(f"{type(pipeline).__name__} names no autoencoder, to which a pool's latents would belong")
     pool = Pool.load(Path(folder))
     pool.require(pipeline.autoencoder, pipeline.latent_shape)
-    return pool.with_groups_of(group_size)
+    large = pool.with_groups_of(group_size)
+    every, used = (sum(map(len, one.groups().values())) for one in (pool, large))
+    if used < every and processes.is_main:
+        logger.warning(
+            "%d of the %d groups of %s have fewer than %d samples (training.group_size), and are left out",
+            *(every - used, every, folder, group_size),
+        )
+    return large
 
 
 def require_offline(recipe: Recipe, steps: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from genalign.evaluation.standings import Look, standings
 from genalign.runtime.files import without_infinities, write_text
 from genalign.worlds import shapes
 from scripts.benchmarks.published_results import write_results
-from scripts.benchmarks.trained_runs import RESULTS, compared, gains, head, metrics
+from scripts.benchmarks.trained_runs import RESULTS, arm_gains, compared, differences, gains, head, metrics
 
 REACHED = 0.9  # of the best final score of a method's runs: the target of the learning rates' race
 
@@ -83,6 +83,21 @@ def at_equal_cost(evaluations: Mapping[str, Mapping[str, Evaluations]]) -> dict[
         for name, runs in evaluations.items()
     }
     return without_infinities({cost: standings(looks, cost, "strict").as_dict() for cost in ("nfe", "seconds")})
+
+
+def matching_losses(work: Path) -> None:
+    """CRD, DGPO and other losses on final samples, at equal NFE: 6 arms x 3 seeds x 5 minutes = 1.5 hours."""
+    records: list[PromptRecord] = []
+    runs = compared(work / "matching", "shapes_matching")
+    for name, by_seed in runs.items():
+        for score in ("strict", "partial"):
+            records += arm_gains(name if score == "strict" else f"{name}.{score}", score, score, by_seed)
+    metric = "strict, crd - crd_uncentred"
+    records += differences("crd.difference", metric, "strict", runs["crd_uncentred"], runs["crd"])
+    records.sort(key=lambda record: record.name)
+    claim = "Accuracy on held-out compositions (ODE) after 100 000 NFE by losses that compare a group's final samples"
+    header = head(claim, "python scripts/benchmarks/proofs.py matching_losses")
+    write_results(RESULTS, "matching_losses_shapes", header, records)
 
 
 def learning_rates(work: Path) -> None:

@@ -240,6 +240,7 @@ PARTS = {
     "methods": method_comparisons.methods,
     "finalists": method_comparisons.finalists,
     "finalists_20_steps": method_comparisons.finalists_20_steps,
+    "matching_losses": method_comparisons.matching_losses,
     "learning_rates": method_comparisons.learning_rates,
     "dragon": dragon,
     "adversarial": adversarial,

@@ -7,12 +7,12 @@ Each part trains the runs of a comparison file where they are missing, and write
 |---|---|
 | pathwise | 9 x 3 x 4.5 = 122 |
 | pathwise_hacking | 2 x 3 x 5 = 30 |
-| pathwise_guards | 8 x 3 x 3.5 = 84, and 1 to fit the rewards |
+| pathwise_guards | 9 x 3 x 3.5 = 95, 1 to fit the rewards, and 3 x 0.5 for adapters at half weight |
 | gradient_growth | 2 |
 | soup | 2 x 3 x 2 = 12, and 3 x 1 for the mixtures |
 | audio_pathwise | 2 x 3 x 5 = 30, and 3 for the pool |
 
-That is 4.8 hours; ``scripts/benchmarks/offline_learning.py`` has learning from pools. Where it takes longer, arms go
+That is 5 hours; ``scripts/benchmarks/offline_learning.py`` has learning from pools. Where it takes longer, arms go
 before seeds, from the end of the comparisons' lists.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 import yaml
@@ -29,6 +30,7 @@ import pipelines
 from genalign import assets
 from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
 from genalign.algorithms.pathwise import PathwiseObjective, Tail
+from genalign.algorithms.pathwise_recipes import draft
 from genalign.algorithms.tails import Chain, RenoisedCopies
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
@@ -39,7 +41,10 @@ from genalign.evaluation.records import PromptRecord, prompt_records
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import write_json
 from genalign.scoring.score import NamedReward
+from genalign.training.memory_estimate import estimate_memory
+from genalign.training.settings import FittedSettings
 from genalign.worlds import shapes
+from pipelines.meta_device import outline
 from rewards.clip import ClipReward
 from scripts.benchmarks.learned_proxies import write_proxies
 from scripts.benchmarks.offline_learning import write_pool
@@ -103,9 +108,11 @@ def pathwise_guards(work: Path) -> None:
     if not DIRECTION.exists():
         write_direction(work / "directional.json")
     records: list[PromptRecord] = []
-    held = {
-        name: {seed: at_rise(run) for seed, run in by_seed.items()}
-        for name, by_seed in compared(work / "pathwise_guards", "shapes_pathwise_guards").items()
+    runs = compared(work / "pathwise_guards", "shapes_pathwise_guards")
+    held = {name: {seed: at_rise(looks(run)) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
+    held["half_weight"] = {
+        seed: at_rise(looks_by_weight(run, work / "half_weight" / f"seed-{seed}"))
+        for seed, run in runs[UNGUARDED].items()
     }
     for name, by_seed in held.items():
         for seed, (start, end) in by_seed.items():
@@ -118,21 +125,47 @@ def pathwise_guards(work: Path) -> None:
     records.sort(key=lambda record: record.name)
     claim = (
         f"Held-out partial credit where the CLIP reward, whose gradient is followed, has risen by {RISE}: at the start"
-        " and there, and beside the run without a guard; a run that never rises so far counts by its last evaluation"
+        " and there, and beside the run without a guard; a run that never rises so far counts by its last evaluation."
+        " half_weight is the final adapter of the run without a guard, mixed with the base model"
     )
     header = head(claim, "python scripts/benchmarks/proofs.py pathwise_guards")
     write_results(RESULTS, "pathwise_guards_shapes", header, records)
 
 
-def at_rise(run: Path) -> tuple[float, float]:
-    """The held-out partial credit before training, and where the CLIP reward has risen by ``RISE``.
+Looks = list[tuple[float, float]]
+"""The CLIP reward and the partial credit on held-out prompts, the base model's first."""
 
-    Between two evaluations it is taken on a straight line; a run that does not rise as far gives its last.
+
+def looks(run: Path) -> Looks:
+    """The evaluations of a run on held-out prompts, in order."""
+    rows = [row["held_out"] for row in metrics(run) if row["held_out"]]
+    return [_look(run / "before"), *((row["clip"]["mean"], row["partial"]["mean"]) for row in rows)]
+
+
+def looks_by_weight(run: Path, folder: Path) -> Looks:
+    """The evaluations of a run's final adapter at the weights 0, 1/2 and 1; that at 1/2 is made in ``folder``."""
+    lora, evaluation, config = folder / "lora", folder / "evaluation", folder / "evaluation.json"
+    if not (lora / "soup.json").exists():
+        run_genalign("soup", "--adapters", json.dumps([str(run)]), "--weights", "[0.5]", "--output", str(lora))
+    plain = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    size = {name: plain["before_after"][name] for name in ("prompts", "samples_per_task", "seeds")}
+    rewards = {name: reward for name, reward in plain["rewards"].items() if name == "clip"}  # val has partial itself
+    own = {"output": str(evaluation), "model": plain["model"], "sampling": plain["evaluation"], "rewards": rewards}
+    write_json(config, {**own, **size, "batch_size": 96})
+    run_genalign("evaluate", "prompts", "--config", str(config), "--lora", str(lora))
+    return [_look(run / "before"), _look(evaluation), _look(run / "after")]
+
+
+def _look(evaluation: Path) -> tuple[float, float]:
+    scores = load_evaluation(evaluation).overall
+    return scores["clip"].mean, scores["partial"].mean
+
+
+def at_rise(curve: Looks) -> tuple[float, float]:
+    """The held-out partial credit of the base model, and where the CLIP reward has risen by ``RISE``.
+
+    Between two evaluations it is taken on a straight line; a curve that does not rise as far gives its last.
     """
-    start = load_evaluation(run / "before").overall
-    curve = [(start["clip"].mean, start["partial"].mean)] + [
-        (row["held_out"]["clip"]["mean"], row["held_out"]["partial"]["mean"]) for row in metrics(run) if row["held_out"]
-    ]
     target = curve[0][0] + RISE
     for (low, earlier), (high, later) in pairwise(curve):
         if high >= target:
@@ -147,15 +180,24 @@ def write_direction(own: Path) -> None:
 
 
 def gradient_growth(work: Path) -> None:
-    """How long DRaFT-K's gradient is by K, and how much DRaFT-LV's copies narrow it, on fixed samples of the base."""
+    """How long DRaFT-K's gradient is by K, how much DRaFT-LV's copies narrow it, and what memory either takes.
+
+    The gradients are those of fixed samples of the base model, the memory that of a micro-batch of 96, as counted.
+    """
+    held = "memory of learning, MiB"
     measured = [
         *(Measurement(f"draft_{k}", "length of the mean gradient", gradients(Chain(), k)[0]) for k in GROWTH_MOVES),
+        *(Measurement(f"draft_{k}", held, learning_memory(k)) for k in GROWTH_MOVES),
+        *(Measurement(f"draft_{k}", f"{held}, without recomputation", memory_of_kept_graphs(k)) for k in GROWTH_MOVES),
         *(
             Measurement(f"draft_lv_{n}", "variance of a sample's gradient over the squared mean", gradients(tail, 1)[1])
             for n, tail in ((n, RenoisedCopies(n) if n else Chain()) for n in COPIES)
         ),
     ]
-    claim = f"The gradient of a CLIP reward on {GROWTH_SAMPLES} samples of the base model, by the moves it runs through"
+    claim = (
+        f"The gradient of a CLIP reward on {GROWTH_SAMPLES} samples of the base model, by the moves it runs through,"
+        " and the memory of an update, in which each move is computed again"
+    )
     header = head(claim, "python scripts/benchmarks/proofs.py gradient_growth")
     write_results(RESULTS, "gradient_growth_shapes", header, measured)
 
@@ -183,6 +225,22 @@ def gradients(tail: Tail, moves: int) -> tuple[float, float]:
     every = torch.stack(rows).double()
     mean = every.mean(0)
     return float(mean.norm()), float((every - mean).square().sum(1).mean() / mean.square().sum())
+
+
+def learning_memory(moves: int) -> float:
+    """Count the tensors, in MiB at their peak, while DRaFT through so many moves learns from 96 samples."""
+    meta = outline(assets.resolve("shapes-sd3"))
+    policy = Policy(meta.pipeline.denoiser, Lora(rank=16, alpha=32))
+    settings = FittedSettings(prompts_per_round=48, group_size=2, batch_size=96, updates_per_round=1)
+    rewards = [NamedReward("clip", ClipReward("shapes-clip"))]
+    (estimate,) = estimate_memory(meta, policy, draft(moves), settings, shapes_sampling(8), rewards).values()
+    return estimate.phases["learning"]["tensors"] / 2**20
+
+
+def memory_of_kept_graphs(moves: int) -> float:
+    """Count as ``learning_memory`` does, where the graphs of all moves are held until the backward pass."""
+    with mock.patch("genalign.algorithms.tails.checkpoint", lambda run, x, use_reentrant: run(x)):
+        return learning_memory(moves)
 
 
 def soup(work: Path) -> None:

@@ -74,6 +74,19 @@ def test_state_goes_round() -> None:
         assert torch.equal(a, b)
 
 
+def test_the_drift_of_a_lora_is_that_of_its_product() -> None:
+    """|s B A|^2 over the layers, by value and by gradient, without forming B A (fixture F14)."""
+    policy = Policy(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), Lora(rank=2, alpha=5, targets=("0", "1")))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters:
+        nn.init.normal_(parameter, generator=generator)
+    pairs = zip(policy.parameters[::2], policy.parameters[1::2], strict=True)  # A, B of each layer
+    product = torch.stack([(2.5 * b @ a).square().sum() for a, b in pairs]).sum()
+    torch.testing.assert_close(policy.drift(), product)
+    expected = torch.autograd.grad(product, policy.parameters)
+    torch.testing.assert_close(torch.autograd.grad(policy.drift(), policy.parameters), expected)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"no layer named nope: change lora\.targets"):
         Policy(_network(), Lora(targets=("nope",)))

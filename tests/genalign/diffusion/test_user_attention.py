@@ -134,6 +134,8 @@ def test_the_reference_sees_no_user_and_a_frozen_adapter_is_part_of_it(tiny_fold
         assert not torch.allclose(_predicted(pipeline, [ADA]), _predicted(plain, [ADA]), atol=1e-2)
         assert {n for n, p in pipeline.denoiser.named_parameters() if p.requires_grad} == names
         assert len(policy.parameters) == len(names)
+    with pytest.raises(ValueError, match=r"lora\.frozen trains the attention to users alone, for which there is no"):
+        policy.drift()
 
 
 def _pairs(pipeline: SD3, folder: Path) -> Path:
