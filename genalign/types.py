@@ -275,6 +275,27 @@ class SaturatingReward(Protocol):
         """Whether the reward levels off: True."""
 
 
+@runtime_checkable
+class GroupReward(Protocol):
+    """A reward that compares the samples of a prompt with each other, and must see all of them in one call.
+
+    A group is all samples of a call that share one ``Prompt`` object. Training keeps groups in one batch for such a
+    reward, and refuses what would split them.
+    """
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether the score of a sample depends on the others of its prompt: True."""
+
+
+@runtime_checkable
+class ComparesWithReferences(Protocol):
+    """A reward that compares a sample with references of its prompt, such as images or earlier scores."""
+
+    def require_references(self, prompt: Prompt) -> None:
+        """Raise ValueError, which says what to add, where there are no references for ``prompt``."""
+
+
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
 PairwiseReward = Callable[[Tensor, Tensor, Sequence[Prompt]], Tensor]
 """Probabilities (B,) that a sample of the first batch is better than that of the second; NaN where undecided."""

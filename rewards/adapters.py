@@ -23,11 +23,13 @@ from genalign.types import AnyCallable, Prompt
 class Adapted:
     """A reward from ``function(images, prompts, **metadata)``, which returns one number per image, None for no score.
 
-    ``images`` is the form of the images: a list of PIL images ("pil"), the tensor (B, 3, H, W) in [0, 1] ("tensor"), or
-    uint8 (B, H, W, 3) in numpy ("numpy"); waveforms come only as a tensor. ``prompts`` are texts. ``metadata`` is the
-    form of the prompts' metadata: "columns", a keyword with a list of B values for each key (TRL), or "rows", a third
-    argument with a list of B dictionaries (flow_grpo). If the function returns a pair, its first element is the scores.
-    The function may be ``async``.
+    Args:
+        function: The function of B images and the texts of their prompts, which may be ``async``. If it returns a pair,
+            the first element is the scores.
+        images: The form of the images: a list of PIL images ("pil"), the tensor (B, 3, H, W) in [0, 1] ("tensor"), or
+            uint8 (B, H, W, 3) in numpy ("numpy"). Waveforms come only as a tensor.
+        metadata: The form of the prompts' metadata: "columns", a keyword with a list of B values for each key (TRL), or
+            "rows", a third argument with a list of B dictionaries (flow_grpo).
     """
 
     function: AnyCallable

@@ -18,11 +18,17 @@ from rewards.backbones.weight_files import AffineHead, read_tensors
 class AestheticReward:
     """An affine function of the unit image embedding, on the raters' scale of 1 to 10: mostly 4 to 7.
 
-    ``weights`` is the head: a path, or hf://owner/repository/file. The default is v2
-    (sac+logos+ava1-l14-linearMSE.pth), an MLP without activations and so one affine map, into which it is folded; v1
-    is LAION's sa_0_4_vit_l_14_linear.pth. A reward that is linear in the embedding is easily hacked. ``model``,
-    ``processor`` and ``dtype`` are as in ``rewards.backbones.clip_encoder.load_clip``; loaded at the first call.
-    Prompts are ignored.
+    A reward that is linear in the embedding is easily hacked. The model is loaded at the first call. Prompts are
+    ignored.
+
+    Args:
+        weights: The head: a path, or hf://owner/repository/file. The default is v2
+            (sac+logos+ava1-l14-linearMSE.pth), an MLP without activations and so one affine map, into which it is
+            folded; v1 is LAION's sa_0_4_vit_l_14_linear.pth.
+        model: The CLIP that embeds the images, a folder or Hub id; both heads are for CLIP-L/14.
+        processor: The folder or Hub id of the tokenizer and image processor, where a transformers checkpoint has none
+            beside its weights; null for the model's own.
+        dtype: The precision of the model's weights; the head is in float32.
     """
 
     weights: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"

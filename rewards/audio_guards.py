@@ -21,6 +21,10 @@ class LevelWithin:
     """Minus the distance in dB of a clip's level from the range of ``low`` to ``high``; 0 within it.
 
     The level is the RMS of the whole clip in dB of full scale, not a loudness in LUFS.
+
+    Args:
+        low: The lowest level of the range, in dB of full scale.
+        high: The highest level of the range, in dB of full scale.
     """
 
     low: float = -40.0

@@ -16,10 +16,14 @@ from rewards.backbones.encoders import CosineScorer
 class ClapReward:
     """The cosine of a clip's and its prompt's CLAP embedding, in [-1, 1] (arXiv 2211.06687).
 
-    ``model`` and ``dtype`` are as for ``rewards.backbones.clap_encoder.load_clap``. ``sample_rate`` is that of the
-    samples in Hz: they are resampled and mixed to one channel where the checkpoint needs it. The model is opened at the
-    first call and then follows the samples' device. Texts longer than the model's context are cut. Scores of two
-    checkpoints are not comparable.
+    The model is opened at the first call and then follows the samples' device. Texts longer than the model's context
+    are cut. Scores of two checkpoints are not comparable.
+
+    Args:
+        model: An embedded CLAP ("tones-clap"), a transformers folder or a Hub id.
+        sample_rate: The rate of the samples in Hz. They are resampled and mixed to one channel where the checkpoint
+            needs it.
+        dtype: The precision of the weights; batch norms stay in float32.
     """
 
     model: str

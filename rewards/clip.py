@@ -57,9 +57,14 @@ class CosineReward(ABC):
 class ClipReward(CosineReward):
     """The cosine of an image's and its prompt's CLIP embedding, in [-1, 1] (CLIPScore, arXiv 2104.08718, unscaled).
 
-    ``model``, ``processor`` and ``dtype``, that of the weights, are as for
-    ``rewards.backbones.clip_encoder.load_clip``. The model is opened at the first call and then follows the samples'
-    device. Texts longer than the model's context are cut.
+    The model is opened at the first call and then follows the samples' device. Texts longer than the model's context
+    are cut.
+
+    Args:
+        model: An embedded CLIP ("shapes-clip"), an open_clip folder, a transformers folder or a Hub id.
+        processor: The folder or Hub id of the tokenizer and image processor, where a transformers checkpoint has none
+            beside its weights; null for the model's own.
+        dtype: The precision of the weights; embeddings are in float32.
     """
 
     model: str

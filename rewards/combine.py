@@ -7,7 +7,8 @@ are fixed, so that a score does not depend on its batch; bounded shapes of one r
 Combinations that need whole groups are credits of a recipe: ``EnsembleCredit`` and ``UncertaintyDiscount``; others are
 in ``genalign.algorithms.credit`` and ``genalign.algorithms.multi_reward_credit``.
 
-A sample that a member could not score has score NaN.
+A sample that a member could not score has score NaN. Where a gradient is followed, each member must have one, but for a
+member of weight 0 and the condition of a ``Gate``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from genalign.algorithms.advantages import group_advantages
 from genalign.algorithms.interfaces import RoundScores
 from genalign.runtime.files import apply_umask
-from genalign.scoring.score import combine
+from genalign.scoring.score import combine, require_gradient
 from genalign.types import AnyCallable, Prompt, RewardFunction
 from rewards.backbones.clip_encoder import ClipEncoder
 from rewards.backbones.encoders import cosine
@@ -39,51 +40,97 @@ def worst_case(scores_BK: Tensor) -> Tensor:
     return scores_BK.amin(1)
 
 
-def mean_minus_variance(scores_BK: Tensor, penalty: float = 0.5, ddof: int = 0) -> Tensor:
-    """Subtract ``penalty`` times the variance of K scores from their mean, (B,).
-
-    This is uncertainty-weighted optimization (arXiv 2310.02743). Its authors take a penalty of 0.5 and ddof 0 to choose
-    the best of n, and 0.1 and ddof 1 to train. Raises ValueError for K not above ddof.
-    """
-    if scores_BK.shape[1] <= ddof:
-        raise ValueError(f"a variance with ddof {ddof} needs more than {ddof} scores, not {scores_BK.shape[1]}")
-    return scores_BK.mean(1) - penalty * scores_BK.var(1, correction=ddof)
-
-
 def median(scores_BK: Tensor) -> Tensor:
     """Take the median of K scores, (B,): of an even number the mean of the middle two (arXiv 2312.09244)."""
     return scores_BK.quantile(0.5, dim=1)
 
 
-def mean_minus_std(scores_BK: Tensor, penalty: float = 1.0, ddof: int = 0) -> Tensor:
-    """Subtract ``penalty`` times the standard deviation of K scores from their mean, (B,) (arXiv 2312.09244).
+@dataclass(frozen=True)
+class VariancePenalty:
+    """The mean of K scores less a part of their variance: uncertainty-weighted optimization (arXiv 2310.02743).
 
-    Raises ValueError for K not above ddof.
+    The defaults are the published ones to train; to choose the best of n its authors take a penalty of 0.5 and ddof 0.
+
+    Args:
+        penalty: The factor of the variance.
+        ddof: The number subtracted from K in the variance.
     """
+
+    penalty: float = 0.1
+    ddof: int = 1
+
+    def __call__(self, scores_BK: Tensor) -> Tensor:
+        """Pool scores (B, K) as (B,). Raises ValueError for K not above ddof."""
+        _require_more_than(self.ddof, scores_BK)
+        return scores_BK.mean(1) - self.penalty * scores_BK.var(1, correction=self.ddof)
+
+
+@dataclass(frozen=True)
+class DeviationPenalty:
+    """The mean of K scores less a part of their standard deviation (arXiv 2312.09244).
+
+    Args:
+        penalty: The factor of the standard deviation.
+        ddof: The number subtracted from K in the standard deviation.
+    """
+
+    penalty: float = 1.0
+    ddof: int = 0
+
+    def __call__(self, scores_BK: Tensor) -> Tensor:
+        """Pool scores (B, K) as (B,). Raises ValueError for K not above ddof."""
+        _require_more_than(self.ddof, scores_BK)
+        return scores_BK.mean(1) - self.penalty * scores_BK.std(1, correction=self.ddof)
+
+
+@dataclass(frozen=True)
+class NominalAndWorst:
+    """The mean of K scores, mixed with their minimum: our form of robust RLHF.
+
+    Args:
+        nominal: The weight of the mean, in [0, 1]; the rest is that of the minimum.
+    """
+
+    nominal: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.nominal <= 1:
+            raise ValueError(f"nominal is the weight of the mean, in [0, 1], not {self.nominal}")
+
+    def __call__(self, scores_BK: Tensor) -> Tensor:
+        """Pool scores (B, K) as (B,)."""
+        return self.nominal * scores_BK.mean(1) + (1 - self.nominal) * scores_BK.amin(1)
+
+
+def _require_more_than(ddof: int, scores_BK: Tensor) -> None:
     if scores_BK.shape[1] <= ddof:
-        raise ValueError(f"a deviation with ddof {ddof} needs more than {ddof} scores, not {scores_BK.shape[1]}")
-    return scores_BK.mean(1) - penalty * scores_BK.std(1, correction=ddof)
-
-
-def nominal_and_worst(scores_BK: Tensor, nominal: float = 0.5) -> Tensor:
-    """Mix the mean of K scores, with the weight ``nominal``, and their minimum, (B,): our form of robust RLHF."""
-    return nominal * scores_BK.mean(1) + (1 - nominal) * scores_BK.amin(1)
+        raise ValueError(f"a variance with ddof {ddof} needs more than {ddof} scores, not {scores_BK.shape[1]}")
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """The sum of weight times score."""
+    """The sum of weight times score.
+
+    Args:
+        rewards: The rewards to add up.
+        weights: The weights of the rewards, one for each in their order.
+    """
 
     rewards: Sequence[AnyCallable]
     weights: Sequence[float]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return combine(_scores(self.rewards, samples, prompts), self.weights)
+        constant = [place for place, weight in enumerate(self.weights) if not weight]
+        return combine(_scores(self.rewards, samples, prompts, constant), self.weights)
 
 
 @dataclass(frozen=True)
 class Product:
-    """The product of scores that are 0 or more, such as probabilities: one that is 0 makes it 0."""
+    """The product of scores that are 0 or more, such as probabilities: one that is 0 makes it 0.
+
+    Args:
+        rewards: The rewards to multiply.
+    """
 
     rewards: Sequence[AnyCallable]
 
@@ -101,7 +148,11 @@ class HarmonicMean:
 
     With weights l and 1 - l of the similarities of a subject and of a text, (cosine + 1) / 2 each, this is the
     lambda-harmonic reward of RPO (arXiv 2407.12164): ``Standardized(reward, mean=-1, std=2)`` maps a cosine so.
-    ``weights`` are positive and are divided by their sum; none are equal ones.
+
+    Args:
+        rewards: The rewards to average.
+        weights: Positive weights of the rewards, one for each in their order, which are divided by their sum; null
+            weighs all alike.
     """
 
     rewards: Sequence[AnyCallable]
@@ -122,7 +173,11 @@ class HarmonicMean:
 
 @dataclass(frozen=True)
 class WorstCase:
-    """``worst_case`` of rewards in the same units: members of an ensemble, or each of them ``Standardized``."""
+    """The least of several scores, see ``worst_case``.
+
+    Args:
+        rewards: Rewards in the same units: members of an ensemble, or each of them ``Standardized``.
+    """
 
     rewards: Sequence[AnyCallable]
 
@@ -132,19 +187,32 @@ class WorstCase:
 
 @dataclass(frozen=True)
 class MeanMinusVariance:
-    """``mean_minus_variance`` of rewards in the same units, as in ``WorstCase``."""
+    """The mean of several scores less a part of their variance, see ``VariancePenalty``.
+
+    Args:
+        rewards: Rewards in the same units: members of an ensemble, or each of them ``Standardized``.
+        penalty: The factor of the variance: published with 0.5 to choose the best of n, and 0.1 to train.
+        ddof: The number subtracted from the count of rewards in the variance: published with 0 to choose the best of n,
+            and 1 to train.
+    """
 
     rewards: Sequence[AnyCallable]
     penalty: float = 0.5
     ddof: int = 0
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return mean_minus_variance(_scores(self.rewards, samples, prompts), self.penalty, self.ddof)
+        return VariancePenalty(self.penalty, self.ddof)(_scores(self.rewards, samples, prompts))
 
 
 @dataclass(frozen=True)
 class Standardized:
-    """(score - mean) / std with fixed statistics: given, or taken from reference samples by ``measured``."""
+    """(score - mean) / std with fixed statistics: given, or taken from reference samples by ``measured``.
+
+    Args:
+        reward: The reward to standardize.
+        mean: The mean score of reference samples.
+        std: The standard deviation of the scores of reference samples, above 0.
+    """
 
     reward: AnyCallable
     mean: float
@@ -171,7 +239,14 @@ class Standardized:
 
 @dataclass(frozen=True)
 class Gate:
-    """The score of ``reward`` where ``condition`` scores ``threshold`` or more, else ``otherwise``."""
+    """The score of ``reward`` where ``condition`` scores ``threshold`` or more, else ``otherwise``.
+
+    Args:
+        reward: The reward that counts where the gate is open.
+        condition: The reward that opens the gate.
+        threshold: The lowest score of the condition that opens the gate, in its units.
+        otherwise: The score where the gate is closed, in units of ``reward``.
+    """
 
     reward: AnyCallable
     condition: AnyCallable
@@ -180,7 +255,7 @@ class Gate:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,); NaN where the condition has no score, or the gate is open and the reward has none."""
-        score, condition = _scores([self.reward, self.condition], samples, prompts).unbind(1)
+        score, condition = _scores([self.reward, self.condition], samples, prompts, constant=[1]).unbind(1)
         gated = torch.where(condition >= self.threshold, score, self.otherwise)
         return torch.where(condition.isnan(), torch.nan, gated)
 
@@ -196,8 +271,14 @@ class DualEncoderReward(Protocol):
 class DirectionalCorrection:
     """The cosine of an image with its prompt's embedding, moved away from what the reward overrates.
 
-    This is D2-Align's guided reward (arXiv 2512.24146, eq. 6 to 9). ``direction`` (d,) is learned on the model's
-    samples before training, by ``learned_direction``, and then fixed; it may be the file that ``save_direction`` wrote.
+    This is D2-Align's guided reward (arXiv 2512.24146, eq. 6 to 9).
+
+    Args:
+        base: The reward whose encoder is used.
+        direction: The file that ``genalign reward direction`` wrote, or a tensor (d,) of ``learned_direction``: it is
+            learned on the model's samples before training, and then fixed.
+        omega: The strength of the guidance, see ``guided_text``: 1 takes the text's embedding moved along the
+            direction, and more moves it further.
     """
 
     base: DualEncoderReward
@@ -329,10 +410,13 @@ def save_direction(path: str | Path, direction: Tensor) -> None:
 class EnsembleCredit:
     """Credit by an ensemble: each reward normalized within its group, all of them pooled, and normalized again.
 
-    ``pool`` is ``worst_case``, ``mean_minus_variance``, ``mean_minus_std``, ``median``, ``nominal_and_worst`` or any
-    function from (B, K) to (B,), over the rewards of non-zero weight. Preference rewards are defined up to a constant
-    per prompt, so that without the first normalization a minimum of them would mean nothing (arXiv 2312.09244). A
-    sample that a reward could not score gets 0, and is left out of all statistics.
+    Preference rewards are defined up to a constant per prompt, so that without the first normalization a minimum of
+    them would mean nothing (arXiv 2312.09244). Of the weights only the signs count: a reward of negative weight is
+    turned around. A sample that a reward could not score gets 0, and is left out of all statistics.
+
+    Args:
+        pool: How the rewards of non-zero weight become one score: ``worst_case``, ``median``, ``VariancePenalty``,
+            ``DeviationPenalty``, ``NominalAndWorst`` or any function from (B, K) to (B,).
     """
 
     pool: AnyCallable = worst_case
@@ -346,9 +430,13 @@ class EnsembleCredit:
 class UncertaintyDiscount:
     """``credit`` times exp(-strength U): a sample about which the rewards disagree teaches less.
 
-    U is the standard deviation of a sample's rewards of non-zero weight, each normalized within its group (Ctrl-U,
-    arXiv 2410.11236). The credit shrinks and not the reward, because a negative reward would grow. Meant for rewards
-    that ought to agree. ``credit`` is any ``genalign.algorithms.interfaces.Credit``.
+    U is the standard deviation of a sample's rewards of non-zero weight, each normalized within its group and turned
+    around if its weight is negative (Ctrl-U, arXiv 2410.11236). The credit shrinks and not the reward, because a
+    negative reward would grow. Meant for rewards that ought to agree.
+
+    Args:
+        credit: The credit to discount, any ``genalign.algorithms.interfaces.Credit``.
+        strength: How fast the credit fades with U; 0 leaves it as it is.
     """
 
     credit: AnyCallable
@@ -363,19 +451,33 @@ class UncertaintyDiscount:
 
 
 def _normalized_members(outcome: RoundScores) -> Tensor:
-    """Normalize the K' rewards of non-zero weight in the groups, (B, K'); NaN for a sample without all of them."""
+    """Normalize the K' rewards of non-zero weight in the groups, each times the sign of its weight, (B, K').
+
+    NaN for a sample without all of them.
+    """
     used = [column for column, weight in enumerate(outcome.weights) if weight]
     if len(used) < 2:
         raise ValueError(f"an ensemble needs 2 rewards or more of non-zero weight, not {len(used)}")
     scores = outcome.scores[:, used]
     missing = scores.isnan().any(1, keepdim=True)
     members = torch.where(missing, torch.nan, scores).unbind(1)
-    normalized = [group_advantages(member, outcome.group, clip=None) for member in members]
-    return torch.where(missing, torch.nan, torch.stack(normalized, 1))
+    normalized = torch.stack([group_advantages(member, outcome.group, clip=None) for member in members], 1)
+    signs = torch.tensor([outcome.weights[column] for column in used], dtype=torch.float64).sign().float()
+    return torch.where(missing, torch.nan, normalized * signs)
 
 
-def _scores(rewards: Sequence[RewardFunction], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Score samples by all rewards as (B, K), float32 on the samples' device."""
+def _scores(
+    rewards: Sequence[RewardFunction], samples: Tensor, prompts: Sequence[Prompt], constant: Sequence[int] = ()
+) -> Tensor:
+    """Score samples by all rewards as (B, K), float32 on the samples' device.
+
+    Raises ValueError, by name, for a reward without a gradient where the samples have one. Those at the places
+    ``constant`` need none.
+    """
     if not rewards:
         raise ValueError("there are no rewards to combine: give at least one")
-    return torch.stack([reward(samples, prompts).to(samples.device).float() for reward in rewards], 1)
+    columns = [reward(samples, prompts) for reward in rewards]
+    for place, (reward, column) in enumerate(zip(rewards, columns, strict=True)):
+        if place not in constant:
+            require_gradient(reward, samples, column)
+    return torch.stack([column.to(samples.device).float() for column in columns], 1)

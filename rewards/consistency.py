@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,15 @@ class FeatureCosine:
 class GroupConsistencyReward:
     """How consistent a sample is with the other samples of its prompt, on average: all should share one subject.
 
-    A group is all samples of a call that share one ``Prompt`` object, as a round's samples of a prompt do. A single
-    sample has no score, so that a reward server cannot serve this reward. Each of G (G - 1) / 2 pairs is compared once.
+    A group is all samples of a call that share one ``Prompt`` object, as a round's samples of a prompt do; it must be
+    whole (``genalign.types.GroupReward``). A single sample has no score, so a reward server cannot serve this reward.
+    Each of G (G - 1) / 2 pairs is compared once.
 
     Args:
         compare: Compares two batches, symmetrically: ``FeatureCosine``, or a judge of pairs.
     """
 
+    compares_group: ClassVar[bool] = True
     compare: AnyCallable
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -54,8 +57,8 @@ class GroupConsistencyReward:
         pairs = [pair for rows in groups.values() for pair in itertools.combinations(rows, 2)]
         if not pairs:
             raise ValueError(
-                "consistency needs 2 samples or more of a prompt, but each of these prompts has one: raise group_size"
-                " (in an evaluation, the samples per prompt), and leave score_batch out"
+                "consistency needs 2 samples or more of a prompt, but each of these prompts has one, such as"
+                f" {prompts[0].text!r}: raise group_size (in an evaluation, the samples per prompt)"
             )
         left, right = (torch.tensor(side, device=samples.device) for side in zip(*pairs, strict=True))
         values = self.compare(samples[left], samples[right], [prompts[i] for i, _ in pairs])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from genalign.scoring.score import group_reward, require_gradient
 from genalign.types import AnyCallable, Prompt
 from rewards.adversarial.replay_buffer import sum_over_ranks
 
@@ -31,6 +33,7 @@ def moved_multipliers(multipliers: Tensor, means: Tensor, limits: Tensor, learni
     return multipliers.double() - learning_rate * step.nan_to_num(0.0)
 
 
+@dataclass(eq=False)
 class Constrained:
     """A ``TrainableReward``: the sum of w_k r_k, in which a reward beyond its limit loses weight (arXiv 2310.04373).
 
@@ -45,16 +48,17 @@ class Constrained:
         batch_size: The largest number of samples that ``update`` scores at once.
 
     Raises:
-        ValueError: A reward has no limit, or a limit no reward.
+        ValueError: A reward has no limit, or a limit no reward, or a reward compares the samples of a group.
     """
 
-    def __init__(
-        self,
-        rewards: dict[str, AnyCallable],
-        limits: dict[str, float],
-        learning_rate: float = 0.1,
-        batch_size: int = 96,
-    ) -> None:
+    rewards: dict[str, AnyCallable]
+    limits: dict[str, float]
+    learning_rate: float = 0.1
+    batch_size: int = 96
+    multipliers: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        rewards, limits = self.rewards, self.limits
         if not rewards:
             raise ValueError("there are no rewards to constrain: give at least one")
         for name in rewards:
@@ -62,12 +66,16 @@ class Constrained:
                 raise ValueError(f"reward {name!r} has no limit: give limits.{name}, from which on it loses weight")
         if unknown := limits.keys() - rewards.keys():
             raise ValueError(f"limits of {', '.join(sorted(unknown))} belong to no reward: name them as rewards, too")
-        if not learning_rate > 0 or batch_size < 1:
+        if grouped := group_reward(rewards):
             raise ValueError(
-                f"learning_rate must be positive and batch_size at least 1, not {learning_rate} and {batch_size}"
+                f"reward {grouped!r} compares the samples of a prompt with each other, which update would split: make"
+                " it a reward of its own"
             )
-        self.rewards, self.learning_rate, self.batch_size = dict(rewards), learning_rate, batch_size
-        self.limits = torch.tensor([limits[name] for name in rewards], dtype=torch.float64)
+        if not self.learning_rate > 0 or self.batch_size < 1:
+            raise ValueError(
+                "learning_rate must be positive and batch_size at least 1, not"
+                f" {self.learning_rate} and {self.batch_size}"
+            )
         self.multipliers = torch.zeros(len(rewards), dtype=torch.float64)
 
     @property
@@ -94,7 +102,8 @@ class Constrained:
             sums += torch.stack([scores.nansum(0), (~scores.isnan()).sum(0)])
         sum_over_ranks([sums])
         means = sums[0] / sums[1]
-        self.multipliers = moved_multipliers(self.multipliers, means, self.limits, self.learning_rate)
+        limits = torch.tensor([self.limits[name] for name in self.rewards], dtype=torch.float64)
+        self.multipliers = moved_multipliers(self.multipliers, means, limits, self.learning_rate)
         named = zip(self.rewards, means.tolist(), strict=True)
         return {f"mean.{name}": mean for name, mean in named} | {
             f"weight.{name}": weight for name, weight in self.weights.items()
@@ -111,6 +120,9 @@ class Constrained:
         self.multipliers = tensors["multipliers"].double().cpu()
 
     def _scores(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples by all rewards as (B, K), float32 on the samples' device."""
-        columns = [reward(samples, prompts).to(samples.device).float() for reward in self.rewards.values()]
-        return torch.stack(columns, 1)
+        """Score samples by all rewards as (B, K), float32 on the samples' device.
+
+        Raises ValueError, by name, for a reward without a gradient where the samples have one.
+        """
+        columns = [require_gradient(one, samples, one(samples, prompts)) for one in self.rewards.values()]
+        return torch.stack([column.to(samples.device).float() for column in columns], 1)

@@ -33,6 +33,11 @@ class DimensionReward:
 
     Rewards of equal judges ask once about a batch, see ``genalign.scoring.shared_results.SharedResults``. The judges of
     a configuration are equal if their settings are.
+
+    Args:
+        judge: A judge with several grades: ``rewards.remote.vlm_judges.WrittenRubricJudge``, ``RubricJudge``, or any
+            other ``DimensionJudge``.
+        dimension: The name of the grade that is the score, such as "Alignment".
     """
 
     judge: DimensionJudge

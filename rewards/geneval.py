@@ -189,13 +189,18 @@ _judged = SharedResults[list[GenEvalScore | None]]()
 
 @dataclass(frozen=True)
 class GenEvalReward:
-    """GenEval's score of an image: ``partial`` credit in [0, 1], or 1.0 for a correct image and 0.0 for a wrong one.
+    """GenEval's score of an image, in [0, 1]: partial credit, whether the image is correct, or a single criterion.
 
-    ``strict`` and ``relaxed`` (GenEval's own rule) are defined in ``genalign.evaluation.geneval.scoring.GenEvalScore``.
-    ``upstream_partial`` is Flow-GRPO's own partial credit with its faults, for comparison with its curves, of images
-    that went through JPEG, as on the way to its reward server. ``count``, ``color`` and ``position`` are single
-    criteria, in [0, 1]: their mean over the clauses of a prompt that have one, and 1.0 without any. As several rewards
-    with equal detectors they share the detections of a batch. ``detector`` and ``colors`` are as in ``GenEvalJudge``.
+    Several of these rewards with equal detectors share the detections of a batch.
+
+    Args:
+        score: "partial" credit; "strict" or "relaxed" (GenEval's own rule), 1.0 for a correct image and 0.0 for a
+            wrong one, see ``genalign.evaluation.geneval.scoring.GenEvalScore``; "count", "color" or "position", the
+            mean over the clauses of a prompt that have such a criterion, and 1.0 without any; or "upstream_partial",
+            Flow-GRPO's own partial credit with its faults, for comparison with its curves, of images that went through
+            JPEG, as on the way to its reward server.
+        detector: The detector of objects; null takes ``Mask2Former()``, the closest available to GenEval's own.
+        colors: The classifier of colors; null takes ``ClipColors()``, the closest available to GenEval's own.
     """
 
     score: Literal["partial", "strict", "relaxed", "upstream_partial", "count", "color", "position"] = "partial"

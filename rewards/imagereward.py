@@ -40,9 +40,12 @@ _BLOCK_NAMES |= {"norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.f
 class ImageReward:
     """The published score, of mean 0 and standard deviation 1 on its authors' images: mostly -2 to 2.
 
-    ``weights`` is the published ImageReward.pt or its tensors as .safetensors: a path, or hf://owner/repository/file.
-    ``tokenizer`` is a folder or Hub id of BERT's. Opened at the first call, with weights of ``dtype``; then
-    follows the samples' device. Prompts are cut to 35 tokens.
+    It is opened at the first call and then follows the samples' device. Prompts are cut to 35 tokens.
+
+    Args:
+        weights: The published ImageReward.pt or its tensors as .safetensors: a path, or hf://owner/repository/file.
+        tokenizer: A folder or Hub id with the tokenizer of BERT.
+        dtype: The precision of the encoders' weights; the head is in float32.
     """
 
     weights: str = "hf://THUDM/ImageReward/ImageReward.pt"

@@ -41,10 +41,13 @@ class OCRReward:
     """The similarity of the text in an image to the text in its prompt, in [0, 1]; see ``requested_texts``.
 
     It is ``genalign.evaluation.benchmarks.ocr.edit_similarity``, and its mean for several texts, where Flow-GRPO (arXiv
-    2505.05470) takes the first one only. ``reader`` is any ``genalign.evaluation.benchmarks.ocr.Reader``.
-    ``processes`` read at once, each with one thread; 1 reads in this process. By default they are as many as the cores
-    of this rank (those of the machine divided by its ranks), and 1 with two cores or fewer, or with a reader of your
-    own, which other processes must be able to import.
+    2505.05470) takes the first one only.
+
+    Args:
+        reader: The function that reads the text of a picture, any ``genalign.evaluation.benchmarks.ocr.Reader``.
+        processes: The number of processes that read at once, each with one thread; 1 reads in this process. null takes
+            the cores of this rank (those of the machine divided by its ranks), and 1 with two cores or fewer or with a
+            reader of your own. More than 1 needs a reader that other processes can import.
     """
 
     reader: AnyCallable = rapidocr

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -98,16 +99,22 @@ def compared_pairs(size: int, opponents: int | None = None) -> list[tuple[int, i
 class WinRateReward:
     """The fraction of the other samples of its prompt that a sample beats, in [0, 1] (Pref-GRPO, arXiv 2508.20751).
 
-    A win counts 1, a tie 1/2, and a pair without an answer not at all. Wins are hard: a preference within ``margin`` of
-    1/2 is a tie. A mean of the preferences themselves would keep gaps of any size, which the division by the group's
-    standard deviation makes as large as real ones; removing such illusory advantages is the purpose of the method.
+    A win counts 1, a tie 1/2, and a pair without an answer not at all. Wins are hard. A mean of the preferences
+    themselves would keep gaps of any size, which the division by the group's standard deviation makes as large as real
+    ones; removing such illusory advantages is the purpose of the method.
 
-    A group is all samples of a call that share one ``Prompt`` object, as a round's samples of a prompt do. A single
-    sample has no score, so a reward server cannot serve this reward. G samples need G (G - 1) / 2 comparisons, or with
-    ``opponents``, an even number of others that each sample meets, G opponents / 2; a judge that is queried in both
+    A group is all samples of a call that share one ``Prompt`` object, as a round's samples of a prompt do; it must be
+    whole (``genalign.types.GroupReward``). A single sample has no score, so a reward server cannot serve this reward. G
+    samples need G (G - 1) / 2 comparisons, or with ``opponents`` G opponents / 2; a judge that is queried in both
     orders answers twice as many questions.
+
+    Args:
+        preference: The comparison of two samples, any ``genalign.types.PairwiseReward``.
+        margin: The largest distance from 1/2 at which a preference is a tie, in [0, 0.5).
+        opponents: The number of other samples that each sample meets, even; null for all of its group.
     """
 
+    compares_group: ClassVar[bool] = True
     preference: AnyCallable
     margin: float = 0.05
     opponents: int | None = None
@@ -129,8 +136,8 @@ class WinRateReward:
         pairs = [(rows[i], rows[j]) for rows in groups.values() for i, j in compared_pairs(len(rows), self.opponents)]
         if not pairs:
             raise ValueError(
-                f"a win rate needs 2 samples or more of a prompt, but each of these {len(groups)} prompts has one:"
-                " raise group_size (in an evaluation, the samples per prompt), and leave score_batch out"
+                f"a win rate needs 2 samples or more of a prompt, but each of these {len(groups)} prompts has one, such"
+                f" as {prompts[0].text!r}: raise group_size (in an evaluation, the samples per prompt)"
             )
         left, right = (torch.tensor(side) for side in zip(*pairs, strict=True))
         preferred = self.preference(samples[left], samples[right], [prompts[i] for i, _ in pairs])
@@ -138,12 +145,13 @@ class WinRateReward:
         wins = torch.full((len(samples), len(samples)), torch.nan)
         wins[left, right], wins[right, left] = won, 1 - won
         rates = wins.nanmean(1)
-        if unscored := int(rates.isnan().sum()):
+        if unscored := rates.isnan().nonzero()[:, 0].tolist():
             logger.warning(
-                "win rates: %d of %d samples were compared with no other sample of their prompt (%d of %d comparisons"
-                " have no answer); their scores are NaN",
-                unscored,
+                "win rates: %d of %d samples, such as one of %r, were compared with no other sample of their prompt (%d"
+                " of %d comparisons have no answer); their scores are NaN",
+                len(unscored),
                 len(samples),
+                prompts[unscored[0]].text,
                 int(won.isnan().sum()),
                 len(pairs),
             )
@@ -154,9 +162,13 @@ class WinRateReward:
 class ReferencePreference:
     """The probability that a sample is better than the reference image of its prompt (RewardDance, arXiv 2509.08826).
 
-    ``references`` are ``ReferencesByPrompt`` of ``rewards.backbones.reference_images``, such as the best of n samples
-    of the base model; of several references of a prompt it is the mean, without those that have no answer. Samples that
-    all beat their references score alike: choose better references then.
+    Of several references of a prompt it is the mean, without those that have no answer. Samples that all beat their
+    references score alike: choose better references then.
+
+    Args:
+        preference: The comparison of two images, any ``genalign.types.PairwiseReward``.
+        references: ``ReferencesByPrompt`` of ``rewards.backbones.reference_images``, such as the best of n samples of
+            the base model.
     """
 
     preference: AnyCallable
@@ -179,3 +191,7 @@ class ReferencePreference:
         compared = [prompts[number] for number in place.tolist()]
         preferred = probabilities(self.preference(samples[place], images[index], compared)).float()
         return torch.stack([preferred[place == number].nanmean() for number in range(len(samples))])
+
+    def require_references(self, prompt: Prompt) -> None:
+        """Raise ValueError where there is no reference for ``prompt``."""
+        self.references.rows(prompt)

@@ -13,10 +13,13 @@ class PickScoreReward(ClipReward):
     """The cosine of image and text times exp(logit scale), as on the model card: mostly 18 to 24.
 
     It is on a logit scale: a softmax over the scores of images of one prompt is the probability of each to be
-    preferred.
-    Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model``, ``processor`` and ``dtype``, that of the
-    weights, are as in ``rewards.backbones.clip_encoder.load_clip``; the model is loaded at the first call and then
-    follows the samples' device. Texts longer than the model's context are truncated.
+    preferred. Flow-GRPO and others divide by 26: give it the weight 1 / 26. The model is loaded at the first call and
+    then follows the samples' device. Texts longer than the model's context are truncated.
+
+    Args:
+        model: The published checkpoint, or the folder or Hub id of another.
+        processor: The folder or Hub id of the tokenizer and image processor: for the published checkpoint those of
+            CLIP-H, since it has none beside its weights; null for the model's own.
     """
 
     model: str = "yuvalkirstain/PickScore_v1"

@@ -61,10 +61,13 @@ class Regressor(nn.Module):
 
 @dataclass(frozen=True)
 class RegressorReward:
-    """A trained ``Regressor``, from the safetensors file that ``Regressor.save`` wrote.
+    """The score by a trained ``Regressor``, a perceptron on the embeddings of a sample and its prompt.
 
     ``scripts/pretrain/selection_reward.py`` trains those of the embedded worlds. The file is opened at the first call,
     and the network then follows the samples' device.
+
+    Args:
+        weights: The safetensors file that ``Regressor.save`` wrote.
     """
 
     weights: str | Path

@@ -42,8 +42,12 @@ class SegmentReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score clips (B, C, L) as (B,), differentiable where the reward is.
 
-        Raises ValueError for clips that are shorter than their frames.
+        Raises ValueError for samples that are no clips of sound, and clips that are shorter than their frames.
         """
+        if samples.ndim != 3:
+            raise ValueError(
+                f"SegmentReward takes waveforms (B, C, L), not samples {tuple(samples.shape)}: name its reward instead"
+            )
         length = samples.shape[-1] // self.frames
         if not length:
             raise ValueError(f"a clip of {samples.shape[-1]} values has no {self.frames} frames: lower frames")

@@ -120,9 +120,12 @@ class VendiReward:
 class PerSampleFrechetReward:
     """Minus the Frechet distance of each sample's own patches or frames to a reference set of them (m, d).
 
-    This is per-clip FAD, a reward of single samples. ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``;
-    ``reference`` for clips comes from ``rewards.backbones.audio_features.extract_frame_features`` with the same
-    encoder. See ``per_sample_frechet``.
+    This is per-clip FAD, a reward of single samples, see ``per_sample_frechet``.
+
+    Args:
+        encoder: The features of a sample's parts, any ``rewards.backbones.encoders.PatchFeatures``.
+        reference: The features (m, d) of the reference set by the same encoder; those of clips are from
+            ``rewards.backbones.audio_features.extract_frame_features``.
     """
 
     encoder: AnyCallable

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferenceScores, ScoresByPrompt, scores_by_prompt
+from genalign.scoring.score import require_gradient
 from genalign.types import AnyCallable, Prompt, RewardFunction
 
 _PERCENTILE_85 = 1.0364  # standard deviations of a normal distribution
@@ -32,7 +33,13 @@ References = str | Mapping[str, Sequence[float]] | Sequence[float]
 
 @dataclass(frozen=True)
 class _AgainstReferences:
-    """A reward that compares the scores of another with those of samples before training."""
+    """A reward that compares the scores of another with those of samples before training.
+
+    Args:
+        reward: The reward whose scores are compared.
+        references: Scores of samples before training: the file that ``genalign reward references`` wrote, a list for
+            the text of each prompt, or one list for all prompts.
+    """
 
     reward: AnyCallable
     references: References
@@ -42,6 +49,11 @@ class _AgainstReferences:
     def reference_file(self) -> str | None:
         """The file of the reference scores; None where they are given as numbers."""
         return _file(self.references)
+
+    def require_references(self, prompt: Prompt) -> None:
+        """Raise ValueError where references that are given as numbers have none for ``prompt``."""
+        if self.reference_file is None:
+            self._references.of_prompt(prompt)
 
     @cached_property
     def _references(self) -> _ByPrompt:
@@ -53,8 +65,11 @@ class PreferenceAsReward(_AgainstReferences):
     """The mean probability, in (0, 1), that a sample is preferred to samples of its prompt before training.
 
     This is PAR (arXiv 2502.18770): the mean of sigmoid(scale (score - reference)) over the references. The slope is
-    largest at the references, and fades above and below them. ``scale`` turns scores into logits of a preference: 1 for
-    PickScore and ImageReward, 100 for HPS and other cosines.
+    largest at the references, and fades above and below them.
+
+    Args:
+        scale: The factor from scores to logits of a preference: 1 for PickScore and ImageReward, 100 for HPS and other
+            cosines.
     """
 
     scale: float = 1.0
@@ -77,9 +92,12 @@ class PreferenceAsReward(_AgainstReferences):
 class Calibrated(_AgainstReferences):
     """The fraction of samples of its prompt before training that a sample is better than, in [0, 1]; equal ones half.
 
-    This is InfAlign's calibrated reward u (arXiv 2412.19792). ``tilt`` t turns it into what a search at inference time
-    selects by, in the form exp(t (u - 1)) in (0, 1] for t > 0, for the best of n, and -exp(t u) for t < 0, for the
-    worst of n; None leaves u. No increasing function of the reward changes it, and it has no gradient.
+    This is InfAlign's calibrated reward u (arXiv 2412.19792). No increasing function of the reward changes it, and it
+    has no gradient.
+
+    Args:
+        tilt: A number t that turns u into what a search at inference time selects by: exp(t (u - 1)) in (0, 1] for
+            t > 0, for the best of n, and -exp(t u) for t < 0, for the worst of n; null leaves u.
     """
 
     tilt: float | None = None
@@ -105,11 +123,15 @@ class Calibrated(_AgainstReferences):
 class LogSigmoidCentered:
     """Log sigmoid(scale (score - reference)), at most 0: above the reference there is little left to gain.
 
-    The sum over rewards is the log-probability that a sample is good by all of them (arXiv 2402.00742). ``reference``
-    is one level for all prompts, a level by the text of each, as ``reference_levels`` measures them, or a file of
-    ``genalign reward references``, of whose scores the levels are the 85th percentiles of normal distributions.
-    ``scale`` turns the score into the logit of a preference: 1 for PickScore and ImageReward, 100 for HPS and other
-    cosines.
+    The sum over rewards is the log-probability that a sample is good by all of them (arXiv 2402.00742).
+
+    Args:
+        reward: The reward whose scores are compared with the reference.
+        reference: One level of the score for all prompts, a level for the text of each, as ``reference_levels``
+            measures them, or a file of ``genalign reward references``, of whose scores the levels are the 85th
+            percentiles of normal distributions.
+        scale: The factor from scores to logits of a preference: 1 for PickScore and ImageReward, 100 for HPS and other
+            cosines.
     """
 
     reward: AnyCallable
@@ -125,6 +147,11 @@ class LogSigmoidCentered:
         """The file of the reference scores."""
         return _file(self.reference)
 
+    def require_references(self, prompt: Prompt) -> None:
+        """Raise ValueError where levels that are given by prompt have none for ``prompt``."""
+        if isinstance(self.reference, Mapping):
+            self._level(prompt)
+
     @cached_property
     def _levels(self) -> Mapping[str, float]:
         assert not isinstance(self.reference, float | int), "one level needs no prompt"
@@ -132,21 +159,28 @@ class LogSigmoidCentered:
             return levels_of(_ByPrompt.of(self.reward, self.reference).scores)
         return self.reference
 
+    def _level(self, prompt: Prompt) -> float:
+        if prompt.text not in self._levels:
+            raise ValueError(f"the prompt {prompt.text!r} has no reference level: score base samples of it first")
+        return self._levels[prompt.text]
+
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), differentiable. Raises ValueError for a prompt without a reference level."""
         scores: Tensor = self.reward(samples, prompts)
         if isinstance(self.reference, float | int):
             return F.logsigmoid(self.scale * (scores - self.reference))
-        for prompt in prompts:
-            if prompt.text not in self._levels:
-                raise ValueError(f"the prompt {prompt.text!r} has no reference level: score base samples of it first")
-        levels = scores.new_tensor([self._levels[prompt.text] for prompt in prompts])
+        levels = scores.new_tensor([self._level(prompt) for prompt in prompts])
         return F.logsigmoid(self.scale * (scores - levels))
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The score up to ``limit``, beyond which a sample gains nothing."""
+    """The score up to ``limit``, beyond which a sample gains nothing.
+
+    Args:
+        reward: The reward to bound.
+        limit: The highest score that counts, in units of the reward.
+    """
 
     reward: AnyCallable
     limit: float
@@ -161,9 +195,14 @@ class Ceiling:
 class Residualized:
     """Score - slope (nuisance - mean): the score without what a nuisance explains of it before training.
 
-    ``nuisance`` is any function of a reward's form, such as a measure of size or saturation. ``slope`` and ``mean`` are
-    fixed, so that a score does not depend on its batch: given, or regressed on reference samples by ``measured``.
-    ``genalign.algorithms.multi_reward_credit.Decorrelated`` regresses the credit of every round instead.
+    Slope and mean are fixed, so that a score does not depend on its batch: given, or regressed on reference samples by
+    ``measured``. ``genalign.algorithms.multi_reward_credit.Decorrelated`` regresses the credit of every round instead.
+
+    Args:
+        reward: The reward to correct.
+        nuisance: Any function of a reward's form, such as a measure of size or saturation.
+        slope: By how much the score rises with one unit of the nuisance.
+        mean: The mean of the nuisance over reference samples.
     """
 
     reward: AnyCallable
@@ -192,10 +231,11 @@ class Residualized:
         return cls(reward, nuisance, slope, float(values.mean()))
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples as (B,); NaN where either has no score."""
-        scores: Tensor = self.reward(samples, prompts)
-        nuisance: Tensor = self.nuisance(samples, prompts).to(scores)
-        return scores - self.slope * (nuisance - self.mean)
+        """Score samples as (B,); NaN where either has no score. Raises ValueError where one alone has a gradient."""
+        scores, nuisance = (
+            require_gradient(function, samples, function(samples, prompts)) for function in (self.reward, self.nuisance)
+        )
+        return scores - self.slope * (nuisance.to(scores) - self.mean)
 
 
 @torch.no_grad()

@@ -27,10 +27,14 @@ ShapesScore = Score | Literal["count", "color", "position", "clean"]
 
 @dataclass(frozen=True)
 class ShapesReward:
-    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0.
+    """The score of an image by the exact verifier of the shapes world, in [0, 1].
 
-    ``count``, ``color``, ``position`` and ``clean`` are single criteria of the verifier, in [0, 1]: their mean over the
-    clauses of a prompt that have one, and 1.0 without any. As several rewards, one for each, they verify a batch once.
+    Several of these rewards verify a batch once.
+
+    Args:
+        score: "partial" credit; "strict" or "relaxed", 1.0 for an image that is right by this rule and else 0.0; or
+            "count", "color", "position" or "clean", the mean over the clauses of a prompt that have such a criterion,
+            and 1.0 without any.
     """
 
     score: ShapesScore = "partial"

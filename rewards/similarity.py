@@ -20,10 +20,13 @@ _BATCH = 64
 class ReferenceSimilarity:
     """The cosine of an image's features with those of its references, in [-1, 1].
 
-    It is the mean over the references. With ``rewards.backbones.image_features.Dinov2Features`` this is the DINO
-    similarity that Adv-GRPO reports (arXiv 2511.20256). ``features`` is any FeatureFunction; ``references`` are
-    ``ReferencesByPrompt`` or a ``ReferencePool`` of ``rewards.backbones.reference_images``. Features of a reference are
-    computed once, at the first need, and cached on the CPU.
+    It is the mean over the references. Features of a reference are computed once, at the first need, and cached on the
+    CPU.
+
+    Args:
+        features: Any ``genalign.types.FeatureFunction``. With ``rewards.backbones.image_features.Dinov2Features`` this
+            is the DINO similarity that Adv-GRPO reports (arXiv 2511.20256).
+        references: ``ReferencesByPrompt`` or a ``ReferencePool`` of ``rewards.backbones.reference_images``.
     """
 
     features: AnyCallable
@@ -41,6 +44,10 @@ class ReferenceSimilarity:
         references = {numbers: self._reference_features(numbers, samples.device) for numbers in dict.fromkeys(rows)}
         cosines = [references[numbers] @ feature for numbers, feature in zip(rows, features, strict=True)]
         return torch.stack([values.mean() for values in cosines])
+
+    def require_references(self, prompt: Prompt) -> None:
+        """Raise ValueError where there are no references for ``prompt``."""
+        self.references.rows(prompt)
 
     @functools.cached_property
     def _cache(self) -> dict[int, Tensor]:

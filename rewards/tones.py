@@ -23,10 +23,13 @@ TonesScore = Score | Literal["count", "kind", "note", "relation", "loudness"]
 
 @dataclass(frozen=True)
 class TonesReward:
-    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0.
+    """The score of a clip by the exact verifier of the tones world, in [0, 1].
 
-    ``count``, ``kind``, ``note``, ``relation`` and ``loudness`` are single criteria of the verifier, in [0, 1], and 1.0
-    for a prompt without them. As several rewards, one for each, they verify a batch once.
+    Several of these rewards verify a batch once.
+
+    Args:
+        score: "partial" credit; "strict" or "relaxed", 1.0 for a clip that is right by this rule and else 0.0; or the
+            single criterion "count", "kind", "note", "relation" or "loudness", 1.0 for a prompt without it.
     """
 
     score: TonesScore = "partial"

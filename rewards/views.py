@@ -20,10 +20,12 @@ from genalign.types import AnyCallable, Prompt
 
 @dataclass(frozen=True)
 class ViewReward:
-    """The score that ``reward`` gives to a view of a sample.
+    """The score that a reward gives to a view of a sample.
 
-    ``view`` is a function of samples (B, ...) to as many samples, each of its own sample alone and always the same:
-    ``Blurred``, ``Noised``, ``quantized``, or your own.
+    Args:
+        reward: The reward that scores the view.
+        view: A function of samples (B, ...) to as many samples, each of its own sample alone and always the same:
+            ``Blurred``, ``Noised``, ``quantized``, or your own.
     """
 
     reward: AnyCallable

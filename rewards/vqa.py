@@ -34,9 +34,12 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 class QuestionReward:
     """The probability, in [0, 1], that a judge gives to ``answer``, the right answer to ``question``.
 
-    ``{prompt}`` in the question is replaced by the prompt, with double quotes turned into single ones, so that it
-    cannot end the quotation. The default is VQAScore's question (arXiv 2404.01291). ``ARTIFACTS``, with the answer
-    "no", looks at the image alone, against hacking of other rewards (arXiv 2601.03468).
+    Args:
+        judge: The judge that answers questions, any ``genalign.evaluation.benchmarks.tifa.QuestionJudge``.
+        question: The question, by default VQAScore's (arXiv 2404.01291). ``{prompt}`` in it is replaced by the prompt,
+            with double quotes turned into single ones, so that it cannot end the quotation. ``ARTIFACTS``, with the
+            answer "no", looks at the image alone, against hacking of other rewards (arXiv 2601.03468).
+        answer: The right answer, "yes" or "no".
     """
 
     judge: AnyCallable

@@ -242,7 +242,7 @@ def components_by_path(kind: str) -> dict[str, Any]:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             for name, one in vars(importlib.import_module(module.name)).items():
                 own = getattr(one, "__module__", None) == module.name and not name.startswith("_")
-                if own and _is_called_with(one, BY_PATH[kind][1]):
+                if own and not inspect.isabstract(one) and _is_called_with(one, BY_PATH[kind][1]):
                     found[f"{module.name}.{name}"] = one
     return dict(sorted(found.items()))
 
@@ -288,7 +288,14 @@ def table() -> dict[str, Any]:
 
 
 def _described(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {"help": summary(one), "settings": list(settings_of(one))} for name, one in found.items()}
+    """The texts and settings of classes and of functions that make something; a reward that is a function has none."""
+    makers = {
+        name for name, one in found.items() if inspect.isclass(one) or not _is_called_with(one, BY_PATH["reward"][1])
+    }
+    return {
+        name: {"help": summary(one), "settings": list(settings_of(one)) if name in makers else []}
+        for name, one in found.items()
+    }
 
 
 def page(content: dict[str, Any]) -> str:

@@ -31,6 +31,9 @@ def shapeless(samples, prompts):
 def broken(samples, prompts):
     raise KeyError("color")
 
+def verdict(samples, prompts):
+    return (redness(samples, prompts).detach() > 0.5).float()
+
 number = 3
 
 class Needs:
@@ -151,7 +154,8 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("decode batch", (*TRAIN, "--model.memory.decode_batch", "0"), "decode_batch must be at least 1 sample, not 0"),
     # what does not go together
     ("group of one", (*TRAIN, "--training.group_size", "1"),
-     "group_size is 1: a group needs at least 2 samples to compare"),
+     "training.group_size is 1: a group needs at least 2 samples to compare, or 1 in a pool (training.data) for a"
+     " recipe that compares none"),
     ("divided groups", (*TRAIN, "--recipe", "genalign.prdp", "--training.batch_size", "3"),
      "training.batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
     ("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
@@ -193,6 +197,14 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("one score for all", (*REWARD, "mine.shapeless"),
      "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
     ("reward raises", (*REWARD, "mine.broken"), "reward 'red' failed on a first batch: KeyError: 'color' (mine.py:9)"),
+    ("no gradient", (*REWARD, "mine.verdict", "--recipe", "genalign.draft"),
+     "reward 'red' has no gradient: give it weight 0, or choose what needs none, such as the recipe flow_grpo, the"
+     " strategies ZeroOrder and Evolution, or the guide DoobGuide"),
+    ("no gradient in a combination",
+     (*REWARD, "rewards.combine.WorstCase", "--rewards.red.function.rewards", "[mine.redness, mine.verdict]",
+      "--recipe", "genalign.draft"),
+     "verdict, a part of a combination of rewards, has no gradient: make it a reward of its own with weight 0, or"
+     " choose what needs none, such as the recipe flow_grpo"),
     # prompts
     ("unknown split", (*TRAIN, "--prompts", "shapes:nope"),
      "unknown suite 'nope': choose one of train, val, iid, comp, len"),

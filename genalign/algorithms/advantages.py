@@ -29,6 +29,10 @@ class UnsuitableScoresError(ValueError):
     """The scores of a round are outside the range that a credit takes, or too few in every group."""
 
 
+class SmallGroupsError(UnsuitableScoresError):
+    """The groups of a round are too small for a credit, whatever their scores: training.group_size does not fit it."""
+
+
 def group_advantages(
     scores: Tensor,
     group: Tensor,

@@ -100,7 +100,7 @@ class ConsistencyObjective:
 
     @property
     def traits(self) -> ObjectiveTraits:
-        return ObjectiveTraits(student_guidance=self.guidance, needs_spread=False)
+        return ObjectiveTraits(student_guidance=self.guidance)
 
     def terms(self, batch: UpdateBatch) -> TermCounts:
         """Count the samples with credit, over all draws. Raises ValueError for credit per step."""

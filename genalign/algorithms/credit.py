@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import (
+    SmallGroupsError,
     Std,
     UnsuitableScoresError,
     best_of_n,
@@ -38,7 +39,12 @@ from genalign.types import AnyCallable, SetReward
 
 @dataclass(frozen=True)
 class GroupRelative:
-    """GRPO's advantages (B,): the weighted sum of the rewards, normalized within the group."""
+    """GRPO's advantages (B,): the weighted sum of the rewards, normalized within the group.
+
+    Args:
+        std: "group" divides by the standard deviation of the sample's group, "global", as in Flow-GRPO's code, by that
+            of the whole round.
+    """
 
     std: Std = "group"
 
@@ -60,6 +66,9 @@ class LeaveOneOut:
 
     They are not divided by a standard deviation, which would undo a reward that is bounded or saturates, such as a
     sigmoid, a ceiling or a log-sigmoid: where all samples of a group are near the bound, their advantages fade.
+
+    Args:
+        scale: The factor from units of the score to advantages, before they are clipped.
     """
 
     scale: float = 1.0
@@ -74,7 +83,10 @@ class BestOfNCredit:
 
     It is the expected amount by which a sample's weighted sum beats the best of n - 1 others of its group, over the
     standard deviation of all scores of the round, and clipped to 5, see ``advantages.best_of_n``. No sample gets
-    negative credit.
+    negative credit. Raises SmallGroupsError where every group has fewer than ``n`` samples.
+
+    Args:
+        n: The number of samples of a prompt that the search draws, from 2 to the size of a group.
     """
 
     n: int = 4
@@ -82,7 +94,7 @@ class BestOfNCredit:
     def __call__(self, scores: RoundScores) -> Tensor:
         largest = int(torch.unique(scores.group, return_counts=True)[1].max())
         if largest < self.n:
-            raise UnsuitableScoresError(
+            raise SmallGroupsError(
                 f"BestOfNCredit needs groups of {self.n} or more, not of {largest}: lower n, or raise group_size"
             )
         std = global_std(scores.combined) + 1e-4
@@ -93,8 +105,12 @@ class BestOfNCredit:
 class BetaNormalized:
     """BNPO's advantages (B,) of each reward, times its weight, summed: see ``advantages.beta_normalized``.
 
-    Made for rewards of 0 and 1: the less usual the success rate of a group in the round, the more the group counts.
-    ``low`` and ``high`` are the range of every reward. A missing score adds nothing.
+    Made for rewards of 0 and 1: the less usual the success rate of a group in the round, the more the group counts. A
+    missing score adds nothing.
+
+    Args:
+        low: The lowest possible score of every reward.
+        high: The highest possible score of every reward.
     """
 
     low: float = 0.0
@@ -112,8 +128,11 @@ class BetaNormalized:
 class VirtualBest:
     """NGRPO's advantages (B,): group advantages where each group has one more, virtual sample of the score ``best``.
 
-    So a group whose samples all failed gets negative credit, where others get none. ``best`` is the largest possible
-    weighted sum of the rewards. The recipe ``ngrpo`` adds the unequal clipping of the paper.
+    So a group whose samples all failed gets negative credit, where others get none. The recipe ``ngrpo`` adds the
+    unequal clipping of the paper.
+
+    Args:
+        best: The largest possible weighted sum of the rewards.
     """
 
     best: float = 1.0
@@ -137,10 +156,12 @@ class GaussianRank:
 class TaskNormalized:
     """Advantages (B,) normalized by the task of the prompts, for tasks whose scores have different scales.
 
-    ``center`` "group" subtracts the mean of the group and divides by the scale of the task, as GoLongRL does, see
-    ``advantages.task_normalized``. "task" takes the mean and the standard deviation of all samples of the task, in the
-    form of QwenLong-L1.5: there a group without spread, or of one sample, gets credit too. The task of a prompt is its
-    GenEval tag; without tags all prompts are one task.
+    The task of a prompt is its GenEval tag; without tags all prompts are one task.
+
+    Args:
+        center: "group" subtracts the mean of the group and divides by the scale of the task, as GoLongRL does, see
+            ``advantages.task_normalized``. "task" takes the mean and the standard deviation of all samples of the task,
+            in the form of QwenLong-L1.5: there a group without spread, or of one sample, gets credit too.
     """
 
     center: Literal["group", "task"] = "group"
@@ -157,8 +178,12 @@ class TaskNormalized:
 class DifficultyWeighted:
     """``credit`` times a weight by the success rate of the group: rare successes and rare failures count more.
 
-    The weights are GoLongRL's, see ``advantages.difficulty_weights``, from exp(-strength / 2) to exp(strength / 2).
-    ``credit`` is any ``genalign.algorithms.interfaces.Credit``; with ``TaskNormalized`` this is its TMN-Reweight.
+    The weights are GoLongRL's, see ``advantages.difficulty_weights``.
+
+    Args:
+        credit: The credit to weigh, any ``genalign.algorithms.interfaces.Credit``; with ``TaskNormalized`` this is
+            GoLongRL's TMN-Reweight.
+        strength: How much the weights differ: they are from exp(-strength / 2) to exp(strength / 2).
     """
 
     credit: AnyCallable
@@ -175,10 +200,14 @@ class DifficultyWeighted:
 class SpreadDiscounted:
     """``credit`` times exp(-strength U): a prompt whose samples have very different scores teaches less.
 
-    U is the standard deviation of the weighted sum within the group, over its root mean square among all groups. It is
-    the discount of Ctrl-U (arXiv 2410.11236) in our form, with the samples of one prompt in place of two predictions.
-    Use it where a reward is noisy for some prompts; where its spread is what there is to learn, it takes that away.
-    ``credit`` is any ``genalign.algorithms.interfaces.Credit``.
+    U is the standard deviation of the weighted sum within the group, over its root mean square among all groups with
+    spread; 0 where no group has any. It is the discount of Ctrl-U (arXiv 2410.11236) in our form, with the samples of
+    one prompt in place of two predictions. Use it where a reward is noisy for some prompts; where its spread is what
+    there is to learn, it takes that away.
+
+    Args:
+        credit: The credit to discount, any ``genalign.algorithms.interfaces.Credit``.
+        strength: How fast the credit fades with U; 0 leaves it as it is.
     """
 
     credit: AnyCallable
@@ -186,7 +215,8 @@ class SpreadDiscounted:
 
     def __call__(self, scores: RoundScores) -> Tensor:
         prompts, spread = group_spread(scores.combined, scores.group)
-        typical = spread[spread > 0].square().mean().sqrt()
+        live = spread[spread > 0]
+        typical = live.square().mean().sqrt() if len(live) else spread.new_ones(())
         factor = torch.exp(-self.strength * spread / typical)[torch.searchsorted(prompts, scores.group)]
         credit: Tensor = self.credit(scores)
         discounted = credit * factor.view(-1, *[1] * (credit.ndim - 1))
@@ -205,9 +235,14 @@ class PlainReward:
 class BestOnly:
     """Credit (B,) for the best ``count`` samples of a prompt, as many times 1 / count in all: for fine-tuning on them.
 
-    Samples that are equal to the last of them share its place. A group without a score has none.
+    Samples that are equal to the last of them share its place. A group without a score has none. A sample that is alone
+    with its prompt, as in a pool of good samples, is the best.
+
+    Args:
+        count: The number of samples of a prompt that get credit, 1 or more.
     """
 
+    takes_single_samples: ClassVar[bool] = True
     count: int = 1
 
     def __call__(self, scores: RoundScores) -> Tensor:
@@ -222,7 +257,11 @@ class BestOnly:
 
 @dataclass(frozen=True)
 class ExponentialWeights:
-    """Reward-weighted regression's credit (B,): exp(reward / temperature) over its mean in the group (2501.13918)."""
+    """Reward-weighted regression's credit (B,): exp(reward / temperature) over its mean in the group (2501.13918).
+
+    Args:
+        temperature: In units of the reward: the lower, the more of a group's credit the best samples get.
+    """
 
     temperature: float = 1.0
 
@@ -240,8 +279,13 @@ class ExponentialWeights:
 
 @dataclass(frozen=True)
 class Thresholded:
-    """Credit (B,): +1 for a weighted sum of at least ``threshold``, -1 below, 0 without a score; for Diffusion-KTO."""
+    """Credit (B,): +1 for a weighted sum of at least ``threshold``, -1 below, 0 without a score; for Diffusion-KTO.
 
+    Args:
+        threshold: The lowest weighted sum of the rewards of a sample that is wanted.
+    """
+
+    takes_single_samples: ClassVar[bool] = True
     threshold: float
 
     def __call__(self, scores: RoundScores) -> Tensor:
@@ -258,6 +302,9 @@ class HierarchicalPairs:
     w_intra w_inter: w_intra = their lead + 1 - the mean lead in the group, and w_inter = the group's standard deviation
     + 1 - its mean over all groups. For ``DPOLoss(pairs="all", weighted=True)``. A group with a missing score, or whose
     last winner is no better than its first loser, has none.
+
+    Args:
+        count: The number of winners of a prompt, and of losers: at most half of a group.
     """
 
     count: int = 2
@@ -311,8 +358,11 @@ def _scored_members(scores: RoundScores) -> list[Tensor]:
 class BestAndWorst:
     """DRAGON's demonstrations for rewards of single samples, (B,): +1 for the best and -1 for the worst of a prompt.
 
-    ``pairs`` samples of each prompt get +1 and as many -1; all others, and pairs whose rewards differ by no more than
-    ``tolerance``, get 0.
+    The best sample and the worst are a pair, the second best and the second worst another. All other samples get 0.
+
+    Args:
+        tolerance: The largest difference of the rewards of a pair that counts as a tie, for which both get 0.
+        pairs: The largest number of pairs of a prompt.
     """
 
     tolerance: float = 0.0

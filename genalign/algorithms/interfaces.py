@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -73,6 +73,13 @@ class Credit(Protocol):
     """A rule from the scores of a round to the credit of each sample (B,), or of each of its stored steps (B, S)."""
 
     def __call__(self, scores: RoundScores, /) -> Tensor: ...
+
+
+@runtime_checkable
+class SingleSampleCredit(Protocol):
+    """A credit that compares no samples of a prompt: there may be one of each, as in a pool of single samples."""
+
+    takes_single_samples: ClassVar[bool]
 
 
 @dataclass(frozen=True)
@@ -374,13 +381,11 @@ class ObjectiveTraits:
         reward_gradients: Whether it differentiates the rewards that count.
         student_guidance: The scale of classifier-free guidance that the policy learns to have in its weights, as a
             few-step student of a guided teacher: it samples at guidance 1. None for none.
-        needs_spread: Whether it learns from differences of scores alone, and nothing where they are all equal.
     """
 
     through_sampler: bool = False
     reward_gradients: bool = False
     student_guidance: float | None = None
-    needs_spread: bool = True
 
 
 @runtime_checkable

@@ -32,6 +32,10 @@ class CorrelationWeighted:
     ``advantages.correlation_weighted``, divided by the standard deviation over the batch, and clipped to +-5. Meant for
     one reward per concept, such as ``ShapesReward("color")``. In groups of 8 a correlation has a standard error of
     about 0.4.
+
+    Args:
+        temperature: The temperature of the softmax of 1 minus a reward's mean correlation with the others: the lower,
+            the larger the share of a reward in conflict.
     """
 
     temperature: float = 0.5
@@ -53,9 +57,12 @@ class CorrelationWeighted:
 class LogTamed:
     """PaCo-GRPO's advantages (B,) (arXiv 2512.04784): rewards of a large relative spread are tamed by log(1 + R).
 
-    The weighted sum of the tamed rewards, see ``advantages.log_tamed``, is normalized within the group. ``threshold``
-    is the relative spread above which a reward is tamed: the "mean" or "median" over the rewards, or a number. Of two
-    rewards, "mean" and "median" tame exactly one, unless their relative spreads are equal.
+    The weighted sum of the tamed rewards, see ``advantages.log_tamed``, is normalized within the group.
+
+    Args:
+        threshold: The relative spread above which a reward is tamed: the "mean" or "median" over the rewards, or a
+            number. Of two rewards, "mean" and "median" tame exactly one, unless their relative spreads are equal.
+        std: "group" divides by the standard deviation of the sample's group, "global" by that of the whole round.
     """
 
     threshold: float | Literal["mean", "median"] = "mean"
@@ -73,8 +80,13 @@ class AmongRight:
     """Advantages (B,) of a rule, where right samples compete in the other rewards as well: DRPO's idea in our form.
 
     The z-score of the reward ``rule`` in the group, plus ``weight`` times the z-score of the weighted sum of the other
-    rewards among the right samples of the group, which score at least ``threshold`` by the rule. A right sample gets at
-    least 0, so that style never counts against being right; wrong samples compete in the rule alone.
+    rewards among the right samples of the group. A right sample gets at least 0, so that style never counts against
+    being right; wrong samples compete in the rule alone.
+
+    Args:
+        rule: The name of the reward that says which samples are right.
+        weight: The factor of the other rewards' z-score; 0 ignores them.
+        threshold: The lowest score by the rule of a right sample.
     """
 
     rule: str
@@ -96,10 +108,14 @@ class AmongRight:
 class GatedBySuccess:
     """Advantages (B,) by the reward ``rule`` alone where a group succeeds too rarely, else by the sum of all rewards.
 
-    A group succeeds in the fraction of its samples that score at least ``threshold`` by the rule; from the fraction
-    ``rate`` on the other rewards count, so that an easier reward cannot lead away from a goal that is not yet reached.
-    This is our form of GRPO-lambda's penalty, which is off in groups of low accuracy; ``rewards.combine.Gate`` switches
-    a reward for each sample instead.
+    So an easier reward cannot lead away from a goal that is not yet reached. This is our form of GRPO-lambda's penalty,
+    which is off in groups of low accuracy; ``rewards.combine.Gate`` switches a reward for each sample instead.
+
+    Args:
+        rule: The name of the reward that says which samples succeed.
+        rate: The fraction of a group's samples, in (0, 1], that must succeed for the other rewards to count.
+        threshold: The lowest score by the rule of a sample that succeeds.
+        std: "group" divides by the standard deviation of the sample's group, "global" by that of the whole round.
     """
 
     rule: str
@@ -129,11 +145,14 @@ class GatedBySuccess:
 class Decorrelated:
     """``credit`` without what the ``nuisances`` explain of it linearly, within groups: (B,) or (B, S).
 
-    Nuisances are rewards of weight 0 by name, such as the saturation of an image: the credit, centered in its group, is
-    regressed on the nuisances, centered in theirs, over all groups of the round, and the residual remains (the
-    post-hoc form of ODIN, arXiv 2402.07319, derived by Frisch and Waugh's theorem). What a prompt asks for stays, since
-    it is the same in a group; what depends on a nuisance not linearly stays, too. A sample without a nuisance's score
-    gets 0, and so does a group without credit.
+    The credit, centered in its group, is regressed on the nuisances, centered in theirs, over all groups of the round,
+    and the residual remains (the post-hoc form of ODIN, arXiv 2402.07319, derived by Frisch and Waugh's theorem). What
+    a prompt asks for stays, since it is the same in a group; what depends on a nuisance not linearly stays, too. A
+    sample without a nuisance's score gets 0, and so does a group without credit.
+
+    Args:
+        credit: The credit to correct, any ``genalign.algorithms.interfaces.Credit``.
+        nuisances: The names of rewards of weight 0, such as one that measures the saturation of an image.
     """
 
     credit: AnyCallable

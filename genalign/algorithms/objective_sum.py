@@ -66,7 +66,6 @@ class SumObjective:
             any(one.through_sampler for one in own),
             any(one.reward_gradients for one in own),
             guidance[0] if guidance else None,
-            all(one.needs_spread for one in own),
         )
 
     def with_stronger_kl(self, minimum: float) -> SumObjective:

@@ -62,8 +62,10 @@ def with_gradient_balance(recipe: Recipe, every: int = 10, decay: float = 0.7) -
     """Weigh the rewards of a recipe so that their gradients balance, in the form of MARBLE (arXiv 2605.06507).
 
     Use it where a weighted sum follows one of several rewards. Of the rewards' own weights only the signs matter. The
-    step is taken with the sum of the rewards' credits times their factors, which is the published sum of their
-    gradients as long as no ratio is clipped; in between, the credits are weighted by the averaged weights.
+    step is taken with the sum of the rewards' credits times their factors; in between, the credits are weighted by the
+    averaged weights. That step is the published sum of gradients where the loss is linear in the credit: as long as no
+    ratio and no credit is clipped, and but for parts of a loss that do not depend on the credit, such as the pull of
+    ``nft`` with a lag to the sampling weights.
 
     Args:
         recipe: The recipe, whose loss must not tie the samples of a group together.

@@ -30,7 +30,9 @@ class RewardGain:
 
     A gain is the score after a step minus the score before it (arXiv 2601.20218, eq. 7).
 
-    ``floor`` is the lower bound of the standard deviation of a step's gains, see ``advantages.stepwise_advantages``.
+    Args:
+        floor: The lower bound of the standard deviation of a step's gains, as a fraction of that of their sum over
+            steps, see ``advantages.stepwise_advantages``.
     """
 
     floor: float

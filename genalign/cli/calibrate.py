@@ -10,6 +10,7 @@ from genalign.cli import parsing
 from genalign.cli.context import CommandContext, load_with_lora, named_rewards, prompt_set
 from genalign.cli.train_settings import Train
 from genalign.prompts import PromptSampler
+from genalign.scoring.score import group_reward
 from genalign.training.noise_calibration import Calibration, calibrate, save_kernel
 from genalign.training.sampler import Sampler
 
@@ -32,10 +33,9 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     source, sampling = prompt_set(settings.prompts), settings.sampling
     pipeline, rewards = load_with_lora(context, settings.model, None), named_rewards(settings.rewards)
     pipeline.encode_ahead([prompt.text for prompt in source.prompts])
-    training, guidance = (
-        settings.training.fit(source, settings.recipe.objective.unit),
-        sampling.guidance_scale(pipeline),
-    )
+    unit, grouped = settings.recipe.objective.unit, group_reward(settings.rewards)
+    training = settings.training.fit(source, unit, group_reward=grouped)
+    guidance = sampling.guidance_scale(pipeline)
     grid = sampling.grid(pipeline)
     sampler = Sampler(
         pipeline, rewards, grid, guidance, training, keep_samples=False, elsewhere=sampling.kernel_on(grid)

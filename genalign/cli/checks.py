@@ -12,11 +12,14 @@ import torch
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli.base_samples import require_references
-from genalign.cli.context import CommandContext, prompt_set
+from genalign.cli.context import CommandContext, named_rewards, prompt_set
 from genalign.cli.run_prompts import RunPrompts
+from genalign.scoring.score import group_reward, parts
 from genalign.training.loss_scale import LossScale
+from genalign.training.pools import Pool
 from genalign.training.run_folder import RunFolder
 from genalign.training.settings import optimizer_class
+from genalign.types import ComparesWithReferences, Prompt
 
 if TYPE_CHECKING:
     from genalign.cli.parsing import Check
@@ -37,9 +40,11 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
     yield lambda settings: prompt_set(settings.prompts)
     for section in ("held_out", "reward_hacking", "before_after"):
         yield partial(_require_prompts, section)
-    yield lambda settings: settings.training.fit(RunPrompts.read(settings).training, settings.recipe.objective.unit)
+    yield lambda settings: named_rewards(settings.rewards)
+    yield _require_sizes
     yield _require_penalty
     yield require_references
+    yield _require_prompts_of_references
 
 
 def _require_prompts(section: str, settings: Train) -> None:
@@ -47,6 +52,12 @@ def _require_prompts(section: str, settings: Train) -> None:
     panel = getattr(settings, section)
     if panel and panel.prompts is not None and panel.is_on:
         prompt_set(panel.prompts)
+
+
+def _require_sizes(settings: Train) -> None:
+    """Raise ValueError for sizes of a round that do not fit the prompts, the loss or the rewards."""
+    unit, grouped = settings.recipe.objective.unit, group_reward(settings.rewards)
+    settings.training.fit(RunPrompts.read(settings).training, unit, group_reward=grouped)
 
 
 def _require_loss_scale(settings: Train) -> None:
@@ -60,6 +71,37 @@ def _require_penalty(settings: Train) -> None:
     minimum = settings.reward_hacking.on_red.raise_kl
     if minimum is not None:
         with_stronger_kl(settings.recipe.objective, minimum)
+
+
+def _require_prompts_of_references(settings: Train) -> None:
+    """Raise ValueError, by name, for a reward that compares with references and has none of some training prompts.
+
+    A reward that is a column of a pool is not called.
+    """
+    training, called = RunPrompts.read(settings).training, dict(settings.rewards)
+    if settings.training.data:
+        pool = Pool.load(Path(settings.training.data)).with_groups_of(settings.training.group_size)
+        training = pool.restricted(training)
+        called = {name: choice for name, choice in called.items() if name not in pool.info.scores}
+    for name, choice in called.items():
+        compared = [part for _, part in parts(choice) if isinstance(part, ComparesWithReferences)]
+        missing = [
+            error for part in compared for prompt in training.prompts if (error := _missing_reference(part, prompt))
+        ]
+        if missing:
+            raise ValueError(
+                f"reward {name!r} lacks the references of {len(missing)} of the {len(training)} training prompts:"
+                f" {missing[0]}"
+            )
+
+
+def _missing_reference(reward: ComparesWithReferences, prompt: Prompt) -> ValueError | None:
+    """Return what a reward says of a prompt that it has no reference for; None if it has one."""
+    try:
+        reward.require_references(prompt)
+    except ValueError as error:
+        return error
+    return None
 
 
 def require_trackers(names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ With ``references`` it writes a folder of reference samples in place of a pool (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from genalign.cli.external_samples import external_samples
 from genalign.cli.generation_settings import RewardChoice, require_positive, require_rewards
 from genalign.cli.model_settings import Model
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import RolloutInputs, distinct_inputs, rollout
+from genalign.diffusion.rollout import RolloutInputs, distinct_inputs, rollout, rows_are_finite
 from genalign.diffusion.sampling import Sampling
 from genalign.reward_learning.preference_formats import read_preferences
 from genalign.runtime.media import AudioFormat
@@ -39,6 +39,7 @@ PREFERENCE = "preference"
 """The score of a file of preferences."""
 
 _OF_REFERENCES = ("references", "strategy", "budget", "audio")  # settings that a pool has not
+_NO_SCORES = "rewards is empty: nothing could be learned from samples without scores; name at least one"
 
 Part = Callable[[], tuple[Tensor, list[PoolSample]]]
 """Makes the latents (n, ...) and the samples of a part."""
@@ -61,7 +62,8 @@ class Collect:
         model: The model whose samples are collected, or whose autoencoder encodes the others.
         lora: An adapter of the model.
         prompts: Prompts of the model's samples: a file, a dataset, or a split of a world.
-        samples: A folder of another program's samples with a prompts.jsonl, in place of the model's.
+        samples: A folder of another program's samples with a prompts.jsonl, in place of the model's; the scores of a
+            line, as in {"file_name": "1.png", "prompt": "a circle", "scores": {"human": 4.5}}, are kept.
         preferences: Pairs and rankings, in place of the model's samples: our own folder or .jsonl file, or a .json,
             .jsonl or .parquet file in the layout of Pick-a-Pic, HPD, ImageRewardDB or RewardBench; their score is named
             preference.
@@ -105,10 +107,8 @@ class Collect:
                 f"give one of prompts, samples and preferences, not {' and '.join(sources) or 'none'}: whose samples"
                 " are collected?"
             )
-        if not self.rewards and self.preferences is None:
-            raise ValueError(
-                "rewards is empty: nothing could be learned from samples without scores; name at least one"
-            )
+        if not self.rewards and self.prompts is not None:
+            raise ValueError(_NO_SCORES)
 
     def _require_references(self) -> None:
         """Raise ValueError for settings that do not go together for references."""
@@ -132,13 +132,15 @@ def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
     progress, rewards = Progress(share.rank == 0), named_rewards(settings.rewards)
     with progress.phase(f"loading {settings.model.path}"):
         pipeline = load_with_lora(context, settings.model, settings.lora)
-    names = tuple(reward.name for reward in rewards)
-    if settings.preferences is not None:
-        names = (PREFERENCE, *names)
+    listed = _listed(settings)
+    recorded = [name for _, _, scores, _ in listed for name in scores]
+    names = tuple(dict.fromkeys([*recorded, *(reward.name for reward in rewards)]))
+    if not names:
+        raise ValueError(_NO_SCORES)
     origin = {name: value for name, value in plain.items() if name not in ("output", *_OF_REFERENCES)}
     info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, origin)
     _begin(output, info)
-    parts, count = _parts(pipeline, settings, rewards)
+    parts, count = _parts(pipeline, settings, rewards, listed)
     with progress.phase("collecting", count) as advance:
         for number, (size, part) in enumerate(parts):
             if number % share.world_size == share.rank and not part_files(output, number)[1].is_file():
@@ -169,9 +171,9 @@ def _begin(output: Path, info: PoolInfo) -> None:
 
 
 def _parts(
-    pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward]
+    pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward], listed: Sequence[Listed]
 ) -> tuple[Iterator[tuple[int, Part]], int]:
-    """The size and the maker of each part, in order, and the number of all samples."""
+    """The size and the maker of each part, in order, and the number of all samples: the model's, or those listed."""
     if settings.prompts is not None:
         prompts = prompt_set(settings.prompts).prompts
         pipeline.encode_ahead([prompt.text for prompt in prompts], rank_share())
@@ -181,19 +183,31 @@ def _parts(
             for batch in _batched(jobs, settings.batch_size)
         )
         return own, len(jobs)
-    listed: list[Listed]
-    if settings.samples is not None:
-        files = external_samples(Path(settings.samples), None, None)
-        listed = [
-            (spec.prompt, None, {}, partial(files.read, path))
-            for spec, path in zip(files.specs, files.files, strict=True)
-        ]
-    else:
-        listed = _compared(Path(str(settings.preferences)))
     read = (
         (len(batch), partial(_encoded, pipeline, rewards, batch)) for batch in _batched(listed, settings.batch_size)
     )
     return read, len(listed)
+
+
+def _listed(settings: Collect) -> list[Listed]:
+    """The samples on disk that are collected, with the scores that they have; none where the model makes them."""
+    if settings.preferences is not None:
+        return _compared(Path(settings.preferences))
+    if settings.samples is None:
+        return []
+    files = external_samples(Path(settings.samples), None, None)
+    return [
+        (spec.prompt, None, _recorded_scores(spec.prompt), partial(files.read, path))
+        for spec, path in zip(files.specs, files.files, strict=True)
+    ]
+
+
+def _recorded_scores(prompt: Prompt) -> dict[str, float]:
+    """The scores in a line of prompts.jsonl. Raises ValueError for what is no number."""
+    scores = (prompt.metadata or {}).get("scores", {})
+    if not isinstance(scores, Mapping) or not all(isinstance(score, int | float) for score in scores.values()):
+        raise ValueError(f"the scores of a sample of {prompt.text!r} must be numbers by name, not {scores}")
+    return {str(name): float(score) for name, score in scores.items()}
 
 
 def _compared(path: Path) -> list[Listed]:
@@ -266,7 +280,8 @@ def fitted(sample: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _scored(samples: Tensor, prompts: Sequence[Prompt], rewards: Sequence[NamedReward]) -> list[PoolSample]:
     """Score samples (n, ...) by every reward; NaN for samples that are not finite."""
-    table = score_finite(rewards, samples, prompts).tolist() if rewards else [[] for _ in prompts]
+    finite = rows_are_finite(samples)
+    table = score_finite(rewards, samples, prompts, finite).tolist() if rewards else [[] for _ in prompts]
     names = [reward.name for reward in rewards]
     return [
         PoolSample(prompt, dict(zip(names, scores, strict=True))) for prompt, scores in zip(prompts, table, strict=True)

@@ -17,7 +17,7 @@ from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Lora, Policy
 from genalign.evaluation.evaluate import plan_samples
 from genalign.runtime.distributed import ProcessGroup
-from genalign.scoring.score import NamedReward
+from genalign.scoring.score import NamedReward, group_reward
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
 from genalign.training.memory_estimate import CONTEXT, MemoryEstimate, estimate_memory
 from genalign.training.meta_round import GeneratedSamples
@@ -73,7 +73,8 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     with collecting():
         toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
         rewards = named_rewards(settings.rewards)
-        fitted = training.fit(prompts, settings.recipe.objective.unit, processes)
+        unit, grouped = settings.recipe.objective.unit, group_reward(settings.rewards)
+        fitted = training.fit(prompts, unit, processes, group_reward=grouped)
         result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance, sampling.kernel)
         _print_calls(settings, fitted, outline, result)
         if outline is not None:

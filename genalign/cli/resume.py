@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "training.max_nfe",
     "training.max_failed_fraction",
     "training.max_skipped_updates",
+    "training.max_silent_rounds",
     "training.on_out_of_memory",
     "model.memory.checkpointing",
     "model.memory.offload",

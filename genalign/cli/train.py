@@ -40,6 +40,7 @@ from genalign.runtime.distributed import (
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.runtime.progress import SILENT, Progress
+from genalign.scoring.score import group_reward
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.out_of_memory import is_out_of_memory
 from genalign.training.run import Terminated, WeightFiles, terminable, train
@@ -98,9 +99,10 @@ def _less_memory(settings: Train) -> str:
     options = [] if memory.checkpointing else ["--model.memory.checkpointing true"]
     options += [] if memory.offload == "all" else ["--model.memory.offload all"]
     options += ["--training.on_out_of_memory halve"]
-    unit = settings.recipe.objective.unit
-    fitted = training.fit(RunPrompts.read(settings).training, unit)
-    if smaller := half_micro_batch(fitted.batch_size, unit, fitted.group_size):
+    unit, grouped = settings.recipe.objective.unit, group_reward(settings.rewards)
+    fitted = training.fit(RunPrompts.read(settings).training, unit, group_reward=grouped)
+    whole_groups = grouped is not None and unit == "sample"
+    if smaller := half_micro_batch(fitted.batch_size, "group" if whole_groups else unit, fitted.group_size):
         options += [f"(in a new run) --training.batch_size {smaller}"]
     return " or ".join(options)
 
@@ -130,7 +132,8 @@ def run_training(
     prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
     if processes.is_main:
         prompts.warn()
-    fitted = settings.training.fit(prompts.training, settings.recipe.objective.unit, processes)
+    unit, grouped = settings.recipe.objective.unit, group_reward(settings.rewards)
+    fitted = settings.training.fit(prompts.training, unit, processes, group_reward=grouped)
     plain = {**plain, "training": plain["training"] | fitted.sizes}
     folder = RunFolder(Path(settings.output), processes)
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)

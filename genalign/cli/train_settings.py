@@ -112,8 +112,8 @@ class Train(Generation):
         output: Folder of the run.
         prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, a dataset
             (hf://datasets/owner/name:split#column), or a split of a world, as in shapes:train.
-        recipe: Training method, as in genalign.flow_grpo; with_credit changes its advantages, and --recipe.credit.help
-            lists what these may be.
+        recipe: Training method, as in genalign.flow_grpo. Its advantages are changed by with_credit, and
+            --recipe.credit.help lists the rules for them.
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.
         training: Geometry of a round, optimizer, and reaction to faults.
@@ -158,6 +158,11 @@ class Train(Generation):
         weighted = [name for name, reward in self.rewards.items() if reward.weight]
         if not weighted:
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
+        if self.training.group_size == 1 and self.training.data is None:
+            raise ValueError(
+                "training.group_size is 1: a group needs at least 2 samples to compare, or 1 in a pool (training.data)"
+                " for a recipe that compares none"
+            )
         if trained := [name for name in self.reward_hacking.rewards if name in weighted]:
             raise ValueError(
                 f"reward_hacking.rewards.{trained[0]} is trained on, so it cannot show reward hacking: name"

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import with_stronger_kl
+from genalign.algorithms.interfaces import traits_of, with_stronger_kl
+from genalign.algorithms.reward_gradient import require_gradients
 from genalign.cli.base_samples import require_base
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
@@ -86,8 +87,12 @@ class TrainingRun:
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = [prompts.training.prompts[0]] * 2
         called = [reward for reward in rewards if reward.function is not recorded]  # the others are columns of a pool
-        if called:
-            probe(called, self._generate(first, [0, 1], settings.sampling, 2), first)
+        differentiated = traits_of(settings.recipe.objective).reward_gradients
+        if called or differentiated:
+            samples = self._generate(first, [0, 1], settings.sampling, 2)
+            probe(called, samples, first)
+            if differentiated:
+                require_gradients(rewards, samples, first)
 
         # Prepare the trained weights (a new adapter, the adapter init_lora, or the whole network) and the trainer
         if settings.init_lora is not None:

@@ -93,8 +93,8 @@ class CountedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             return new[0] if len(new) == 1 and len(func._schema.returns) == 1 else tuple(new)
         result = func(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)
-        if result is not None and args and result is args[0] and key[1] == _form(args):
-            self._results[key] = _IN_PLACE
+        if isinstance(result, Tensor) and result.is_meta and args and result is args[0] and key[1] == _form(args):
+            self._results[key] = _IN_PLACE  # on the CPU, as the number of an optimizer's steps is, values count
         if any(argument.alias_info for argument in func._schema.arguments):
             return result
         inputs = {tensor.untyped_storage()._cdata for tensor in _on_device((*args, *kwargs.values()))}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.distributed import current_gpu, use_gpu
-from genalign.types import Prompt, RewardFunction
+from genalign.types import GroupReward, Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ _STANDARD = Path(sysconfig.get_path("stdlib"))
 class NamedReward:
     """A reward function with the name it is reported under and its weight in the sum; weight 0 only reports.
 
-    ``score_batch``: the number of samples that are scored at once, for large networks; None for all. A reward
-    of groups, such as ``rewards.pairwise.WinRateReward``, must see them whole: leave it None there. A call that takes
+    ``score_batch``: the number of samples that are scored at once, for large networks; None for all. A reward that
+    compares the samples of a group (``types.GroupReward``) must see them together, and takes none. A call that takes
     longer than ``timeout`` seconds has failed, and goes on in an abandoned thread; None waits for any call.
     """
 
@@ -45,6 +45,11 @@ class NamedReward:
     def __post_init__(self) -> None:
         if self.score_batch is not None and self.score_batch < 1:
             raise ValueError(f"score_batch of reward {self.name!r} must be at least 1 sample, not {self.score_batch}")
+        if self.score_batch is not None and group_reward({self.name: self.function}):
+            raise ValueError(
+                f"reward {self.name!r} compares the samples of a prompt with each other, which score_batch would split:"
+                " leave score_batch out"
+            )
         if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
             raise ValueError(
                 f"timeout of reward {self.name!r} must be positive, in seconds, not {self.timeout}; none waits for any"
@@ -78,7 +83,8 @@ class NamedReward:
 def parts(part: object, place: str = "") -> Iterator[tuple[str, object]]:
     """Yield a part of a configuration, such as a reward, and all that it holds at any depth, by their places.
 
-    The fields of dataclasses, the items of mappings, lists and tuples, and what functions wrap are searched.
+    The fields of dataclasses, the items of mappings, lists and tuples, and what functions wrap are searched: what a
+    reward of other rewards holds is found if it is a dataclass.
     """
     if callable(part):
         part = inspect.unwrap(part)
@@ -92,6 +98,14 @@ def parts(part: object, place: str = "") -> Iterator[tuple[str, object]]:
         inner = vars(part)
     for name, value in inner.items():
         yield from parts(value, f"{place}.{name}" if place else str(name))
+
+
+def group_reward(rewards: Mapping[str, object]) -> str | None:
+    """Return the name of the first reward that is, or holds, a ``types.GroupReward``; None if there is none."""
+    for name, reward in rewards.items():
+        if any(isinstance(part, GroupReward) for _, part in parts(reward)):
+            return name
+    return None
 
 
 def named(
@@ -125,6 +139,22 @@ def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 def takes_no_gradient(error: Exception) -> bool:
     """Whether an error says that NumPy, DLPack or the like takes no tensor that requires a gradient."""
     return bool(re.search(r"requires? grad", str(error)))
+
+
+def require_gradient(member: object, samples: Tensor, scores: Tensor) -> Tensor:
+    """Return the scores of a member of a combination of rewards.
+
+    Raises ValueError, by its name, where the samples require a gradient and the scores have none: the member would be a
+    constant, and the combination's gradient that of the other members alone.
+    """
+    if samples.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+        own = [part for _, part in parts(member) if callable(part)]
+        name = " of ".join(getattr(part, "__name__", type(part).__name__) for part in own)
+        raise ValueError(
+            f"{name}, a part of a combination of rewards, has no gradient: make it a reward of its own with weight 0,"
+            " or choose what needs none, such as the recipe flow_grpo"
+        )
+    return scores
 
 
 def described(error: BaseException) -> str:
@@ -228,15 +258,15 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 @dataclass
 class RewardMonitor:
-    """Stops a run whose rewards fail, or give no signal, for too long.
+    """Stops a run whose rewards fail, or teach nothing, for too long.
 
     At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on the sample, so that a
-    policy trained on the others alone learns to provoke them. ``silent`` counts the latest rounds in which all groups
-    had equal scores; a run stops at ``silent_rounds``.
+    policy trained on the others alone learns to provoke them. ``silent`` counts the latest rounds in a row that taught
+    nothing, whatever their scores; a run stops at ``max_silent_rounds``, and None never stops it.
     """
 
     max_failed_fraction: float = 0.05
-    silent_rounds: int = 20
+    max_silent_rounds: int | None = 20
     silent: int = 0
 
     def compare(self, rewards: Sequence[NamedReward], scores_BK: Tensor) -> None:
@@ -256,8 +286,8 @@ class RewardMonitor:
                 " hardly count: lower the first weight, or normalize each reward by itself (credit.NormalizedSum)"
             )
 
-    def see(self, scores_BK: Tensor, silent: bool) -> None:
-        """Check the scores of one round. Raises RewardError past a limit, and warns on the first silent round."""
+    def see_scores(self, scores_BK: Tensor) -> None:
+        """Check the scores of a round. Raises RewardError where too many are missing."""
         failed = float(scores_BK.isnan().any(dim=1).float().mean())
         if failed > self.max_failed_fraction:
             raise RewardError(
@@ -265,13 +295,16 @@ class RewardMonitor:
                 f" {self.max_failed_fraction:.0%}): a reward raised, as a warning above says, or it returned NaN, or"
                 " the samples are not finite. Fix the cause, then resume from the last checkpoint"
             )
+
+    def see_round(self, silent: bool) -> None:
+        """Count a round that taught nothing. Warns of the first in a row, and raises RewardError at the limit."""
         self.silent = self.silent + 1 if silent else 0
         if self.silent == 1:
-            logger.warning("every group of this round has equal scores: nothing to learn from")
-        if self.silent >= self.silent_rounds:
+            logger.warning("no sample of this round has credit, as where all scores are equal: nothing to learn from")
+        if self.max_silent_rounds is not None and self.silent >= self.max_silent_rounds:
             raise RewardError(
-                f"for {self.silent} rounds every group had equal scores: use a reward with partial credit, larger"
-                " groups or more noise"
+                f"for {self.silent} rounds no sample had credit (training.max_silent_rounds), as where the scores of"
+                " every group are equal: use a reward with partial credit, larger groups or more noise"
             )
 
 

@@ -12,11 +12,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from genalign.algorithms.advantages import UnsuitableScoresError
 from genalign.algorithms.gradient_balance import MOST_REWARDS, Direction, GradientBalance
 from genalign.algorithms.interfaces import Credit, Objective, RoundScores
 from genalign.diffusion.policy import Policy
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward
+
+
+def credit_by_reward(credit: Credit, scores: RoundScores) -> Tensor:
+    """Compute the credit by each of K rewards of non-zero weight alone, (B, K) or (B, S, K).
+
+    Of the weights only the signs count. Raises ValueError, by name, for a credit that needs other rewards beside one.
+    """
+    alone = []
+    for column, weight in enumerate(scores.weights):
+        if not weight:
+            continue
+        stepwise = None if scores.stepwise is None else scores.stepwise[..., [column]]
+        table, names = scores.scores[:, [column]], scores.names[column : column + 1]
+        weights = (math.copysign(1.0, weight),)
+        try:
+            alone.append(credit(replace(scores, scores=table, weights=weights, stepwise=stepwise, names=names)))
+        except UnsuitableScoresError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"with_gradient_balance takes the credit by each reward alone, which {type(credit).__name__} refuses"
+                f" ({error}): choose a credit such as GroupRelative, or leave the balance out"
+            ) from error
+    return torch.stack(alone, -1)
 
 
 class BalancedGradients:
@@ -37,10 +62,8 @@ class BalancedGradients:
         self, settings: GradientBalance, rewards: Sequence[NamedReward], objective: Objective, policy: Policy
     ) -> None:
         self.settings, self.policy = settings, policy
-        self.columns = [place for place, reward in enumerate(rewards) if reward.weight]
-        self.names = [rewards[place].name for place in self.columns]
-        self.signs = [math.copysign(1.0, rewards[place].weight) for place in self.columns]
-        count = len(self.columns)
+        self.names = [reward.name for reward in rewards if reward.weight]
+        count = len(self.names)
         if not 2 <= count <= MOST_REWARDS:
             raise ValueError(f"a balance of rewards needs 2 to {MOST_REWARDS} of non-zero weight, not {count}")
         if objective.unit != "sample":
@@ -52,16 +75,6 @@ class BalancedGradients:
             raise ValueError("a balance of rewards needs whole gradients on every rank: train without FSDP")
         self.weights = torch.full((count,), 1 / count, dtype=torch.float64)
         self.least_cosine: float | None = None
-
-    def credits(self, credit: Credit, scores: RoundScores) -> Tensor:
-        """Compute the credit by each reward alone, (B, K) or (B, S, K)."""
-        alone = []
-        for column, sign in zip(self.columns, self.signs, strict=True):
-            stepwise = None if scores.stepwise is None else scores.stepwise[..., [column]]
-            table, names = scores.scores[:, [column]], scores.names[column : column + 1]
-            one = replace(scores, scores=table, weights=(sign,), stepwise=stepwise, names=names)
-            alone.append(credit(one))
-        return torch.stack(alone, -1)
 
     def gradients(self) -> list[Tensor]:
         """Take the policy's gradients, summed over ranks, and clear them; 0 where there are none."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genalign.algorithms.interfaces import traits_of
+from genalign.algorithms.interfaces import SingleSampleCredit, traits_of
 from genalign.algorithms.recipe import Recipe
 from genalign.diffusion.policy import Policy
-from genalign.training.settings import FittedSettings
+from genalign.training.settings import FittedSettings, TrainerSettings
 
 
 def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: Policy) -> None:
@@ -24,12 +24,28 @@ def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: P
         raise ValueError("gradients through the sampler are not trained with FSDP: train a LoRA without it")
 
 
+def require_comparable(recipe: Recipe, settings: TrainerSettings) -> None:
+    """Raise ValueError for one sample of a prompt, and a recipe that compares several."""
+    alone = recipe.objective.unit != "group" and isinstance(recipe.credit, SingleSampleCredit)
+    if settings.group_size == 1 and not alone:
+        raise ValueError(
+            "training.group_size is 1, and this recipe compares the samples of a prompt: set it to 2 or more, or choose"
+            " a recipe that takes single samples, such as sft, kto or consistency"
+        )
+
+
 def require_fit(recipe: Recipe, settings: FittedSettings, policy: Policy, batch_sizes: Sequence[int]) -> None:
     """Raise ValueError where the recipe, the settings and the policy do not fit together."""
+    require_comparable(recipe, settings)
     if traits_of(recipe.objective).through_sampler:
         _require_current_samples(recipe, settings, policy)
     if policy.sharded:
         _require_equal_work(recipe, settings, batch_sizes, policy.processes.world_size)
+    if settings.group_reward and recipe.redraw and not recipe.redraw.whole_groups:
+        raise ValueError(
+            f"reward {settings.group_reward!r} compares all samples of a prompt with each other, and with_more_samples"
+            " draws some of them later: choose with_further_prompts"
+        )
     if recipe.companion is not None and policy.sharded:
         raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
     if policy.shifts_noise and not recipe.shifts_noise:

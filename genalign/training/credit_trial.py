@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import UnsuitableScoresError
+from genalign.algorithms.advantages import SmallGroupsError, UnsuitableScoresError
 from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.recipe import Recipe
 from genalign.scoring.score import NamedReward, parts
+from genalign.training.balanced_gradients import credit_by_reward
 from genalign.types import SaturatingReward
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ def try_credit(recipe: Recipe, rewards: Sequence[NamedReward], prompts: int, gro
     )
     try:
         credit = recipe.credit(scores)
+        if recipe.balance and any(scores.weights):
+            credit_by_reward(recipe.credit, scores)
+    except SmallGroupsError:
+        raise
     except UnsuitableScoresError:  # made for another range of scores, which the first round checks
         return
 

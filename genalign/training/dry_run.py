@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as Folder
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
+from genalign.training.compatibility import require_comparable
+from genalign.training.credit_trial import try_credit
 from genalign.training.offline import OfflineSampler
 from genalign.training.pools import Pool
 from genalign.training.settings import FittedSettings, TrainerSettings
@@ -99,6 +101,7 @@ class _MeanOfLatents(nn.Module):
 class _CreditOfToyScores:
     """A credit, or GRPO's (B,) where it refuses scores that have not the range or the groups of the run's own."""
 
+    takes_single_samples: ClassVar[bool] = True
     credit: Credit
 
     def __call__(self, scores: RoundScores) -> Tensor:
@@ -168,7 +171,9 @@ def dry_run(
     def within_0_and_1(samples: Tensor, _: object) -> Tensor:  # some credits need it
         return samples[:, 0].sigmoid()
 
+    require_comparable(recipe, settings)
     rewards = [replace(r, function=within_0_and_1, weight=float(r.weight != 0)) for r in rewards]
+    try_credit(recipe, rewards, settings.prompts_per_round or 2, settings.group_size, steps=2)
     recipe = without_networks(recipe)
     one_round = replace(settings, rounds=COUNTED_ROUNDS, warmup_rounds=0, max_nfe=None, optimizer="adamw", data=None)
     pool = Pool.load(Folder(settings.data)).with_groups_of(settings.group_size) if settings.data else None

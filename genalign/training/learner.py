@@ -39,7 +39,7 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, Stateful, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Metered
 from genalign.scoring.score import NamedReward
-from genalign.training.balanced_gradients import BalancedGradients
+from genalign.training.balanced_gradients import BalancedGradients, credit_by_reward
 from genalign.training.elastic_reset import ResetWeights
 from genalign.training.epochs import Batches, updates_of_round
 from genalign.training.loss_scale import LossScale
@@ -71,6 +71,7 @@ class Learner:
     Attributes:
         old: The weights that sample, where they lag behind the trained ones; None otherwise.
         micro_batch: The number of samples in a backward pass.
+        silent: Whether the latest round taught nothing: no sample had credit, or the loss had no term.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Learner:
         self.compile()
         self.loss_scale = LossScale.for_dtype(pipeline.compute_dtype, settings.loss_scale)
         self.kl_floors: list[float] = []
+        self.silent = False
 
     def compile(self) -> None:
         """Compile the network, if it was opened so, for the batches of sampling and of learning."""
@@ -138,6 +140,7 @@ class Learner:
         beside = memory, self.companion, self.elsewhere
         context = UpdateContext(*model, self.old, sums, prompts, self.rewards, *beside)
         own = self._own_batches(sampled, scores)
+        self.silent = self._is_silent(own.values())
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
         parts = updates_of_round(own, self.batch_sizes, updates, epochs, unit, seed)
@@ -168,7 +171,7 @@ class Learner:
         """Credit the samples of a round, and return this rank's batches; each update weighs rewards in balance anew."""
         sizes, alone = list(self.batch_sizes), None
         if self.balance:
-            by_reward = self.balance.credits(self.recipe.credit, scores)
+            by_reward = credit_by_reward(self.recipe.credit, scores)
             credit, alone = by_reward.sum(-1), torch.split(by_reward, sizes)
         else:
             credit = self.recipe.credit(scores)
@@ -178,6 +181,15 @@ class Learner:
             n: UpdateBatch(batch.rollout, credits[n], groups[n], on_policy=False, by_reward=alone[n] if alone else None)
             for n, batch in zip(numbers, sampled, strict=True)
         }
+
+    def _is_silent(self, batches: Iterable[UpdateBatch]) -> bool:
+        """Whether the samples of a round, on all ranks, have no credit, or make no term of the loss."""
+        whole = [
+            batch if batch.by_reward is None else replace(batch, credit=batch.by_reward.abs().sum(-1))
+            for batch in batches
+        ]
+        credited = any(bool(batch.credit.nan_to_num().any()) for batch in whole)
+        return not any(self.processes.all_gather_object(credited)) or not self._counts(whole).losses
 
     def _warn_of_mismatch(self, index: int, sums: MetricSums) -> None:
         """Warn if the first update of a round replayed other transitions than were sampled."""

@@ -108,7 +108,7 @@ class MemoryCounter:
             if isinstance(part, nn.Module):
                 self.memory.leave_out([*part.parameters(), *part.buffers()])
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
-        self.calls = _Calls(outline.pipeline, self.memory)
+        self.calls = _Calls(outline.pipeline, self.memory, self.kernels)
         self.calls.share_decoding()
         self.recipe, self.sampling = replace(without_networks(recipe), balance=None), sampling
         self.rewards = [replace(reward, function=_random_scores) for reward in rewards]
@@ -234,6 +234,7 @@ class _Calls:
 
     pipeline: MetaPipeline
     memory: CountedMemory
+    kernels: CudaKernels
     sampled: int | None = None
     done: dict[tuple[Any, ...], tuple[int, Tensor]] = field(default_factory=dict)
 
@@ -242,7 +243,8 @@ class _Calls:
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         if torch.is_grad_enabled():
-            return self.pipeline.predict(x, level, conditioning, guidance)
+            with self.kernels:  # a call that is made again in the backward pass is outside of the counter's context
+                return self.pipeline.predict(x, level, conditioning, guidance)
         key = ("predict", x.shape, guidance > 1)
         return self._once(key, x, lambda: self.pipeline.predict(x, level, conditioning, guidance))
 
@@ -316,5 +318,5 @@ class _EightBit(torch.optim.Optimizer):
 def _random_scores(samples: Tensor, prompts: object) -> Tensor:
     """Random scores, or for samples with a gradient what has one, too: the memory of rewards is not counted."""
     if samples.requires_grad:
-        return samples.flatten(1).mean(1)
+        return samples.flatten(1).mean(1).cpu()
     return torch.rand(len(samples), generator=torch.Generator().manual_seed(len(samples)))

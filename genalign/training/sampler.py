@@ -30,7 +30,7 @@ from genalign.runtime.streams import Handover
 from genalign.scoring.score import NamedReward, score
 from genalign.training.out_of_memory import PartSizes
 from genalign.training.settings import FittedSettings
-from genalign.types import Grid, Pipeline, Prompt
+from genalign.types import FeatureFunction, Grid, Pipeline, Prompt
 
 T = TypeVar("T")
 
@@ -171,10 +171,12 @@ class Sampler:
         """Score the final samples of a batch, and the ``completions`` (B, ...) of its stored steps."""
         decoded = self._decode(trajectories.final)
         finite = rows_are_finite(trajectories.final) & rows_are_finite(decoded)
-        samples, scores = blank_nonfinite(decoded), score_finite(self.rewards, decoded, prompts)
-        scores[~finite.cpu()] = torch.nan
-        features = recipe.features(samples).float().cpu() if recipe.features else None
-        columns = [score_finite(self.rewards, self._decode(x0), prompts) for x0 in completions]
+        samples, scores = blank_nonfinite(decoded), score_finite(self.rewards, decoded, prompts, finite)
+        features = features_of_finite(recipe.features, samples, finite) if recipe.features else None
+        columns = list[Tensor]()
+        for x0 in completions:
+            completed = self._decode(x0)
+            columns.append(score_finite(self.rewards, completed, prompts, rows_are_finite(completed)))
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         replayable = trajectories if finite.all() else trajectories.zero_rows(~finite)
         if self.settings.offload_rollouts:
@@ -182,11 +184,23 @@ class Sampler:
         return SampledBatch(replayable, samples if self.keep_samples else None, scores, stepwise, features)
 
 
-def score_finite(rewards: Sequence[NamedReward], decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Score decoded samples (B, ...); scores (B, K) are NaN for samples that are not finite."""
-    scores = score(rewards, blank_nonfinite(decoded), prompts)
-    scores[~rows_are_finite(decoded).cpu()] = torch.nan
+def score_finite(rewards: Sequence[NamedReward], decoded: Tensor, prompts: Sequence[Prompt], finite: Tensor) -> Tensor:
+    """Score decoded samples (B, ...) of the mask ``finite`` (B,) bool alone; the others' scores (B, K) are NaN.
+
+    No reward sees a stand-in for a sample that is not finite, which would compete with the others of its prompt.
+    """
+    if bool(finite.all()):
+        return score(rewards, decoded, prompts)
+    scores, rows = torch.full((len(decoded), len(rewards)), torch.nan), finite.nonzero()[:, 0]
+    if len(rows):
+        scores[rows.cpu()] = score(rewards, decoded[rows], [prompts[row] for row in rows.tolist()])
     return scores
+
+
+def features_of_finite(features: FeatureFunction, samples: Tensor, finite: Tensor) -> Tensor:
+    """Compute features (B, d), float32 on the CPU, of samples (B, ...); NaN where the mask ``finite`` (B,) is False."""
+    values = features(samples).float().cpu()
+    return values if bool(finite.all()) else values.index_fill(0, (~finite).nonzero()[:, 0].cpu(), torch.nan)
 
 
 def blank_nonfinite(decoded: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class TrainerSettings:
         max_nfe: Number of denoiser evaluations of single samples (guidance counts twice) with whose round the run ends,
             if that comes first; null for no limit.
         prompts_per_round: Number of different prompts in a round; null takes 16, or as many as a small prompt set has.
-        group_size: Number of samples of each prompt, which are compared with each other.
+        group_size: Number of samples of each prompt, which are compared with each other; 1 for recipes that compare
+            none, such as sft and kto, on a pool of single samples (``data``).
         batch_size: Largest number of samples that are sampled at once; null takes up to 96. An update's samples are
             divided into batches of nearly equal size, as many on each process.
         micro_batch: Largest number of samples in one backward pass, whose size does not change gradients; null takes
@@ -58,6 +59,8 @@ class TrainerSettings:
         seed: Seed of the prompts' order, of all noise and of a new adapter.
         max_failed_fraction: Fraction of a round's samples without a score above which the run stops.
         max_skipped_updates: Number of consecutive updates with a gradient that is not finite after which the run stops.
+        max_silent_rounds: Number of consecutive rounds without credit for any sample, as where all scores are equal,
+            after which the run stops; null never stops it.
         on_out_of_memory: Whether a run stops if memory runs out, or continues with half as many samples at a time where
             it did: in sampling, in decoding, or in an update. Results change by rounding only.
         deterministic: Whether torch takes only algorithms that give the same bits each time, or stops where it has
@@ -91,6 +94,7 @@ class TrainerSettings:
     seed: int = 0
     max_failed_fraction: float = 0.05
     max_skipped_updates: int = 5
+    max_silent_rounds: int | None = 20
     on_out_of_memory: Literal["stop", "halve"] = "stop"
     deterministic: bool = False
     overlap_scoring: bool = True
@@ -100,7 +104,7 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "micro_batch", "updates_per_round")
-        for name in (*counts, "epochs", "max_skipped_updates"):
+        for name in (*counts, "group_size", "epochs", "max_skipped_updates", "max_silent_rounds"):
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {value}")
@@ -126,8 +130,6 @@ class TrainerSettings:
         self._check_round()
 
     def _check_round(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
         prompts, updates = self.prompts_per_round, self.updates_per_round
         if prompts and updates and prompts % updates:
             raise ValueError(
@@ -136,7 +138,12 @@ class TrainerSettings:
             )
 
     def fit(
-        self, prompts: PromptSet, unit: Unit, processes: ProcessGroup = SINGLE_PROCESS, notice: bool = False
+        self,
+        prompts: PromptSet,
+        unit: Unit,
+        processes: ProcessGroup = SINGLE_PROCESS,
+        notice: bool = False,
+        group_reward: str | None = None,
     ) -> FittedSettings:
         """Choose the sizes of a round that are None.
 
@@ -148,12 +155,14 @@ class TrainerSettings:
             unit: The samples that the loss ties together, which stay in one batch.
             processes: The ranks that share the samples of an update.
             notice: Whether a line in the log names sizes that are smaller for a small prompt set.
+            group_reward: The name of a reward that compares the samples of a group, which no batch may split then.
 
         Raises:
             ValueError: No sizes fit the prompts, the ranks and the sizes that are set.
         """
         distinct = len({prompt.text for prompt in prompts.prompts})
-        least = processes.world_size * (1 if unit == "sample" else self.group_size)  # samples of an update
+        whole = unit != "sample" or group_reward
+        least = processes.world_size * (self.group_size if whole else 1)  # samples of an update
         count, updates = self._prompts_and_updates(min(distinct, _PROMPTS), least)
         per_update = count * self.group_size // updates
         default = max(self.group_size, _SAMPLES // self.group_size * self.group_size)
@@ -163,7 +172,7 @@ class TrainerSettings:
             "batch_size": self.batch_size or min(default, per_update),
             "updates_per_round": updates,
         }
-        fitted = FittedSettings(**(vars(self) | sizes))
+        fitted = FittedSettings(**(vars(self) | sizes | ({"group_reward": group_reward} if group_reward else {})))
         batches = fitted.batch_sizes(unit, processes.world_size)  # refuses sizes that do not fit
         if (
             notice
@@ -206,12 +215,16 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class FittedSettings(TrainerSettings):
-    """Trainer settings with all sizes, as ``TrainerSettings.fit`` returns them."""
+    """Trainer settings with all sizes, as ``TrainerSettings.fit`` returns them.
+
+    ``group_reward`` names a reward that compares the samples of a group, so that batches hold whole groups.
+    """
 
     rounds: int = _ROUNDS
     prompts_per_round: int = _PROMPTS
     batch_size: int = _SAMPLES
     updates_per_round: int = _UPDATES
+    group_reward: str | None = None
 
     def batch_sizes(self, unit: Unit, processes: int = 1) -> tuple[int, ...]:
         """Divide a round into batches, which the ranks take in turn; return their sizes, in the order of the samples.
@@ -226,13 +239,15 @@ class FittedSettings(TrainerSettings):
         Raises:
             ValueError: There are more ranks than units, or a unit does not fit into a batch or micro-batch.
         """
-        multiple, whole = (1, "samples") if unit == "sample" else (self.group_size, "groups")
-        for name in ("batch_size", "micro_batch"):
+        tied = 1 if unit == "sample" else self.group_size  # samples that no batch and no backward pass may separate
+        multiple, whole = (self.group_size, "groups") if tied > 1 or self.group_reward else (1, "samples")
+        for name, of in (("batch_size", multiple), ("micro_batch", tied)):
             size = vars(self)[name]
-            if size and size % multiple:
+            if size and size % of:
+                reason = "" if tied > 1 else f" for reward {self.group_reward!r}"
                 raise ValueError(
-                    f"training.{name} {size} must be a multiple of group_size {multiple}, so that groups stay whole:"
-                    f" try {multiple * max(1, size // multiple)}"
+                    f"training.{name} {size} must be a multiple of group_size {of}, so that groups stay whole{reason}:"
+                    f" try {of * max(1, size // of)}"
                 )
         if unit == "batch" and self.micro_batch and self.micro_batch < self.batch_size:
             raise ValueError("the loss of this recipe ties a whole batch together: leave training.micro_batch out")

@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import zero_std_share
-from genalign.algorithms.interfaces import (
-    MetricSums,
-    RoundScores,
-    traits_of,
-)
+from genalign.algorithms.interfaces import MetricSums, RoundScores
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.redraws import Member
 from genalign.diffusion.policy import Policy
@@ -33,7 +29,7 @@ from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
-from genalign.scoring.score import NamedReward, RewardMonitor, named
+from genalign.scoring.score import NamedReward, RewardMonitor, group_reward, named
 from genalign.training.compatibility import require_fit
 from genalign.training.credit_trial import try_credit
 from genalign.training.learner import Learner
@@ -77,10 +73,11 @@ class Trainer:
         suspects: Path | None = None,
     ) -> None:
         rewards, prompts = named(rewards), PromptSet.of(prompts)
-        pool = pool_of(settings.data, pipeline, settings.group_size) if settings.data else None
+        pool = pool_of(settings.data, pipeline, settings.group_size, policy.processes) if settings.data else None
         prompts = pool.restricted(prompts) if pool else prompts
         self.ledger, self.processes = Ledger(), policy.processes
-        settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
+        grouped = group_reward({reward.name: reward.function for reward in rewards})
+        settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True, group_reward=grouped)
         require_fit(recipe, settings, policy, settings.batch_sizes(recipe.objective.unit, self.processes.world_size))
         if recipe.shifts_noise:
             policy.shift_noise()
@@ -106,7 +103,7 @@ class Trainer:
         # Refuse an impossible recipe before any compute
         try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(steps))
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
-        self.monitor = RewardMonitor(settings.max_failed_fraction)
+        self.monitor = RewardMonitor(settings.max_failed_fraction, settings.max_silent_rounds)
         self.learner = Learner(recipe, settings, self.pipeline, policy, sampling, self.rewards, parts, suspects)
         self.rounds_done = 0
         self.samples = 0
@@ -125,15 +122,17 @@ class Trainer:
         """Sample and train round ``index``; its samples are freed before the caller evaluates."""
         start, billed = time.perf_counter(), self.ledger.copy()
         factor = self.settings.rate_factor(index, self.ledger.nfe)
+        if isinstance(self.sampler, OfflineSampler):
+            _, prompts = self.sampler.draw(prompts, self._name(index))
         batches = self.sample(index, prompts, progress)
         drawn = self.gather_scores(batches, prompts)
         prompts, batches, scores, further = self._redrawn(index, prompts, batches, drawn, progress)
-        silent_share = zero_std_share(scores.combined, scores.group)
         if self.samples == 0:
             self.monitor.compare(self.rewards, drawn.scores)
-        self.monitor.see(drawn.scores, silent_share == 1.0 and traits_of(self.recipe.objective).needs_spread)
+        self.monitor.see_scores(drawn.scores)
         reward_metrics = self._update_rewards(batches, prompts, scores.group)
         sums = self.learner.learn(index, prompts, batches, scores, self.kernel, progress, factor)
+        self.monitor.see_round(self.learner.silent)
         self.learner.after_round(index)
         noise_metrics = self.noise.after_round(index, self._steps(index), scores) if self.noise else {}
         self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
@@ -142,7 +141,8 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         metrics = reward_metrics | noise_metrics | (self.learner.balance.metrics() if self.learner.balance else {})
         if self.recipe.redraw:
-            metrics |= {"redrawn_samples": float(further), "trained_zero_std_share": silent_share}
+            trained = zero_std_share(scores.combined, scores.group)
+            metrics |= {"redrawn_samples": float(further), "trained_zero_std_share": trained}
         return self._result(index, drawn, sums, metrics)
 
     @property
@@ -166,11 +166,15 @@ class Trainer:
 
         Only some ``members`` are drawn if they are given, see ``Sampler``.
         """
-        recipe, name = replace(self.recipe, kernel=self.kernel), f"{self.settings.seed}/{index}"
-        arguments = (recipe, self._steps(index), prompts, name, self.processes, progress)
+        recipe = replace(self.recipe, kernel=self.kernel)
+        arguments = (recipe, self._steps(index), prompts, self._name(index), self.processes, progress)
         old = self.learner.old
         with contextlib.nullcontext() if old is None else self.policy.using(old):
             return list(self.sampler(*arguments) if members is None else self.sampler(*arguments, members))
+
+    def _name(self, index: int) -> str:
+        """The seed of what round ``index`` draws."""
+        return f"{self.settings.seed}/{index}"
 
     def _steps(self, index: int) -> tuple[int, ...]:
         """Choose the steps to store and train in round ``index``."""

@@ -37,18 +37,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DiscriminatorSettings:
-    """How a reward is trained: Adam(``learning_rate``, betas (0.5, 0.999)), in float32.
+    """How a reward is trained: by Adam with betas (0.5, 0.999), in float32.
 
-    An update makes ``steps_per_update`` optimizer steps, each on ``batch_size`` pairs of a reference and a generated
-    sample; a fraction ``fresh`` of the generated ones is from this round, the others from earlier rounds, of which the
-    last ``replay`` samples are stored (0 stores none). The ranks of a run share the pairs of a step. ``batch_size``
-    also bounds every forward pass.
+    The ranks of a run share the pairs of a step.
 
-    ``gradient_penalty`` weighs a penalty that bounds how steep the reward is, 0 for none: (norm -
-    ``gradient_target``)^2 of the gradient of the scaled logit at a random point between the reference and the sample of
-    each pair (WGAN-GP, arXiv 1704.00028, eq. 3, with the weight 10; of adversarially learned rewards, arXiv
+    The gradient penalty is (norm - ``gradient_target``)^2 of the gradient of the scaled logit at a random point between
+    the reference and the sample of each pair (WGAN-GP, arXiv 1704.00028, eq. 3; of adversarially learned rewards, arXiv
     2006.16785). The gradient is for the features that the logit is read from, where the scorer is a head on frozen ones
     (``FeatureScorer``), and for the sample of any other scorer, which must be differentiable.
+
+    Args:
+        loss: The loss of a pair of a reference and a generated sample: "hinge" (Adv-GRPO, eqs. 12-14), or
+            "bt_pairwise", Bradley and Terry's, see ``genalign.reward_learning.adversarial_losses``.
+        learning_rate: The learning rate of Adam.
+        steps_per_update: The number of optimizer steps in a round in which the reward is trained.
+        batch_size: The number of pairs in an optimizer step, and the largest number of samples in a forward pass.
+        replay: The number of generated samples of earlier rounds that are stored, the latest ones; 0 stores none.
+        fresh: The fraction of a step's generated samples, in (0, 1], that are from this round; the others are replayed.
+        seed: The seed of all draws: of pairs, of patches and of the weights of a default head.
+        gradient_penalty: The weight of the penalty, which bounds how steep the reward is; 0 for none, 10 in WGAN-GP.
+        gradient_target: The norm of the gradient for which the penalty is 0.
     """
 
     loss: LossName = "hinge"
@@ -141,6 +149,10 @@ class Adversary:
         self.replay = ReplayBuffer(learning.replay)
         self.snapshot = ScoringWeights(0, _copies(self.trained))
         self._rounds, self._training = 0, True
+
+    def require_references(self, prompt: Prompt) -> None:
+        """Raise ValueError where there are no references for ``prompt``."""
+        self.references.rows(prompt)
 
     @property
     def version(self) -> int:
@@ -372,6 +384,11 @@ class PatchWeights:
 
     The patches are drawn anew for each snapshot, the same for its scores and its training and on every rank. Both the
     score and the loss use the weights.
+
+    Args:
+        global_weight: The weight of the image's logit, 0 or more.
+        local_weight: The weight of the mean of the patch logits, 0 or more; 0 leaves patches out.
+        n_patches: The number of patches that are drawn, at most those of the features.
     """
 
     global_weight: float = 0.7

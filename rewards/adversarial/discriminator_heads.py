@@ -52,13 +52,19 @@ class HeadScorer(FeatureScorer):
 class AdversarialReward(Adversary):
     """Adv-GRPO's reward by a vision foundation model (arXiv 2511.20256, eqs. 9-14): a head on frozen features.
 
-    The same ``features`` serve training and scoring; patch logits need ``PatchFeatures``, and a function of global
-    features alone needs ``PatchWeights(local_weight=0)``. ``head`` maps (..., d) to (..., 1), by default ``mlp_head``.
-    The score is the weighted logit.
+    The same features serve training and scoring. The score is the weighted logit.
 
     The paper makes ten steps of the discriminator for one of the generator: here by ten ``steps_per_update`` in every
-    round (``Ratio()``, the default rule). Raises ValueError where features, head and weights do not fit together; opens
-    the features for that.
+    round. Raises ValueError where features, head and weights do not fit together; opens the features for that.
+
+    Args:
+        features: The features of a frozen model, with patches (``rewards.backbones.encoders.PatchFeatures``); a
+            function of global features alone needs ``local_weight`` 0.
+        references: Images to tell generated ones from, by prompt or as a pool.
+        head: The trained head, from features (..., d) to logits (..., 1); null takes ``mlp_head``.
+        weights: The weights of the logits of the image and of its patches.
+        update_rule: In which rounds the head is trained; null takes ``Ratio()``, which is every round.
+        learning: Loss, optimizer and batches.
     """
 
     def __init__(

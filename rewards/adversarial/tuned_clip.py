@@ -10,9 +10,16 @@ from rewards.clip import ClipReward
 
 
 class TunedClipReward(TunedPreferenceReward):
-    """``TunedPreferenceReward`` of ``ClipReward``, whose ``model`` and ``processor`` it takes.
+    """``TunedPreferenceReward`` of ``ClipReward``: the last visual blocks learn, on cosines times the logit scale.
 
-    Its last ``blocks`` visual blocks learn, on cosines times the model's logit scale.
+    Args:
+        model: An embedded CLIP ("shapes-clip"), an open_clip folder, a transformers folder or a Hub id.
+        references: Images to tell generated ones from, by prompt or as a pool.
+        blocks: The number of visual blocks that learn, counted from the last.
+        processor: The folder or Hub id of the tokenizer and image processor, where a transformers checkpoint has none
+            beside its weights; null for the model's own.
+        update_rule: In which rounds the blocks are trained; null takes ``Overtake()``.
+        learning: Loss, optimizer and batches.
     """
 
     def __init__(

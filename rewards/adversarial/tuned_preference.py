@@ -66,11 +66,20 @@ class TunedNetwork(nn.Module):
 class TunedPreferenceReward(Adversary):
     """An adversarially tuned preference reward (Adv-GRPO, arXiv 2511.20256, section 4.2).
 
-    The score is that of ``reward``, at first with its own weights. The last ``blocks`` blocks of its network learn that
-    a reference of a prompt beats a generated sample of it (Bradley-Terry on scores times the network's logit scale),
-    when generated ones score higher (``Overtake()``, the default rule). The blocks are those of the image encoder; of
-    ImageReward first these and then those of the text encoder, which attends to the image, and its head stays as it is;
-    of a learned reward the heads of all members, as one block. Raises ValueError as ``TunedNetwork`` does.
+    The score is that of ``reward``, at first with its own weights. The last blocks of its network learn that a
+    reference of a prompt beats a generated sample of it (Bradley-Terry on scores times the network's logit scale).
+    Raises ValueError as ``TunedNetwork`` does.
+
+    Args:
+        reward: The reward, with weights in float32: a learned one, ``rewards.clip.ClipReward``,
+            ``rewards.pickscore.PickScoreReward``, ``rewards.hps.HPSReward`` or ``rewards.imagereward.ImageReward``.
+        references: Images to tell generated ones from, by prompt or as a pool.
+        blocks: The number of blocks that learn, counted from the last. They are those of the image encoder; of
+            ImageReward first these and then those of the text encoder, which attends to the image, and its head stays
+            as it is; of a learned reward the heads of all members, as one block.
+        update_rule: In which rounds the blocks are trained; null takes ``Overtake()``, when generated samples score
+            higher than references.
+        learning: Loss, optimizer and batches.
     """
 
     def __init__(

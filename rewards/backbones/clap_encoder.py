@@ -49,15 +49,17 @@ class ClapEncoder(DualEncoder):
 
         The embedding of a long clip is the mean over its windows. Spectrograms as ``spectra`` makes them are taken too.
         """
-        if waveforms.ndim == 5:
-            return self.embed_spectra(waveforms)[0]
         return self.features(waveforms, rate).global_
 
     def features(self, waveforms: Tensor, rate: int) -> Features:
         """Compute the embeddings of ``forward``, and unit embeddings of the frames (B, n, d).
 
-        Frames are the last layer's tokens, averaged over frequency and projected. Frames of padding are left out.
+        Frames are the last layer's tokens, averaged over frequency and projected. Frames of padding are left out, but
+        of spectrograms, whose padding is not known.
         """
+        if waveforms.ndim == 5:
+            whole, frames = self.embed_spectra(waveforms)
+            return Features(whole, frames.flatten(1, 2))
         clips = self._clips(waveforms, rate)
         whole, frames = self.embed_spectra(self._spectra(clips))
         unpadded = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.length))

@@ -48,13 +48,20 @@ class _Cache:
 
 @dataclass(frozen=True)
 class RemoteReward:
-    """The scores of the server at ``url``, such as http://127.0.0.1:8000.
+    """The scores of a reward that ``genalign serve`` serves elsewhere.
 
-    Images travel as 8-bit PNG, waveforms at the server's sample rate as float WAV. The environment variable
-    ``token_variable`` holds the server's token, if it needs one. At most ``concurrency`` requests of ``batch_size``
-    samples are under way. With a ``version``, a server of any other version is refused, so that all machines of a run
-    are scored by the same one. The last ``cache`` scores are cached: set 0 for a reward that is meant to vary. A sample
-    that could not be scored is NaN, with a warning; with ``failures`` "raise" it raises RemoteError.
+    Images travel as 8-bit PNG, waveforms at the server's sample rate as float WAV.
+
+    Args:
+        url: The address of the server, such as http://127.0.0.1:8000.
+        token_variable: The environment variable that holds the server's token, if it needs one.
+        batch_size: The largest number of samples in a request.
+        concurrency: The largest number of requests under way at once.
+        version: The version that the server must have, so that all machines of a run are scored by the same one; null
+            takes any.
+        cache: The number of scores that are cached, the latest ones: 0 for a reward that is meant to vary.
+        failures: What a sample that could not be scored gives: "nan", with a warning, or "raise" for a RemoteError.
+        patience: How long to wait for the server, and how often to try again.
     """
 
     url: str

@@ -56,11 +56,17 @@ _CRITERIA = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """``model`` at ``url``, such as http://127.0.0.1:8000/v1.
+    """A model on a server that speaks OpenAI's chat completions.
 
-    The environment variable ``key_variable`` holds the server's key. ``extra`` goes into every request as it is: turn
-    off the thinking of a model whose first token is read, such as by {"chat_template_kwargs": {"enable_thinking":
-    false}} on vLLM and SGLang.
+    Args:
+        url: The address of the server, such as http://127.0.0.1:8000/v1.
+        model: The name of the model on the server.
+        key_variable: The environment variable that holds the server's key, if it needs one.
+        concurrency: The largest number of requests under way at once.
+        seed: The seed that every request has; null for none.
+        extra: Fields that go into every request as they are. Turn off the thinking of a model whose first token is
+            read, such as by {"chat_template_kwargs": {"enable_thinking": false}} on vLLM and SGLang.
+        patience: How long to wait for the server, and how often to try again.
     """
 
     url: str
@@ -201,8 +207,12 @@ def _schema(properties: Mapping[str, Any]) -> dict[str, Any]:
 class GradedJudge:
     """The expected grade, sum k P(k) over the digits ``low`` to ``high``, scaled to [0, 1].
 
-    With a ``penalty``, that many standard deviations of P are subtracted, so that a judge that is unsure gives less.
-    The question says what the grades mean; ``{prompt}`` in it is replaced by the prompt.
+    Args:
+        endpoint: The model that judges, on a server that gives log-probabilities.
+        question: The question, which says what the grades mean; ``{prompt}`` in it is replaced by the prompt.
+        low: The lowest grade, a digit.
+        high: The highest grade, a digit.
+        penalty: The number of standard deviations of P that are subtracted, so that a judge that is unsure gives less.
     """
 
     endpoint: Endpoint
@@ -239,8 +249,16 @@ class GradedJudge:
 class WrittenJudge:
     """The grade that a judge states at the end of a written answer, scaled from ``low`` .. ``high`` to [0, 1].
 
-    For judges that were trained to reason, and servers without log-probabilities. ``pattern`` has one group, the
-    number; its last match counts, and a grade outside of the range is NaN.
+    For judges that were trained to reason, and servers without log-probabilities. A grade outside of the range is NaN.
+
+    Args:
+        endpoint: The model that judges, and its server.
+        question: The question, which says what to write and in which form; ``{prompt}`` in it is replaced by the
+            prompt.
+        pattern: The regular expression that finds the grade, with one group, the number; its last match counts.
+        low: The lowest grade of the range.
+        high: The highest grade of the range.
+        max_tokens: The largest number of tokens of an answer.
     """
 
     endpoint: Endpoint
@@ -268,9 +286,18 @@ class WrittenJudge:
 class WrittenRubricJudge:
     """The mean of several grades that a judge states in lines of one written answer, scaled to [0, 1].
 
-    The lines have the form of UnifiedReward's, as in "Alignment Score (1-5): 3.5", with a name of ``names`` at the
-    beginning, and decimals where the judge writes them; the last line of a name counts. The question is followed by the
-    form of the lines. For each grade as a reward of its own, put the judge into ``rewards.dimensions.DimensionReward``.
+    The lines have the form of UnifiedReward's, as in "Alignment Score (1-5): 3.5", with decimals where the judge writes
+    them; the last line of a name counts. For each grade as a reward of its own, put the judge into
+    ``rewards.dimensions.DimensionReward``.
+
+    Args:
+        endpoint: The model that judges, and its server.
+        names: The names of the grades, one at the beginning of each line.
+        question: The question, after which the form of the lines is stated; ``{prompt}`` in it is replaced by the
+            prompt.
+        low: The lowest grade of the range.
+        high: The highest grade of the range.
+        max_tokens: The largest number of tokens of an answer.
     """
 
     endpoint: Endpoint
@@ -315,9 +342,16 @@ class WrittenRubricJudge:
 class RubricJudge:
     """The mean grade over several criteria, each a whole number from ``low`` to ``high``, scaled to [0, 1].
 
-    For servers that hold an answer to a JSON schema ("response_format": vLLM, SGLang, llama.cpp, OpenAI). ``criteria``
-    has what is graded, by name. For each criterion as a reward of its own, put the judge into
-    ``rewards.dimensions.DimensionReward``.
+    For servers that hold an answer to a JSON schema ("response_format": vLLM, SGLang, llama.cpp, OpenAI). For each
+    criterion as a reward of its own, put the judge into ``rewards.dimensions.DimensionReward``.
+
+    Args:
+        endpoint: The model that judges, and its server.
+        criteria: The text of each criterion, by its name.
+        question: The question, after which the criteria are listed; ``{prompt}`` in it is replaced by the prompt.
+        low: The lowest grade, a whole number.
+        high: The highest grade, a whole number.
+        max_tokens: The largest number of tokens of an answer.
     """
 
     endpoint: Endpoint

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,28 +16,29 @@ from genalign.algorithms.interfaces import RoundScores
 from genalign.types import Prompt, Reward
 from rewards.clip import ClipReward
 from rewards.combine import (
+    DeviationPenalty,
     DirectionalCorrection,
     EnsembleCredit,
     Gate,
     HarmonicMean,
     MeanMinusVariance,
+    NominalAndWorst,
     Product,
     Standardized,
     TextRelativeReward,
     UncertaintyDiscount,
+    VariancePenalty,
     WeightedSum,
     WorstCase,
     embedded,
     guided_text,
     learned_direction,
-    mean_minus_std,
-    mean_minus_variance,
     median,
-    nominal_and_worst,
     save_direction,
     worst_case,
 )
-from rewards.shaped import LogSigmoidCentered
+from rewards.constrained import Constrained
+from rewards.shaped import LogSigmoidCentered, Residualized
 
 NAN = math.nan
 PROMPTS = [Prompt("a"), Prompt("a"), Prompt("b")]
@@ -72,20 +74,22 @@ def test_sums_products_and_the_worst() -> None:
 def test_the_variance_is_taken_off_and_not_the_deviation() -> None:
     """Scores 1, 3, 5: mean 3, variance 8/3 with ddof 0 and 4 with ddof 1, half as much again."""
     scores = torch.tensor([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]])
-    assert mean_minus_variance(scores).tolist() == near(3 - 0.5 * 8 / 3, 2)
-    assert mean_minus_variance(scores, 0.1, ddof=1).tolist() == near(3 - 0.1 * 4, 2)
+    assert VariancePenalty(0.5, ddof=0)(scores).tolist() == near(3 - 0.5 * 8 / 3, 2)
+    assert VariancePenalty()(scores).tolist() == near(3 - 0.1 * 4, 2)
     assert worst_case(scores).tolist() == [1, 2]
     assert scored(MeanMinusVariance([A, B, C], 0.5)) == near(3 - 0.5 * 8 / 3, 2, NAN)
     with pytest.raises(ValueError, match="ddof 1 needs more than 1 scores, not 1"):
-        mean_minus_variance(scores[:, :1], ddof=1)
+        VariancePenalty()(scores[:, :1])
 
 
 POOLS = {
     worst_case: [1, 2, 0],
-    mean_minus_variance: [3 - 0.5 * 8 / 3, 2, 0.2222222222],
+    VariancePenalty(0.5, ddof=0): [3 - 0.5 * 8 / 3, 2, 0.2222222222],
+    VariancePenalty(): [3 - 0.1 * 4, 2, 1.2333333333],
     median: [3, 2, 1],
-    mean_minus_std: [1.3670068381, 2, -0.0330065045],
-    nominal_and_worst: [2, 2, 0.8333333333],
+    DeviationPenalty(): [1.3670068381, 2, -0.0330065045],
+    NominalAndWorst(): [2, 2, 0.8333333333],
+    NominalAndWorst(0.7): [2.4, 2, 1.1666666667],
 }
 
 
@@ -96,12 +100,14 @@ def test_pools_of_an_ensemble() -> None:
         assert pool(scores.index_fill(1, torch.tensor([1]), NAN)).isnan().all()  # a member without a score
         twins = torch.tensor([[0.3, 0.3], [-2.0, -2.0]])
         assert pool(twins).tolist() == near(0.3, -2.0)  # of equal members all agree
-        assert bool((worst_case(scores) <= pool(scores)).all()) or pool in (mean_minus_variance, mean_minus_std)
-    assert nominal_and_worst(scores, nominal=0.7).tolist() == near(2.4, 2, 1.1666666667)
-    assert torch.equal(mean_minus_std(scores, penalty=0.0), scores.mean(1))
+        penalized = isinstance(pool, VariancePenalty | DeviationPenalty)
+        assert bool((worst_case(scores) <= pool(scores)).all()) or penalized
+    assert torch.equal(DeviationPenalty(penalty=0.0)(scores), scores.mean(1))
     assert median(torch.tensor([[1.0, 4.0]])).tolist() == [2.5]
     with pytest.raises(ValueError, match="ddof 1 needs more than 1 scores, not 1"):
-        mean_minus_std(scores[:, :1], ddof=1)
+        DeviationPenalty(ddof=1)(scores[:, :1])
+    with pytest.raises(ValueError, match=r"the weight of the mean, in \[0, 1\], not 1\.5"):
+        NominalAndWorst(1.5)
 
 
 def test_the_harmonic_mean_of_two_similarities() -> None:
@@ -160,6 +166,52 @@ def outcome(scores: Tensor, weights: Sequence[float]) -> RoundScores:
     return RoundScores(scores, tuple(weights), torch.arange(len(scores)) // 4)
 
 
+def _mean(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class BlackBox:
+    """A verifier, whose scores have no gradient."""
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return _mean(samples.detach(), prompts)
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [
+        WeightedSum([_mean, BlackBox()], [1.0, 0.5]),
+        Product([_mean, BlackBox()]),
+        HarmonicMean([BlackBox(), _mean]),
+        WorstCase([_mean, BlackBox()]),
+        MeanMinusVariance([_mean, BlackBox()]),
+        Gate(BlackBox(), _mean, 0.0),
+        Residualized(_mean, BlackBox(), 1.0, 0.0),
+        Constrained({"a": _mean, "b": BlackBox()}, {"a": 1.0, "b": 1.0}),
+        Standardized(WorstCase([_mean, BlackBox()]), 0.0, 1.0),
+    ],
+    ids=lambda combination: type(combination).__name__,
+)
+def test_a_member_without_a_gradient_is_refused_where_one_is_followed(combination: Reward) -> None:
+    """Its score would be a constant, and the gradient that of the other members alone."""
+    leaf = torch.rand(3, 3, 2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^BlackBox, a part of a combination of rewards, has no gradient: make it"):
+        combination(leaf, PROMPTS)
+    with torch.no_grad():
+        combination(leaf, PROMPTS)
+    combination(leaf.detach(), PROMPTS)
+
+
+def test_a_member_that_is_a_constant_on_purpose_needs_no_gradient() -> None:
+    leaf = torch.rand(3, 3, 2, 2, requires_grad=True)
+    for combination in (WeightedSum([_mean, BlackBox()], [1.0, 0.0]), Gate(_mean, BlackBox(), 0.0)):
+        (gradient,) = torch.autograd.grad(combination(leaf, PROMPTS).sum(), leaf)
+        torch.testing.assert_close(gradient, torch.full_like(leaf, 1 / 12))
+    with pytest.raises(ValueError, match=r"^Standardized of BlackBox, a part"):
+        WorstCase([_mean, Standardized(BlackBox(), 0.0, 1.0)])(leaf, PROMPTS)
+
+
 def test_ensembles_compare_within_the_group() -> None:
     """One member is shifted by a constant per group and stretched, which changes nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +228,19 @@ def test_ensembles_compare_within_the_group() -> None:
     expected = (least - least.mean(1, keepdim=True)) / least.std(1, correction=0, keepdim=True)
     credit = EnsembleCredit()(outcome(torch.stack([first, second], 1), [1.0, 1.0]))
     torch.testing.assert_close(credit, expected.flatten(), rtol=0, atol=2e-3)
+
+
+def test_a_negative_weight_turns_a_member_around() -> None:
+    """Members that agree but for the sign: their disagreement is 0, and their least is either."""
+    scores = torch.tensor([[2.0, -9.0], [0.0, -5.0], [2.0, -9.0], [0.0, -5.0]])
+    plain = GroupRelative()(outcome(scores[:, :1], [1.0]))
+    for pool in POOLS:
+        credit = EnsembleCredit(pool)(outcome(scores, [0.5, -2.0]))
+        torch.testing.assert_close(credit, plain, rtol=0, atol=1e-3)
+    unchanged = UncertaintyDiscount(lambda found: plain, 5.0)(outcome(scores, [0.5, -2.0]))
+    torch.testing.assert_close(unchanged, plain, rtol=0, atol=1e-3)
+    torn = UncertaintyDiscount(lambda found: plain, 5.0)(outcome(scores, [0.5, 2.0]))
+    assert float(torn.abs().max()) < 0.01  # z-scores of 1 and -1 differ by a deviation of 1: exp(-5)
 
 
 def test_an_ensemble_has_two_rewards() -> None:

@@ -13,7 +13,7 @@ from genalign.algorithms.interfaces import RoundScores
 from genalign.cli import parsing
 from genalign.cli.train_settings import Train
 from genalign.types import Prompt
-from rewards.combine import save_direction
+from rewards.combine import EnsembleCredit, VariancePenalty, save_direction
 
 SIZE, RED = (
     "rewards.jpeg.compressibility",
@@ -71,10 +71,10 @@ GROUP_RELATIVE = {"class_path": "genalign.algorithms.credit.GroupRelative"}
     ("name", "arguments"),
     [
         (ENSEMBLE, {}),
-        (ENSEMBLE, {"pool": "rewards.combine.mean_minus_variance"}),
         (ENSEMBLE, {"pool": "rewards.combine.median"}),
-        (ENSEMBLE, {"pool": "rewards.combine.mean_minus_std"}),
-        (ENSEMBLE, {"pool": "rewards.combine.nominal_and_worst"}),
+        (ENSEMBLE, {"pool": {"class_path": "rewards.combine.VariancePenalty"}}),
+        (ENSEMBLE, {"pool": {"class_path": "rewards.combine.DeviationPenalty", "init_args": {"penalty": 0.5}}}),
+        (ENSEMBLE, {"pool": {"class_path": "rewards.combine.NominalAndWorst", "init_args": {"nominal": 0.7}}}),
         ("rewards.combine.UncertaintyDiscount", {"credit": {"class_path": ENSEMBLE}, "strength": 2.0}),
         ("rewards.combine.UncertaintyDiscount", {"credit": GROUP_RELATIVE}),
         (f"{BALANCE}.CorrelationWeighted", {"temperature": 1.0}),
@@ -91,3 +91,11 @@ def test_credits_over_several_rewards_are_configured(tmp_path: Path, name: str, 
     settings = parse(tmp_path, {"recipe": {"class_path": "genalign.with_credit", "init_args": recipe}})
     scores = RoundScores(torch.rand(8, 3), (1.0, 1.0, 0.0), torch.arange(8) // 4, names=("a", "b", "c"))
     assert settings.recipe.credit(scores).shape == (8,)
+
+
+def test_the_parameters_of_a_pool_are_settings(tmp_path: Path) -> None:
+    pool = {"class_path": "rewards.combine.VariancePenalty", "init_args": {"penalty": 0.5, "ddof": 0}}
+    credit = {"class_path": ENSEMBLE, "init_args": {"pool": pool}}
+    recipe = {"recipe": {"class_path": "genalign.flow_grpo"}, "credit": credit}
+    settings = parse(tmp_path, {"recipe": {"class_path": "genalign.with_credit", "init_args": recipe}})
+    assert settings.recipe.credit == EnsembleCredit(VariancePenalty(0.5, ddof=0))

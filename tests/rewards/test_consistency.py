@@ -33,7 +33,7 @@ def test_a_sample_is_compared_with_the_others_of_its_prompt() -> None:
     assert bool(scores[5].isnan())
     equal = GroupConsistencyReward(FeatureCosine(means))(samples[:1].expand(3, -1, -1, -1), [cat] * 3)
     torch.testing.assert_close(equal, torch.ones(3))
-    with pytest.raises(ValueError, match="consistency needs 2 samples or more of a prompt"):
+    with pytest.raises(ValueError, match="each of these prompts has one, such as 'a cat': raise group_size"):
         GroupConsistencyReward(_closeness)(samples[:2], [cat, dog])
 
 

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.recipes import flow_grpo
+from genalign.cli.base_samples import referenced
+from genalign.cli.generation_settings import RewardChoice
+from genalign.scoring.score import NamedReward, parts
+from genalign.training.credit_trial import try_credit
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, TrainableReward
 from pipelines import SD3
 from rewards.constrained import Constrained, moved_multipliers
+from rewards.pairwise import BradleyTerry, WinRateReward
+from rewards.shaped import PreferenceAsReward
 from tests.genalign.training.toy_runs import SETTINGS, redness, toy_trainer
 
 PROMPTS = [Prompt("a"), Prompt("b"), Prompt("b")]
@@ -75,6 +81,22 @@ def test_rounds_move_the_weights_and_a_state_resumes_them(tiny_folder: Path) -> 
     again, restored = trainer()
     again.restore(run.state())
     assert restored.weights == reward.weights
+
+
+def test_what_it_holds_is_seen_by_warnings_and_commands(caplog: pytest.LogCaptureFixture) -> None:
+    bounded = PreferenceAsReward(redness, "refs.json")
+    reward = Constrained({"red": redness, "bounded": bounded}, {"red": 1.0, "bounded": 1.0})
+    assert [place for place, part in parts(reward) if part is bounded] == ["rewards.bounded"]
+    assert referenced(RewardChoice(reward)) == [bounded]
+    try_credit(flow_grpo(), [NamedReward("capped", reward)], prompts=3, group_size=4, steps=2)
+    assert "reward 'capped' levels off (PreferenceAsReward), but the credit GroupRelative" in caplog.text
+
+
+def test_a_reward_of_groups_is_not_constrained() -> None:
+    """Its samples are scored in parts once more."""
+    rewards = {"red": redness, "wins": WinRateReward(BradleyTerry(redness))}
+    with pytest.raises(ValueError, match="reward 'wins' compares the samples of a prompt with each other"):
+        Constrained(rewards, {"red": 1.0, "wins": 1.0})
 
 
 def test_a_constraint_without_a_limit_is_named() -> None:

@@ -37,6 +37,7 @@ from genalign.reward_learning.uncertainty import LastLayerLaplace
 from genalign.runtime.files import load_state, save_state
 from genalign.runtime.media import AudioMedium, write_samples
 from genalign.types import Prompt, Reward
+from genalign.worlds.tones import SAMPLE_RATE
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.siglip_encoder import load_siglip
 from rewards.learned import LearnedReward
@@ -88,6 +89,7 @@ MAKERS: dict[str, Callable[[Path], RewardEncoder]] = {
     "dinov2 blocks": lambda folder: DinoTokens(str(save_dino(folder, 2)), blocks=1),
     "clap": lambda folder: ClapTokens(str(tiny_clap.write_clap(folder)), tiny_clap.RATE, tokens="parts"),
     "clap lora": lambda folder: ClapTokens(str(tiny_clap.write_clap(folder)), tiny_clap.RATE, lora_rank=2),
+    "tones-clap": lambda folder: ClapTokens("tones-clap", SAMPLE_RATE),
     "llava": lambda folder: YesTokenLogits(str(save_llava(folder, WORDS, TEMPLATE)), ["is {prompt} red"], lora_rank=2),
     "qwen2-vl": lambda folder: YesTokenLogits(str(save_qwen(folder)), ["is {prompt} red", "two squares"], lora_rank=2),
 }
@@ -152,6 +154,23 @@ def test_tokens_have_a_gradient_in_samples_and_in_what_is_trained_alone(name: st
         assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients[1:]) > 0
     alone = encoder(samples[1:2], PROMPTS[1:2])
     torch.testing.assert_close(alone, tokens[1:2], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["open_clip lora", "dinov2 blocks", "llava"])
+def test_a_trained_encoder_learns_from_images_of_several_sizes(name: str, tmp_path: Path) -> None:
+    encoder, generator = MAKERS[name](tmp_path / "model"), torch.Generator().manual_seed(0)
+    files = list[Path]()
+    for place, size in enumerate(((40, 40), (56, 48), (40, 40), (40, 40))):
+        folder = tmp_path / str(place)
+        files += [folder / name for name in write_samples(torch.rand(1, 3, *size, generator=generator), folder, 0)]
+    items = [Item(prompt, JudgedSample(file), str(file)) for prompt, file in zip(PROMPTS, files, strict=True)]
+    live = LiveTokens(encoder, items, torch.empty(4, 0), batch_size=2)
+    tokens = live.tokens(torch.arange(4))
+    alone = [encoder(item.sample.read()[None], [item.prompt]) for item in items]
+    torch.testing.assert_close(tokens, torch.cat(alone), rtol=0, atol=1e-4)
+    trained = [weight for weight in encoder.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(tokens[1].square().sum(), trained, allow_unused=True)  # of the other size
+    assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
 
 
 def test_pooled_tokens_mix_the_units_of_sample_and_text() -> None:
@@ -266,12 +285,17 @@ def test_pools_that_compare_members_warn_where_their_prompts_have_no_common_orig
     images = torch.zeros(1, 3, 64, 64)
     LearnedReward(saved, pool="mean")(images, PROMPTS[:1])
     assert not caplog.records
+    for _ in range(2):
+        LearnedReward(saved).uncertainty(images, PROMPTS[:1])
+    assert "and the uncertainty mostly follows these constants" in caplog.records.pop().getMessage()
+    assert not caplog.records  # it is said once
     for pool in ("min", "mean_minus_std"):
         LearnedReward(saved, pool=pool)(images, PROMPTS[:1])
         assert "was trained without Centering" in caplog.records.pop().getMessage()
     tensors, meta = load_state(saved / REWARD)
     save_state(tmp_path / "centered.safetensors", tensors, {**meta, "centered": True})
     LearnedReward(tmp_path / "centered.safetensors", pool="min")(images, PROMPTS[:1])
+    LearnedReward(tmp_path / "centered.safetensors").uncertainty(images, PROMPTS[:1])
     assert not caplog.records
 
 
@@ -327,9 +351,18 @@ def test_a_reward_with_a_posterior_has_an_uncertainty(tmp_path: Path) -> None:
     save_reward(tmp_path / REWARD, network, description, [])
     with pytest.raises(ValueError, match="has one member and no posterior"):
         LearnedReward(tmp_path).uncertainty(images, PROMPTS)
+    with pytest.raises(ValueError, match=r"or train it with fit\.members of 2 or more, or with uncertainty"):
+        LearnedReward(tmp_path, pool="mean_minus_std")(images, PROMPTS)
     save_reward(tmp_path / REWARD, network, description, laplace_posteriors(training, LastLayerLaplace(1.0)))
     deviation = LearnedReward(tmp_path).uncertainty(images, PROMPTS)
     assert deviation.shape == (4,) and (deviation > 0).all()
+    pixels = images.clone().requires_grad_(True)
+    scores = LearnedReward(tmp_path, pool="mean_minus_std")(pixels, PROMPTS)
+    torch.testing.assert_close(scores, LearnedReward(tmp_path)(images, PROMPTS) - deviation)
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    with pytest.raises(ValueError, match="pool 'min' compares the members of an ensemble, and this reward has one"):
+        LearnedReward(tmp_path, pool="min")(images, PROMPTS)
     assert RewardFile.read(tmp_path).posteriors[0].precision == 1.0
 
 

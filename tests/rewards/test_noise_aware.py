@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genalign.reward_learning.heads import MLPHead
+from genalign.reward_learning.network import RewardEncoder
 from genalign.reward_learning.noise_aware import Distillation, LevelQuality, PreviewDataset, RewardIdentity, distill
+from genalign.reward_learning.reward_file import REWARD, RewardDescription, save_reward
+from genalign.reward_learning.training import build_network
 from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from genalign.types import Prompt, RewardFunction
 from genalign.worlds.shapes import prompts, render_metadata
@@ -17,6 +21,8 @@ from rewards.aesthetic import AestheticReward
 from rewards.backbones.clap_encoder import load_clap
 from rewards.clap import ClapReward
 from rewards.clip import ClipReward
+from rewards.learned import LearnedReward
+from rewards.learned_encoders import ClapTokens, ClipTokens
 from rewards.noise_aware import LatentClapDistilled, SelfDistilled, load_scorer, save_scorer
 from rewards.pickscore import PickScoreReward
 from rewards.regressor import Regressor, RegressorReward
@@ -32,6 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rewards")
 
 
+def learned_reward(folder: Path, encoder: RewardEncoder) -> LearnedReward:
+    """A reward by three members with random weights, less their deviation."""
+    network, shape = build_network(encoder, MLPHead(8), 1, 3, 0), MLPHead(8)
+    save_reward(folder / REWARD, network, RewardDescription.of(network, shape, ("overall",), centered=True), [])
+    return LearnedReward(folder, pool="mean_minus_std")
+
+
 @pytest.fixture(scope="module")
 def rewards(folder: Path) -> dict[str, tuple[RewardFunction, Tensor]]:
     """Rewards on encoders of each kind, with samples for them."""
@@ -42,6 +55,10 @@ def rewards(folder: Path) -> dict[str, tuple[RewardFunction, Tensor]]:
     Regressor("shapes-clip", hidden=8).save(folder / "images.safetensors")
     Regressor(clap, hidden=8, sample_rate=RATE).save(folder / "clips.safetensors")
     torch.save({"weight": torch.randn(1, 128), "bias": torch.zeros(1)}, folder / "head.pth")
+    learned = {
+        name: learned_reward(folder / name, encoder)
+        for name, encoder in {"images": ClipTokens("shapes-clip"), "clips": ClapTokens(clap, RATE)}.items()
+    }
     return {
         "open_clip": (ClipReward("shapes-clip"), images),
         "transformers": (PickScoreReward(clip, None), images),
@@ -49,10 +66,24 @@ def rewards(folder: Path) -> dict[str, tuple[RewardFunction, Tensor]]:
         "clap": (ClapReward(clap, RATE), clips),
         "regressor": (RegressorReward(folder / "images.safetensors"), images),
         "regressor of sound": (RegressorReward(folder / "clips.safetensors"), clips),
+        "learned": (learned["images"], images),
+        "learned of sound": (learned["clips"], clips),
     }
 
 
-@pytest.mark.parametrize("name", ["open_clip", "transformers", "aesthetic", "clap", "regressor", "regressor of sound"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "open_clip",
+        "transformers",
+        "aesthetic",
+        "clap",
+        "regressor",
+        "regressor of sound",
+        "learned",
+        "learned of sound",
+    ],
+)
 def test_a_student_starts_as_its_reward_and_leaves_it_as_it_is(
     name: str, rewards: dict[str, tuple[RewardFunction, Tensor]]
 ) -> None:
@@ -135,6 +166,14 @@ def test_a_scorer_survives_a_round_trip_and_keeps_its_reward(
         save_scorer(path, scorer, nn.Linear(1, 1))
 
 
+def test_the_fingerprint_tells_the_scores_of_a_learned_reward_apart(tmp_path: Path) -> None:
+    network = build_network(ClipTokens("shapes-clip"), MLPHead(8), 2, 2, 0)
+    save_reward(tmp_path / REWARD, network, RewardDescription.of(network, MLPHead(8), ("a", "b"), centered=True), [])
+    scores = LearnedReward(tmp_path), LearnedReward(tmp_path, "b"), LearnedReward(tmp_path, pool="min")
+    assert len({RewardIdentity.of(score).digest for score in scores}) == 3
+    assert RewardIdentity.of(LearnedReward(tmp_path, "a")) == RewardIdentity.of(scores[0])
+
+
 def test_the_fingerprint_tells_regressors_apart(
     folder: Path, rewards: dict[str, tuple[RewardFunction, Tensor]]
 ) -> None:
@@ -145,8 +184,11 @@ def test_the_fingerprint_tells_regressors_apart(
     assert RewardIdentity.of(first).path == RewardIdentity.of(other).path
 
 
-def test_a_student_of_audio_latents_uses_its_own_decoder(rewards: dict[str, tuple[RewardFunction, Tensor]]) -> None:
-    reward, clips = rewards["regressor of sound"]
+@pytest.mark.parametrize("name", ["clap", "regressor of sound", "learned of sound"])
+def test_a_student_of_audio_latents_uses_its_own_decoder(
+    name: str, rewards: dict[str, tuple[RewardFunction, Tensor]]
+) -> None:
+    reward, clips = rewards[name]
     student = LatentClapDistilled(reward, channels=3, sample_rate=RATE, width=4, depth=1, lora_rank=2)
     latents = torch.randn(2, 3, 20)
     spectra = student.decoder_target(clips)

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import group_advantages
 from genalign.scoring.judge_orders import both_orders
+from genalign.scoring.score import NamedReward
 from genalign.types import PairwiseReward, Prompt, Reward
 from rewards.backbones.reference_images import ImageTensor, ReferencePool, ReferencesByPrompt
+from rewards.combine import WeightedSum
+from rewards.consistency import GroupConsistencyReward
 from rewards.pairwise import (
     BothOrders,
     BradleyTerry,
@@ -143,6 +146,16 @@ def test_consistency_is_logged_without_pairs_that_have_no_answer(caplog: pytest.
     assert "in 2 of 2 pairs" in caplog.text and caplog.records[-1].levelno == logging.INFO
 
 
+def test_what_would_split_groups_is_refused() -> None:
+    wins = WinRateReward(BradleyTerry(level))
+    for reward in (wins, GroupConsistencyReward(BradleyTerry(level)), WeightedSum([level, wins], [1.0, 1.0])):
+        NamedReward("wins", reward)
+        message = "reward 'wins' compares the samples of a prompt with each other, .*: leave score_batch out"
+        with pytest.raises(ValueError, match=message):
+            NamedReward("wins", reward, score_batch=4)
+    NamedReward("level", BothOrders(BradleyTerry(level)), score_batch=4)
+
+
 def test_few_opponents_are_those_near_on_a_circle() -> None:
     pairs = set(itertools.combinations(range(6), 2))
     assert set(compared_pairs(6)) == set(compared_pairs(6, 6)) == pairs
@@ -154,12 +167,12 @@ def test_few_opponents_are_those_near_on_a_circle() -> None:
 
 def test_groups_without_a_comparison_are_named(caplog: pytest.LogCaptureFixture) -> None:
     reward, prompt = WinRateReward(BradleyTerry(level)), Prompt("a")
-    with pytest.raises(ValueError, match="each of these 2 prompts has one: raise group_size"):
+    with pytest.raises(ValueError, match="each of these 2 prompts has one, such as 'gray 0': raise group_size"):
         reward(grays(0.1, 0.2), named(2))
     samples = grays(0.1, 0.2, 0.3).clone()
     samples[1:] = NAN  # one valid sample is left
     assert reward(samples, [prompt] * 3).isnan().all()
-    assert "3 of 3 samples were compared with no other sample of their prompt" in caplog.text
+    assert "3 of 3 samples, such as one of 'a', were compared with no other sample of their prompt" in caplog.text
     assert "3 of 3 comparisons have no answer" in caplog.text
 
 
@@ -216,6 +229,9 @@ def test_missing_and_other_references_are_refused() -> None:
     reward = ReferencePreference(brightness, references)
     with pytest.raises(ValueError, match="there is no reference for the prompt 'gray 1'"):
         reward(grays(0.1, 0.2), named(2))
+    reward.require_references(named(1)[0])
+    with pytest.raises(ValueError, match="there is no reference for the prompt 'gray 1'"):
+        reward.require_references(named(2)[1])
     with pytest.raises(ValueError, match="give size="):
         reward(torch.rand(1, 3, 8, 8), named(1))
     with pytest.raises(ValueError, match="one prompt per image"):

@@ -32,3 +32,5 @@ def test_wrong_sizes_are_named() -> None:
         SegmentReward(loudness, frames=4, segments=5)
     with pytest.raises(ValueError, match="a clip of 8 values has no 16 frames: lower frames"):
         SegmentReward(loudness)(torch.zeros(1, 1, 8), [Prompt("a")])
+    with pytest.raises(ValueError, match=r"takes waveforms \(B, C, L\), not samples \(2, 3, 32, 32\): name its reward"):
+        SegmentReward(loudness)(torch.zeros(2, 3, 32, 32), [Prompt("a")] * 2)

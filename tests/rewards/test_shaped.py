@@ -11,7 +11,7 @@ from torch import Tensor
 from genalign.algorithms.advantages import leave_one_out
 from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferencedReward, ReferenceScores, RewardScores
-from genalign.types import Prompt, Reward, SaturatingReward
+from genalign.types import ComparesWithReferences, Prompt, Reward, SaturatingReward
 from rewards.combine import Standardized, WeightedSum
 from rewards.jpeg import compressibility, incompressibility
 from rewards.shaped import (
@@ -149,6 +149,17 @@ def test_bounded_rewards_say_so() -> None:
     for reward in (*relative, LogSigmoidCentered(A, 0.0), Ceiling(A, 0.0)):
         assert isinstance(reward, SaturatingReward)
     assert not isinstance(Standardized(A, 0.0, 1.0), SaturatingReward)
+
+
+def test_prompts_without_references_are_known_before_a_call() -> None:
+    given = {"a": [1.0, 2.0]}
+    for reward in (PreferenceAsReward(A, given), Calibrated(A, given), LogSigmoidCentered(A, {"a": 1.0})):
+        assert isinstance(reward, ComparesWithReferences)
+        reward.require_references(Prompt("a"))
+        with pytest.raises(ValueError, match=r"the prompt 'c' .*: score base samples of it first"):
+            reward.require_references(Prompt("c"))
+    for reward in (PreferenceAsReward(A, [1.0]), LogSigmoidCentered(A, 0.5), Calibrated(A, "not read here.json")):
+        reward.require_references(Prompt("c"))
 
 
 # Files of reference scores

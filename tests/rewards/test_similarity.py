@@ -73,5 +73,8 @@ def test_a_prompt_without_references_is_refused() -> None:
     reward = ReferenceSimilarity(means, ReferencesByPrompt(ImageTensor(flat((1, 0, 0))), ["red"]))
     with pytest.raises(ValueError, match="no reference for the prompt 'blue'"):
         reward(flat((1, 0, 0)), [BLUE])
+    reward.require_references(RED)
+    with pytest.raises(ValueError, match="no reference for the prompt 'blue'"):
+        reward.require_references(BLUE)
     with pytest.raises(ValueError, match="one prompt per image, not 2 for 1 images"):
         reward(flat((1, 0, 0)), [RED, RED])

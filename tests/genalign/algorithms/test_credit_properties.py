@@ -18,6 +18,8 @@ GP10   A reward of weight 0 changes nothing.
 part   A sample without the score of one reward gets exactly 0, and leaves the others as if it were absent.
 shift  A constant for each group, added to its scores, changes nothing (a "contrastive reward" is such a constant).
 ties   Samples of a group with equal scores get equal credit.
+flat   Where no group has spread, credit is finite.
+sign   A reward of negative weight counts as its negative with a positive one.
 two    In groups of two credit is finite, and the sample that is better in all rewards at every step gets more.
 =====  =================================================================================================================
 """
@@ -66,7 +68,14 @@ from genalign.algorithms.multi_reward_credit import (
 )
 from genalign.algorithms.step_credit import RewardGain, TurningPoint, ValueAnchored
 from rewards import combine
-from rewards.combine import EnsembleCredit, UncertaintyDiscount, mean_minus_variance
+from rewards.combine import (
+    DeviationPenalty,
+    EnsembleCredit,
+    NominalAndWorst,
+    UncertaintyDiscount,
+    VariancePenalty,
+    median,
+)
 
 Columns = Sequence[Sequence[float]]
 NAMES = ("first", "second", "reported")
@@ -126,17 +135,19 @@ TURNS = [[0.3, 0.2, 0.45, 0.4, 0.6], [0.3, 0.5, 0.35, 0.25, 0.2], [0.3, 0.35, 0.
 VALUES = [[7.0, 0.2, 0.25, 0.5], [7.0, 0.3, 0.45, 0.4], [7.0, 0.1, 0.3, 0.2], [7.0, 0.25, 0.2, 0.6]]
 
 TWO_REWARDS = round_scores([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1], [6.0, 0.3]])
+THREE_REWARDS = round_scores([[1.0, 0.5, 2.0], [2.0, 0.25, 0.0], [3.0, 0.75, 1.0], [6.0, 0.0, 4.0]])
 GLOBAL = dict.fromkeys(("GP3", "shift"), "divides by the standard deviation of all scores")
 PARTS = "a missing score adds nothing: the sample has the credit of its other rewards"
 PLAIN = "no normalization: PRDP takes the differences itself, and leaves out NaN"
 SHARES = "weighs a step by its share of the trajectory's scores"
+NEGATIVE = "use rewards of 0 or more with positive weights"
 FLOOR = "the floor of the standard deviation is relative to the spread of all gains"
 ROUNDED = 3e-7  # for scores such as 0.1, which float32 rounds
 SETS = "a sample is judged with the others of its set, in the order of samples and prompts"
 
 TAMED = {
     "GP3": "a reward is tamed by its relative spread in the round",
-    **dict.fromkeys(("GP9", "shift"), "the logarithm and the relative spread depend on the level of the scores"),
+    **dict.fromkeys(("GP9", "shift", "sign"), "logarithm and relative spread depend on the level of the scores"),
 }
 
 CASES: dict[str, Case] = {
@@ -182,7 +193,7 @@ CASES: dict[str, Case] = {
             "part": PARTS,
             "shift": "weighs a group by its mean",
         },
-        refusals={"GP9": r"outside \[0, 1\]: set low and high"},
+        refusals=dict.fromkeys(("GP9", "sign"), r"outside \[0, 1\]: set low and high"),
     ),
     "VirtualBest": Case(
         lambda scale: VirtualBest(2 * scale),
@@ -245,6 +256,17 @@ CASES: dict[str, Case] = {
         ),
         {"GP3": "the spread is relative to that of all groups"},
     ),
+    "SpreadDiscounted without any spread": Case(
+        lambda scale: SpreadDiscounted(VirtualBest(2 * scale)),
+        # Scores 1, 1, 1 and a virtual 2: mean 5/4, standard deviation (ddof 1) 1/2, and nothing to discount
+        (SpreadDiscounted(VirtualBest(2.0)), one_reward([1.0, 1.0, 1.0]), [-0.25 / (0.5 + 1e-6)] * 3),
+        {
+            "GP3": "the spread is relative to that of all groups",
+            "GP5": "a group without spread below the best possible score gets negative credit",
+            "shift": "the best possible score is absolute",
+        },
+        refusals={"GP9": "is above best = 2: set best"},
+    ),
     "RewardGain": Case(
         lambda scale: RewardGain(2.0),
         (
@@ -301,6 +323,7 @@ CASES: dict[str, Case] = {
             ],
         ),
         dict.fromkeys(("GP9", "shift"), SHARES),
+        refusals={"sign": NEGATIVE},
         tolerance=ROUNDED,
     ),
     "ValueAnchored by the lowest score": Case(
@@ -316,6 +339,7 @@ CASES: dict[str, Case] = {
             ],
         ),
         dict.fromkeys(("GP9", "shift"), SHARES),
+        refusals={"sign": NEGATIVE},
         tolerance=ROUNDED,
     ),
     "ValueAnchored with an anchor": Case(
@@ -335,6 +359,7 @@ CASES: dict[str, Case] = {
             "GP5": "the anchor is absolute: a group without spread gets credit",
             "GP6": "the anchor is absolute: a group of one gets credit",
         },
+        refusals={"sign": NEGATIVE},
         tolerance=ROUNDED,
     ),
     "CorrelationWeighted": Case(
@@ -437,11 +462,17 @@ CASES: dict[str, Case] = {
         lambda scale: HierarchicalPairs(1),
         (
             HierarchicalPairs(2),
-            replace(
-                round_scores([[0.3, 0.1, 3.0], [0.2, 0.4, 4.0], [0.25, 0.3, 3.5], [0.1, 0.2, 2.0]]),
-                weights=(-0.25, 0.25, 0.5),  # hybrid rewards of 0.25, 0.875, 0.604 and 0.333
+            replace(  # hybrid rewards of 0.25, 0.875, 0.604 and 0.333, and of 0.4 and 0.6 with a deviation of 0.1
+                round_scores(
+                    [[0.3, 0.1, 3.0], [0.2, 0.4, 4.0], [0.25, 0.3, 3.5], [0.1, 0.2, 2.0]],
+                    [[0.0, 0.6, 0.0], [0.6, 0.0, 1.0], [0.4, 1.0, 0.0], [1.0, 0.4, 1.0]],
+                ),
+                weights=(-0.25, 0.25, 0.5),
             ),
-            [-0.989583333333, 1.364583333333, 0.822916666667, -0.822916666667],
+            [  # fixture F28, and +-w_inter of the second group
+                *(-1.06149888702, 1.46375109684, 0.8827201271, -0.8827201271),
+                *(-0.927327440486, 0.927327440486, -0.927327440486, 0.927327440486),
+            ],
         ),
         {
             **dict.fromkeys(("GP1", "ties"), "among equal scores the first counts"),
@@ -468,8 +499,44 @@ CASES: dict[str, Case] = {
         (EnsembleCredit(), TWO_REWARDS, [-0.88343483, -0.40773460, -0.40773460, 1.69890404]),
     ),
     "EnsembleCredit by the variance": Case(
-        lambda scale: EnsembleCredit(mean_minus_variance),
-        (EnsembleCredit(mean_minus_variance), TWO_REWARDS, [-0.8434626373, -0.5429887304, -0.3146934287, 1.7011447964]),
+        lambda scale: EnsembleCredit(VariancePenalty(0.5, ddof=0)),
+        (
+            EnsembleCredit(VariancePenalty(0.5, ddof=0)),
+            TWO_REWARDS,
+            [-0.8434626373, -0.5429887304, -0.3146934287, 1.7011447964],
+        ),
+    ),
+    "EnsembleCredit by the variance, as published to train": Case(
+        lambda scale: EnsembleCredit(VariancePenalty()),
+        (
+            EnsembleCredit(VariancePenalty()),
+            THREE_REWARDS,
+            [-0.2503704279, -1.5221418699, 0.7320669821, 1.0404453157],
+        ),
+        tolerance=ROUNDED,
+    ),
+    "EnsembleCredit by the deviation": Case(
+        lambda scale: EnsembleCredit(DeviationPenalty(0.5)),
+        (
+            EnsembleCredit(DeviationPenalty()),
+            THREE_REWARDS,
+            [-0.1332375883, -1.3668625892, 1.4517166686, 0.0483835089],
+        ),
+        tolerance=ROUNDED,
+    ),
+    "EnsembleCredit by the median": Case(
+        lambda scale: EnsembleCredit(median),
+        (EnsembleCredit(median), THREE_REWARDS, [-0.1583018405, -1.0870941894, -0.3814446564, 1.6268406863]),
+        tolerance=ROUNDED,
+    ),
+    "EnsembleCredit by the mean and the worst": Case(
+        lambda scale: EnsembleCredit(NominalAndWorst()),
+        (
+            EnsembleCredit(NominalAndWorst(0.25)),
+            THREE_REWARDS,
+            [-0.2529616544, -1.0700140944, 1.6395177133, -0.3165419646],
+        ),
+        tolerance=ROUNDED,
     ),
     "UncertaintyDiscount": Case(
         lambda scale: UncertaintyDiscount(GroupRelative()),
@@ -634,6 +701,21 @@ def ties(case: Case) -> None:
         close(values[row], values[following])
 
 
+def flat_round(case: Case) -> None:
+    for score in (0.3, 0.0):
+        values = case.make(1.0)(change(example(), slice(None), score))
+        assert bool(values.isfinite().all())
+
+
+def negative_weight(case: Case) -> None:
+    """Of the second of the two rewards; the features stay as they are."""
+    credit, scores = case.make(1.0), example()
+    assert scores.stepwise is not None
+    stepwise = scores.stepwise * torch.tensor([1.0, -1.0, 1.0])
+    expected = credit(replace(scores, scores=stepwise[:, -1], stepwise=stepwise))
+    close(credit(replace(scores, weights=(1.0, -1.0, 0.0))), expected)
+
+
 def nothing_scored(case: Case) -> None:
     zero(case.make(1.0)(change(example(), slice(None), math.nan)))
 
@@ -684,6 +766,8 @@ PROPERTIES: dict[str, Callable[[Case], None]] = {
     "part": missing_in_part,
     "shift": shift,
     "ties": ties,
+    "flat": flat_round,
+    "sign": negative_weight,
     "two": groups_of_two,
 }
 

@@ -57,6 +57,12 @@ def test_centred_rewards_pull_by_the_difference_of_gain_and_advantage() -> None:
     torch.testing.assert_close(new.grad, -10 / 6 * 2 * (centred[0] - centred[1]))
 
 
+def test_without_centres_the_gains_are_regressed_as_they_are() -> None:
+    aim = ADVANTAGES.clamp(-5, 5) / 10 + 0.5
+    expected = 5 * (OLD - NEW - aim + torch.stack([aim[k == GROUP].mean() for k in (0, 1)])[GROUP]).square()
+    torch.testing.assert_close(CentredRewardLoss(centred=False)(_noised(NEW, OLD, OLD), ADVANTAGES, GROUP), expected)
+
+
 def test_at_the_old_policy_the_loss_is_the_variance_of_the_advantages() -> None:
     aim = ADVANTAGES.clamp(-5, 5) / 10 + 0.5
     variance = (aim[:3].var(correction=0) + aim[3:].var(correction=0)) / 2
@@ -88,6 +94,14 @@ def test_a_ranking_without_differences_and_of_two() -> None:
     torch.testing.assert_close(ranked, DPOLoss(beta=6.0)(noised, torch.tensor([1.0, -1.0]), group))
 
 
+def test_the_first_term_of_a_ranking_is_about_the_best_sample_alone() -> None:
+    """Fixture F4's top 1: the ranking of all samples, less that of those below the best."""
+    rewards = torch.tensor([0.9, 0.5, 0.5, 0.2], dtype=torch.float64)
+    implicit = -12 * torch.tensor([0.38 - 0.41, 0.0, 0.45 - 0.41, 0.42 - 0.40], dtype=torch.float64)
+    first = ranking_loss(implicit, rewards, 0.05) - ranking_loss(implicit[1:], rewards[1:], 0.05)
+    assert float(first) == pytest.approx(0.985547145121, abs=1e-9)
+
+
 def test_a_ranking_leaves_out_what_has_no_score() -> None:
     credit = torch.tensor([0.2, math.nan, 0.5, 0.1, math.nan, math.nan])
     loss = RankedPreferenceLoss()
@@ -111,6 +125,15 @@ def test_direct_group_preferences() -> None:
     torch.testing.assert_close(stopping, whole)
     (slope,) = torch.autograd.grad(stopping.sum(), new)
     assert (slope == 0).tolist() == [True, True, False, False, False, True]
+
+
+def test_samples_without_credit_count_in_the_size_of_their_group() -> None:
+    """K is 3 where one of three samples is at the mean; a group without any credit has no term."""
+    credit, loss = torch.tensor([1.2, 0.0, -1.2, 0.0, 0.0, 0.0]), GroupPreferenceLoss(beta=100.0, clip_range=10.0)
+    losses = loss(_noised(NEW.sqrt(), OLD.sqrt(), OLD.sqrt()), credit, GROUP)
+    weight = 1 / (1 + math.exp(-100 / 3 * 1.2 * (-0.05 - 0.0)))  # e - e_ref is -0.05, and 0 of the third
+    assert losses.tolist() == pytest.approx([weight * 1.2 * 0.30, 0.0, -weight * 1.2 * 0.40], rel=1e-6)
+    assert loss.terms(credit, GROUP) == 3 and bool(loss.used(credit).all())
 
 
 def test_a_reference_and_a_generated_image() -> None:

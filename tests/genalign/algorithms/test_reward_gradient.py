@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.reward_gradient import latent_gradient
+from genalign.algorithms.reward_gradient import latent_gradient, require_gradients
 from genalign.scoring.score import NamedReward
 from genalign.types import Prompt
 from tests.genalign.algorithms.gaussian_chain import GaussianChain, gaussian_flow
@@ -94,6 +94,10 @@ def test_a_reward_without_a_gradient_is_named_unless_it_only_reports() -> None:
     rewards = [linear(1.0, 1.0), NamedReward("verifier", black_box)]
     with pytest.raises(ValueError, match="reward 'verifier' has no gradient: give it weight 0, or choose what needs"):
         latent_gradient(gaussian_flow(), rewards, LATENTS, PROMPTS)
+    with pytest.raises(ValueError, match="reward 'verifier' has no gradient"):
+        require_gradients(rewards, LATENTS, PROMPTS)
     reported = [rewards[0], NamedReward("verifier", black_box, 0.0)]
+    require_gradients(reported, LATENTS, PROMPTS)
+    assert not LATENTS.requires_grad
     found = latent_gradient(gaussian_flow(), reported, LATENTS, PROMPTS)
     torch.testing.assert_close(found.scores[:, 1], found.scores[:, 0])

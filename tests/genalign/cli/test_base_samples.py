@@ -93,6 +93,22 @@ def test_a_missing_file_of_references_is_refused_before_anything_is_loaded(
     )
 
 
+def test_prompts_without_references_are_refused_before_anything_is_loaded(
+    folder: Path, tiny_folder: Path, error: Callable[..., str]
+) -> None:
+    bounded = shaped("PreferenceAsReward", RED, references={"a circle": [0.1, 0.2]})
+    arguments = {"rewards": {"x": bounded}, "limits": {"x": 1.0}}
+    constrained = {"class_path": "rewards.constrained.Constrained", "init_args": arguments}
+    for function in (bounded, shaped("Ceiling", bounded, limit=0.9), constrained):
+        rewards = {"capped": {"function": function}}
+        write_config(folder / "few.json", folder / "no model", RED, {}, prompts="prompts.txt", rewards=rewards)
+        assert (
+            "reward 'capped' lacks the references of 2 of the 3 training prompts: the prompt 'a square' is not in the"
+            " references: score base samples of it first" in error("train", "--config", "few.json")
+        )
+    assert not (folder / "few").exists()
+
+
 def test_a_direction_is_learned(folder: Path, tiny_folder: Path, error: Callable[..., str]) -> None:
     arguments = {"base": CLIP, "direction": "d.safetensors"}
     guided = {"class_path": "rewards.combine.DirectionalCorrection", "init_args": arguments}

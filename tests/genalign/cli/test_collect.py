@@ -87,6 +87,31 @@ def test_images_of_others_are_fitted_encoded_and_scored(tiny_folder: Path, tmp_p
         fitted(torch.rand(1, 10), (1, 20))
 
 
+def test_scores_that_a_folder_lists_are_columns_of_the_pool(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, lines = tmp_path / "images", list[str]()
+    folder.mkdir()
+    for number, scores in enumerate([{"human": 4.5}, {"human": 2, "size": -1.0}, {}]):
+        _picture(folder / f"{number}.png", (200, 10 * number, 0))
+        lines.append(json.dumps({"file_name": f"{number}.png", "prompt": "a circle", "scores": scores}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    assert main(["collect", "--config", _config(tmp_path / "pool.yaml", tiny_folder, samples=str(folder))]) == 0
+    pool = Pool.load(tmp_path / "pool")
+    assert pool.info.scores == ("human", "size")
+    assert [sample.scores.get("human") for sample in pool.samples] == [4.5, 2.0, None]
+    assert pool.samples[1].scores["size"] > 0  # a reward of the run takes the place of a listed score
+    alone = _config(tmp_path / "alone.yaml", tiny_folder, samples=str(folder), rewards={})
+    assert main(["collect", "--config", alone]) == 0
+    assert [sample.scores for sample in Pool.load(tmp_path / "alone").samples][1] == {"human": 2.0, "size": -1.0}
+    (folder / "prompts.jsonl").write_text(lines[2])
+    assert main(["collect", "--config", alone, "--output", str(tmp_path / "none")]) == 2
+    assert "rewards is empty: nothing could be learned" in capsys.readouterr().err
+    (folder / "prompts.jsonl").write_text(lines[0].replace("4.5", '"good"'))
+    assert main(["collect", "--config", alone, "--output", str(tmp_path / "none")]) == 2
+    assert "the scores of a sample of 'a circle' must be numbers by name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["pick", "hpd", "files", "own"])
 def test_preferences_become_groups_of_two(
     tiny_folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ import pipelines
 from genalign.algorithms.credit import BestOfNCredit, BetaNormalized, VirtualBest
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.pathwise import Ascent
-from genalign.algorithms.pathwise_recipes import draft, draft_lv, flow_bp, instruct_video
+from genalign.algorithms.pathwise_recipes import draft, draft_lv, drtune, flow_bp, instruct_video
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipe_changes import with_credit, with_gradient_balance
 from genalign.algorithms.recipes import (
@@ -93,11 +94,16 @@ def test_a_dry_run_counts_what_a_run_bills(tiny: SD3, name: str, guidance: float
     assert planned.rounds == len(rounds) == 2
 
 
-@pytest.mark.parametrize("credit", [VirtualBest(best=-9.0), BetaNormalized(20.0, 30.0), BestOfNCredit(n=9)])
+@pytest.mark.parametrize("credit", [VirtualBest(best=-9.0), BetaNormalized(20.0, 30.0)])
 def test_a_dry_run_takes_scores_that_do_not_suit_the_credit(tiny: SD3, credit: Credit) -> None:
     base = flow_grpo(window=1)
     planned = _planned(tiny, with_credit(base, credit), Sampling(4))
     assert planned.total.counts == _planned(tiny, base, Sampling(4)).total.counts
+
+
+def test_a_dry_run_refuses_groups_that_are_too_small_for_the_credit(tiny: SD3) -> None:
+    with pytest.raises(ValueError, match="needs groups of 9 or more, not of 2: lower n, or raise group_size"):
+        _planned(tiny, with_credit(flow_grpo(window=1), BestOfNCredit(n=9)), Sampling(4))
 
 
 def test_a_dry_run_needs_no_scores_above_0(tiny: SD3) -> None:
@@ -241,6 +247,22 @@ def test_a_round_takes_memory_by_its_settings(tiny_folder: Path) -> None:
     assert phases(micro_batch=1)["learning"]["tensors"] < plain["learning"]["tensors"]
     recomputed = _estimate(tiny_folder, Memory(checkpointing=True))["rank 0"].phases
     assert recomputed["learning"]["tensors"] < plain["learning"]["tensors"]
+
+
+@pytest.mark.parametrize("make", [flow_bp, *(pytest.param(one, marks=pytest.mark.slow) for one in (draft, drtune))])
+def test_learning_holds_one_graph_however_many_steps_carry_a_gradient(
+    make: Callable[[int], Recipe], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps in place of two add latents alone; kept graphs would add two of the network's."""
+
+    def learning(steps: int) -> float:
+        return _estimate(tiny_folder, recipe=make(steps))["rank 0"].phases["learning"]["tensors"]
+
+    latents = 4 * math.prod(outline(tiny_folder).pipeline.latent_shape) * FITTED.batch_size
+    grown = learning(4) - learning(2)
+    monkeypatch.setattr("genalign.algorithms.tails.checkpoint", lambda run, x, use_reentrant: run(x))
+    kept = learning(4) - learning(2)
+    assert grown <= 16 * latents < kept / 4
 
 
 def test_ranks_share_a_round_and_the_main_one_measures(tiny_folder: Path) -> None:

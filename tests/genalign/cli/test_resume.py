@@ -27,6 +27,7 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     stored: dict[str, Any] = {"output": "a", "training": {"rounds": 2, "seed": 0}, "checkpoint": {"every": 1}}
     free = {"output": "b", "training": {"rounds": 9, "seed": 0}, "checkpoint": {"every": 5}}
     require_same(stored, free)
+    require_same(stored, stored | {"training": {"rounds": 2, "seed": 0, "max_silent_rounds": 5}})
     with pytest.raises(ValueError, match=r"training\.seed was 0 and is 1: choose another output"):
         require_same(stored, stored | {"training": {"rounds": 2, "seed": 1}})
     with pytest.raises(ValueError, match=r"lora\.rank was None and is 4; training\.seed was 0 and is None"):

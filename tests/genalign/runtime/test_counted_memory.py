@@ -37,6 +37,15 @@ def test_values_are_finite_and_true() -> None:
         assert torch.zeros(4, 3).copy_(x).sum() == 12
 
 
+def test_numbers_on_the_cpu_are_computed_each_time() -> None:
+    """An optimizer counts its steps there: what is done to the first counter is done to the second."""
+    with CountedMemory():
+        counters = [torch.zeros(()) for _ in range(2)]
+        for counter in counters:
+            counter += 1
+    assert [float(counter) for counter in counters] == [1.0, 1.0]
+
+
 def test_a_training_step_holds_what_autograd_saves() -> None:
     network = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh(), nn.Linear(256, 256, bias=False)).to("meta")
     memory = CountedMemory()

@@ -231,14 +231,18 @@ def test_too_many_failures_stop_the_run() -> None:
         r"75% of .* could not be scored \(training\.max_failed_fraction is 5%\): .* or it returned NaN.* resume from"
     )
     with pytest.raises(RewardError, match=message):
-        RewardMonitor().see(scores, silent=False)
-    RewardMonitor(max_failed_fraction=0.75).see(scores, silent=False)
+        RewardMonitor().see_scores(scores)
+    RewardMonitor(max_failed_fraction=0.75).see_scores(scores)
 
 
 def test_rounds_without_signal_warn_once_and_then_stop(caplog: pytest.LogCaptureFixture) -> None:
-    scores, monitor = torch.ones(4, 1), RewardMonitor(silent_rounds=3)
+    monitor, patient = RewardMonitor(max_silent_rounds=3), RewardMonitor(max_silent_rounds=None)
     for silent in (True, True, False, True, True):  # a round with signal starts the count again
-        monitor.see(scores, silent)
+        monitor.see_round(silent)
     assert caplog.text.count("nothing to learn from") == 2
-    with pytest.raises(RewardError, match="for 3 rounds every group had equal scores: use a reward with partial"):
-        monitor.see(scores, silent=True)
+    message = r"for 3 rounds no sample had credit \(training\.max_silent_rounds\), .*: use a reward with partial credit"
+    with pytest.raises(RewardError, match=message):
+        monitor.see_round(silent=True)
+    for _ in range(50):
+        patient.see_round(silent=True)
+    assert patient.silent == 50

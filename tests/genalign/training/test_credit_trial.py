@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genalign.algorithms.credit import (
     BestAndWorst,
+    BestOfNCredit,
     BetaNormalized,
     GroupRelative,
     LeaveOneOut,
@@ -20,6 +21,7 @@ from genalign.algorithms.credit import (
 )
 from genalign.algorithms.interfaces import Credit
 from genalign.algorithms.multi_reward_credit import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
+from genalign.algorithms.recipe_changes import with_gradient_balance
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.algorithms.step_credit import RewardGain
 from genalign.diffusion.policy import Lora, Policy
@@ -29,6 +31,7 @@ from genalign.training.credit_trial import try_credit
 from genalign.training.trainer import Trainer
 from genalign.types import AnyCallable, Prompt, RewardFunction
 from pipelines import SD3
+from rewards.combine import EnsembleCredit
 from rewards.jpeg import compressibility
 from tests.genalign.training.toy_runs import PROMPTS, SAMPLING, SETTINGS, redness
 
@@ -109,6 +112,25 @@ def test_credit_per_step_is_tried_with_scores_of_the_steps(caplog: pytest.LogCap
 
 def test_credit_for_another_range_of_scores_is_not_tried(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(BetaNormalized(low=0.0, high=0.1), caplog) == []
+
+
+def test_groups_that_are_too_small_for_a_credit_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings(BestOfNCredit(4), caplog) != []
+    with pytest.raises(ValueError, match="needs groups of 5 or more, not of 4: lower n, or raise group_size"):
+        warnings(BestOfNCredit(5), caplog)
+
+
+@pytest.mark.parametrize(
+    "credit", [EnsembleCredit(), AmongRight("size", threshold=0.5), Decorrelated(GroupRelative(), ["red"])], ids=repr
+)
+def test_a_balance_is_tried_with_each_reward_alone(credit: Credit) -> None:
+    rewards = [NamedReward("aesthetics", plain), NamedReward("size", plain), NamedReward("red", plain, 0.0)]
+    balanced = with_gradient_balance(replace(flow_grpo(), credit=credit))
+    try_credit(replace(balanced, balance=None), rewards, prompts=3, group_size=4, steps=2)
+    message = f"by each reward alone, which {type(credit).__name__} refuses .*: choose a credit such as GroupRelative"
+    with pytest.raises(ValueError, match=message):
+        try_credit(balanced, rewards, prompts=3, group_size=4, steps=2)
+    try_credit(with_gradient_balance(flow_grpo()), rewards, prompts=3, group_size=4, steps=2)
 
 
 @pytest.mark.parametrize(

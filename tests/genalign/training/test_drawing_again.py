@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -98,6 +100,43 @@ def test_a_set_without_further_prompts_and_silent_ones_end_the_search(opened: SD
     assert result.metrics["redrawn_samples"] == 0.0
     silent = _trainer(opened, RECIPES["further prompts"](), lambda samples, _: torch.ones(len(samples)))
     assert next(silent.rounds()).metrics["redrawn_samples"] == 8.0  # a round's samples, and no more
+
+
+def test_a_round_whose_redrawn_groups_have_spread_is_not_silent(opened: SD3) -> None:
+    first = set[str]()
+
+    def later(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """A reward with spread for all prompts but those that are drawn first."""
+        return torch.where(torch.tensor([p.text in first for p in prompts]), 0.5, redness(samples, prompts))
+
+    trainer = _trainer(opened, RECIPES["further prompts"](), later, replace(SETTINGS, max_silent_rounds=1))
+    first |= {prompt.text for prompt in next(trainer.prompts.rounds())}
+    result = next(trainer.rounds())
+    assert result.zero_std_share == 1.0 and result.metrics["trained_zero_std_share"] < 1.0
+    assert trainer.monitor.silent == 0
+
+
+@dataclass(frozen=True)
+class OfGroups:
+    """A reward of whole groups, which fails where it sees a part of one."""
+
+    compares_group: ClassVar[bool] = True
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        assert set(Counter(map(id, prompts)).values()) == {SETTINGS.group_size}
+        return seldom(samples, prompts)
+
+
+def test_a_reward_of_groups_sees_whole_ones_that_are_drawn_again(opened: SD3) -> None:
+    settings = replace(SETTINGS, batch_size=4)
+    trainer = _trainer(opened, RECIPES["further prompts"](), OfGroups(), settings)
+    results = [next(trainer.rounds()) for _ in range(2)]
+    assert [result.failed_rewards for result in results] == [0, 0]
+    assert sum(result.metrics["redrawn_samples"] for result in results) > 0
+    with pytest.raises(ValueError, match=r"reward 'red' compares all samples .*: choose with_further_prompts"):
+        _trainer(opened, RECIPES["more samples"](), OfGroups(), settings)
+    with pytest.raises(ValueError, match=r"batch_size 3 must be a multiple of .* for reward 'red': try 2"):
+        _trainer(opened, RECIPES["further prompts"](), OfGroups())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -222,7 +222,7 @@ def test_a_server_outage_of_five_minutes_changes_nothing(opened: SD3) -> None:
 @pytest.mark.slow
 def test_an_image_that_is_not_finite_costs_its_own_score_only(opened: SD3, clean: Run) -> None:
     def checking(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        assert samples.isfinite().all()  # there is a black image in its place
+        assert samples.isfinite().all()  # it is left out
         return verifier(samples, prompts)
 
     run = Run(opened, checking)

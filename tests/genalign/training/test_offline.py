@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +14,20 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import UnsuitableScoresError
 from genalign.algorithms.credit import DrawnPreference
-from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.preference_recipes import dpo, rpo, sft
+from genalign.algorithms.interfaces import RoundScores, traits_of
+from genalign.algorithms.pathwise_recipes import instruct_video
+from genalign.algorithms.preference_recipes import dpo, gdro, kto, rpo, rwr, sft
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipes import dense_grpo, dragon, dragon_set, flow_grpo, nft
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.metrics.vendi import vendi_score
+from genalign.runtime.distributed import ProcessGroup
 from genalign.scoring.budget import reward_call
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.dry_run import ToyPipeline, dry_run
-from genalign.training.offline import recorded
+from genalign.training.offline import pool_of, recorded
 from genalign.training.pools import INFO, Pool, PoolInfo, PoolSample, drawn_group, part_files, write_part
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
@@ -33,6 +36,7 @@ from pipelines import SD3
 from tests.genalign.training.toy_runs import Session, channels, redness, require_same_checkpoints, write_pool
 
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
+PROMPTS = PromptSet.of(["0 circles", "1 circles", "2 circles"])
 
 
 def _pool(tiny: SD3, folder: Path) -> Path:
@@ -110,6 +114,64 @@ def test_latents_that_are_not_finite_cost_their_own_score_only(tiny: SD3, tmp_pa
     (result,) = trainer.rounds()
     assert result.failed_rewards == 2 and trainer.policy.updates == 1 and result.skipped_updates == 0
     assert result.reward == pytest.approx(1 + result.rewards["red"])  # of samples 0 and 2
+
+
+@pytest.mark.parametrize(
+    "recipe", [sft(draws=1), kto(0.5, draws=1), instruct_video(moves=3)], ids=["sft", "kto", "video"]
+)
+def test_a_pool_of_single_samples_is_learned_from(tiny: SD3, tmp_path: Path, recipe: Recipe) -> None:
+    """Each prompt has one sample, as in the data of SFT and KTO; half of them are good."""
+    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("human",), {}).write(tmp_path)
+    samples = [PoolSample(Prompt(f"{number} circles"), {"human": float(number % 2)}) for number in range(4)]
+    write_part(tmp_path, 0, torch.randn(4, *tiny.latent_shape, generator=torch.Generator().manual_seed(2)), samples)
+    settings = _settings(tmp_path, rounds=1, prompts_per_round=4, group_size=1, batch_size=4)
+    rewards = [NamedReward("human", recorded, 0.0), NamedReward("red", redness)]
+    rewards = rewards if traits_of(recipe.objective).reward_gradients else [NamedReward("human", recorded)]
+    trainer = _trainer(tiny, tmp_path, recipe, rewards, settings)
+    weights = [parameter.detach().clone() for parameter in trainer.policy.parameters]
+    (result,) = trainer.rounds()
+    assert result.samples == 4 and result.rewards["human"] == 0.5 and trainer.policy.updates == 1
+    assert any(not torch.equal(*pair) for pair in zip(weights, trainer.policy.parameters, strict=True))
+    planned = dry_run(ToyPipeline.like(tiny, SAMPLING), rewards, Pool.load(tmp_path).prompts, recipe, settings, 1.0)
+    assert dict(planned.total.counts) == dict(trainer.ledger.counts)
+
+
+@pytest.mark.parametrize("recipe", [dpo(), gdro(), rwr(), dragon()], ids=["dpo", "gdro", "rwr", "dragon"])
+def test_single_samples_are_refused_by_recipes_that_compare(tiny: SD3, tmp_path: Path, recipe: Recipe) -> None:
+    settings = _settings(_pool(tiny, tmp_path), group_size=1)
+    with pytest.raises(ValueError, match=r"group_size is 1, and this recipe compares the samples of a prompt: set it"):
+        _trainer(tiny, tmp_path, recipe, settings=settings)
+    with pytest.raises(ValueError, match=r"such as sft, kto or consistency"):
+        dry_run(ToyPipeline.like(tiny, SAMPLING), [NamedReward("human", recorded)], PROMPTS, recipe, settings, 1.0)
+
+
+def test_small_groups_are_left_out_with_a_line_that_counts_them(
+    tiny: SD3, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    PoolInfo(tiny.autoencoder, tuple(tiny.latent_shape), ("human",), {}).write(tmp_path)
+    samples = [PoolSample(Prompt(text), {"human": 1.0}) for text in "aaabbcc"]
+    write_part(tmp_path, 0, torch.zeros(7, *tiny.latent_shape), samples)
+    assert len(pool_of(str(tmp_path), tiny, 3).samples) == 3
+    assert f"2 of the 3 groups of {tmp_path} have fewer than 3 samples (training.group_size)" in caplog.text
+    caplog.clear()
+    pool_of(str(tmp_path), tiny, 2)
+    pool_of(str(tmp_path), tiny, 3, ProcessGroup(1, 2))
+    assert caplog.text == ""
+
+
+def test_rewards_are_followed_for_the_user_whose_group_was_drawn(tiny: SD3, tmp_path: Path) -> None:
+    """One text of two users: what is scored, and what the gradient sees, is the prompt of the samples' own group."""
+    prompts = [Prompt("a circle", {"user": user}) for user in ("ada", "bob")]
+    settings = _settings(write_pool(tiny, tmp_path, prompts, group_size=3), rounds=6, prompts_per_round=1, batch_size=3)
+    scored, followed = list[str](), list[str]()
+
+    def seen(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        users = {str((prompt.metadata or {})["user"]) for prompt in prompts}
+        (followed if samples.requires_grad else scored).extend(users)
+        return redness(samples, prompts)
+
+    list(_trainer(tiny, tmp_path, instruct_video(moves=2), [NamedReward("red", seen)], settings).rounds())
+    assert followed == scored and set(followed) == {"ada", "bob"}
 
 
 def test_other_rewards_score_the_decoded_samples(tiny: SD3, tmp_path: Path) -> None:

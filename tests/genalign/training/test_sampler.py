@@ -15,18 +15,24 @@ from torch import Tensor
 
 from genalign.algorithms.recipe import Recipe
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
+from genalign.diffusion.rollout import rows_are_finite
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward, score
 from genalign.training.round_result import RoundResult
-from genalign.training.sampler import in_thread
+from genalign.training.sampler import features_of_finite, in_thread, score_finite
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
+from rewards.pairwise import BradleyTerry, WinRateReward
 from tests.fake_streams import FakeStreams
 from tests.fake_streams import streams as streams
 from tests.genalign.training.toy_runs import SETTINGS, redness, toy_trainer
 
 PROMPTS = PromptSet("four", tuple(Prompt(text) for text in ("a circle", "two squares", "a square", "two circles")))
+
+
+def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
 
 
 def _trainer(
@@ -69,6 +75,33 @@ def test_a_batch_is_scored_while_the_next_is_sampled(tiny_folder: Path) -> None:
     trainer.pipeline.predict = counted
     next(trainer.rounds())
     assert scored == [True] * 4
+
+
+def test_a_sample_that_is_not_finite_meets_no_other_of_its_prompt() -> None:
+    """A black image in its place would win or lose against the valid ones."""
+    samples = torch.tensor([0.2, torch.nan, 0.6, 0.4]).view(4, 1, 1, 1).expand(-1, 3, 2, 2)
+    prompt, alone, seen = Prompt("a"), Prompt("b"), list[Sequence[Prompt]]()
+
+    def recorded(scored: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        seen.append(prompts)
+        return redness(scored, prompts)
+
+    rewards = [NamedReward("wins", WinRateReward(BradleyTerry(brightness, 100.0))), NamedReward("seen", recorded)]
+    prompts = [prompt, prompt, prompt, alone]
+    scores = score_finite(rewards, samples, prompts, rows_are_finite(samples))
+    assert scores[:, 0].nan_to_num(-1).tolist() == [0.0, -1.0, 1.0, -1.0]
+    assert scores[:, 1].isnan().tolist() == [False, True, False, False]
+    assert len(seen) == 1 and all(a is b for a, b in zip(seen[0], [prompt, prompt, alone], strict=True))
+    nothing = score_finite(rewards, samples, prompts, torch.zeros(4, dtype=torch.bool))
+    assert nothing.shape == (4, 2) and bool(nothing.isnan().all()) and len(seen) == 1
+
+
+def test_features_of_a_sample_that_is_not_finite_are_nan() -> None:
+    """So that a credit by sets leaves it out, and no black image is part of one."""
+    samples, finite = torch.rand(3, 3, 2, 2), torch.tensor([True, False, True])
+    values = features_of_finite(lambda batch: batch.flatten(2).mean(2), samples, finite)
+    assert values.isnan().all(1).tolist() == [False, True, False]
+    assert torch.equal(values[finite], samples[finite].flatten(2).mean(2))
 
 
 def test_the_thread_ends_with_a_reward_that_raises(tiny_folder: Path) -> None:

@@ -101,6 +101,20 @@ def test_groups_and_batches_that_a_loss_ties_together_stay_whole() -> None:
         replace(settings, batch_size=12, micro_batch=6).fit(prompts(4), "batch")
 
 
+def test_a_reward_that_compares_a_group_keeps_batches_whole() -> None:
+    settings = TrainerSettings(prompts_per_round=11, group_size=12, updates_per_round=1, batch_size=96)
+    assert settings.fit(prompts(11), "sample").batch_sizes("sample") == (66, 66)
+    fitted = settings.fit(prompts(11), "sample", group_reward="wins")
+    assert fitted.batch_sizes("sample") == fitted.batch_sizes("sample", 2) == (60, 72)
+    assert fitted.batch_sizes("sample", 3) == (36, 48, 48)
+    assert fitted.fit(prompts(11), "sample") == fitted  # as a run that is counted does
+    replace(settings, micro_batch=5).fit(prompts(11), "sample", group_reward="wins")
+    with pytest.raises(ValueError, match=r"50 must be a multiple of group_size 12, .* whole for reward 'wins': try 48"):
+        replace(settings, batch_size=50).fit(prompts(11), "sample", group_reward="wins")
+    with pytest.raises(ValueError, match="12 processes cannot share updates of 11 groups"):
+        fitted.batch_sizes("sample", 12)
+
+
 @given(st.integers() | st.sampled_from([-1, 2**40, 2**63, 2**64 - 1, 2**64 + 1, -(2**63), -(2**63) - 1]))
 def test_a_seed_is_one_that_torch_takes_or_refused(seed: int) -> None:
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,17 +15,24 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from genalign.algorithms.credit import TaskNormalized
+from genalign.algorithms.interfaces import TermCounts
+from genalign.algorithms.preference_recipes import rwr, sft
 from genalign.algorithms.recipe import Recipe
-from genalign.algorithms.recipes import awm, flow_grpo, prdp
+from genalign.algorithms.recipe_changes import with_credit
+from genalign.algorithms.recipes import awm, flow_grpo, nft, ngrpo, prdp, vgpo
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, FlowSDE, Kernel
 from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
+from genalign.scoring.score import RewardError
+from genalign.training.learner import Learner
 from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
+from genalign.types import Prompt
 from pipelines import SD3
 from tests.genalign.training.toy_runs import SAMPLING, SETTINGS, redness, toy_trainer, weights
 
@@ -53,6 +61,64 @@ def test_equal_scores_leave_the_weights_alone(tiny: SD3) -> None:
     assert result.zero_std_share == 1.0 and math.isnan(result.loss) and result.as_dict()["loss"] is None
     assert "nfe backward" not in result.calls  # nothing was replayed
     assert all(torch.equal(old, new) for old, new in zip(before, weights(trainer), strict=True))
+
+
+def _by_prompt(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward that is the same for all samples of a prompt."""
+    return torch.tensor([len(prompt.text) / 100 for prompt in prompts])
+
+
+LEARNING: dict[str, Callable[[], Recipe]] = {
+    "ngrpo": lambda: ngrpo(window=1),
+    "the mean of the task": lambda: with_credit(flow_grpo(window=1), TaskNormalized("task")),
+    "an anchor": lambda: vgpo(window=1, anchor=0.1),
+    "sft": lambda: sft(draws=1),
+    "rwr": lambda: rwr(draws=1),
+}
+SILENT: dict[str, Callable[[], Recipe]] = {
+    "flow_grpo": lambda: flow_grpo(window=1),
+    "nft, which holds the policy in place": lambda: nft(draws=1),
+    "prdp, whose credit is the score": lambda: prdp(window=1),
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_round_of_groups_without_spread_is_not_silent_where_it_teaches(tiny: SD3, name: str) -> None:
+    settings = replace(SETTINGS, rounds=1, max_silent_rounds=1)
+    trainer = toy_trainer(tiny, LEARNING[name](), _by_prompt, settings)
+    before = weights(trainer)
+    (result,) = trainer.rounds()
+    assert result.zero_std_share == 1.0 and not trainer.learner.silent
+    assert not all(torch.equal(old, new) for old, new in zip(before, weights(trainer), strict=True))
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_rounds_that_teach_nothing_end_a_run(tiny: SD3, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = replace(SETTINGS, rounds=3, max_silent_rounds=2)
+    trainer = toy_trainer(tiny, SILENT[name](), _by_prompt, settings)
+    rounds = trainer.rounds()
+    next(rounds)
+    assert "no sample of this round has credit" in caplog.text and trainer.state().numbers["silent_rounds"] == 1
+    with pytest.raises(RewardError, match=r"for 2 rounds no sample had credit \(training\.max_silent_rounds\)"):
+        next(rounds)
+
+
+def test_without_a_limit_silent_rounds_end_no_run(tiny: SD3) -> None:
+    settings = replace(SETTINGS, rounds=3, max_silent_rounds=None)
+    trainer = toy_trainer(tiny, flow_grpo(window=1), _by_prompt, settings)
+    assert len(list(trainer.rounds())) == trainer.monitor.silent == 3
+    with pytest.raises(ValueError, match=r"training\.max_silent_rounds must be at least 1, not 0"):
+        replace(SETTINGS, max_silent_rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("credited", "losses", "silent"), [([False, True], 3, False), ([False, False], 3, True), ([True, True], 0, True)]
+)
+def test_ranks_agree_that_a_round_is_silent(credited: list[bool], losses: int, silent: bool) -> None:
+    """A rank may have no sample with credit where another has some."""
+    processes = SimpleNamespace(all_gather_object=lambda own: credited)
+    rank: Any = SimpleNamespace(processes=processes, _counts=lambda batches: TermCounts(losses, 0))
+    assert Learner._is_silent(rank, []) is silent
 
 
 def test_kl_is_zero_at_the_start_and_grows(tiny: SD3) -> None:

@@ -506,6 +506,13 @@ def test_tuned_clip_starts_as_clip_and_learns_to_prefer_references() -> None:
     assert len(trained.snapshot.weights) == sum(len(list(block.parameters())) for block in blocks[-2:])
 
 
+def test_a_prompt_without_references_is_named_before_a_round() -> None:
+    tuned = TunedClipReward("shapes-clip", CLIP_REFERENCES, 1)
+    tuned.require_references(CLIP_PROMPTS[0])
+    with pytest.raises(ValueError, match="there is no reference for the prompt 'two squares'"):
+        tuned.require_references(Prompt("two squares"))
+
+
 def test_the_penalty_of_a_tuned_clip_is_of_its_samples() -> None:
     """Without it the cosine becomes steeper between samples and references, and with it flatter."""
     between = between_pairs(CLIP_REFERENCES.images.load(range(4)), CLIP_FAKES, torch.full((4,), 0.5))
