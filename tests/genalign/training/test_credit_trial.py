@@ -121,7 +121,9 @@ def test_groups_that_are_too_small_for_a_credit_are_refused(caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize(
-    "credit", [EnsembleCredit(), AmongRight("size", threshold=0.5), Decorrelated(GroupRelative(), ["red"])], ids=repr
+    "credit",
+    [EnsembleCredit(), AmongRight("size", threshold=0.5), Decorrelated(GroupRelative(), ["red"])],
+    ids=lambda credit: type(credit).__name__,
 )
 def test_a_balance_is_tried_with_each_reward_alone(credit: Credit) -> None:
     rewards = [NamedReward("aesthetics", plain), NamedReward("size", plain), NamedReward("red", plain, 0.0)]
