@@ -166,6 +166,16 @@ def _evaluate(arguments: list[str]) -> None:
     raise SystemExit(main(arguments))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The number of threads decides the last bits of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_processes_share_the_batches(command: list[str]) -> None:
     """Two processes on one output write the files of one, and each batch once."""
     assert main([*command, "--output", "whole"]) == 0

@@ -113,7 +113,9 @@ def test_transformers_opens_the_clap_folder(tmp_path: Path) -> None:
 def test_features_are_those_of_the_extractor() -> None:
     clips = waves()
     theirs = feature_extractor()(list(clips[:, 0].numpy()), sampling_rate=8000, return_tensors="pt").input_features
-    torch.testing.assert_close(log_mel(clips), theirs, rtol=0, atol=0.1)  # dB
+    ours, heard = log_mel(clips), theirs > -80  # dB; below, rounding of float32 shows, up to the floor of -100
+    torch.testing.assert_close(ours[heard], theirs[heard], rtol=0, atol=0.02)
+    torch.testing.assert_close(ours[~heard], theirs[~heard], rtol=0, atol=0.2)
 
 
 def test_the_spectral_loss_hears_pitch_and_level_but_not_phase() -> None:
