@@ -281,7 +281,7 @@ def test_nan_scores_rank_last(tiny: SD3) -> None:
 
 
 def test_budget_in_seconds_prices_the_gradients_that_a_strategy_follows(tiny: SD3) -> None:
-    result = search(tiny, PROMPTS[0], redness, ReNO(learning_rate=1.0), Budget(seconds=0.3), SAMPLING, batch_size=2)
+    result = search(tiny, PROMPTS[0], redness, ReNO(learning_rate=1.0), Budget(seconds=1.0), SAMPLING, batch_size=2)
     assert result.budget is not None and result.budget.prices is not None
     backward = {call for call in result.budget.prices if call.endswith(" backward")}
     assert backward == {"nfe backward", "decode backward", "reward/reward backward"}
