@@ -595,9 +595,8 @@ def test_pairs_are_judged_in_a_browser_by_keys_clicks_and_touch(tmp_path: Path) 
         assert [last["6"]["scores"]["overall"][index] for index in last["6"]["shown"]] == [0, 1]
         assert last["7"]["scores"]["overall"] == [0.5, 0.5] and len(lines(folder)) == 8
         assert {line["annotator"] for line in lines(folder)} == {"Ada"}
-        (folder / "preferences.jsonl").write_text(
-            "".join(json.dumps(always_left(line)) + "\n" for line in lines(folder)) * 3
-        )
+        more = [line | {"prompt": f"{line['prompt']} {number}"} for line in lines(folder) for number in range(3)]
+        (folder / "preferences.jsonl").write_text("".join(json.dumps(always_left(line)) + "\n" for line in more))
         tab.open(f"{url}/agreement")
         tab.wait("document.querySelector('table')")
         warned = "Ada found the left sample better in 24 of 24 pairs"
