@@ -29,6 +29,7 @@ HOP = 160  # samples: 20 ms
 FRAMES = LENGTH // HOP
 HEAD = 64
 POSITION_BIAS = 3.0
+START_LOGIT = 8.0
 SECONDS = LENGTH / SAMPLE_RATE
 
 
@@ -90,6 +91,30 @@ def build_transformer(layers: int = 6, width: int = WIDTH) -> StableAudioDiTMode
     )
 
 
+@torch.no_grad()
+def attend_to_start(transformer: StableAudioDiTModel) -> None:
+    """Initialize a head of the first block so that every frame knows how far it is from the start of the clip.
+
+    ``StableAudioDiTModel`` has only rotary embeddings: what a frame sees does not depend on its position, except through
+    the one token before the frames, and training does not discover that path. Without it, either of the two events of
+    a prompt may be played first. The logit of this head for that token is ``START_LOGIT`` cos(distance * frequency),
+    with the highest rotary frequency that turns by at most pi over a clip. Channel 0 marks the token; channel 1 is
+    constant.
+    """
+    half = HEAD // 4  # half of the rotated dimensions, which are half of a head
+    frequencies = 10_000.0 ** (-torch.arange(half) / half)
+    pair = int((frequencies * FRAMES > torch.pi).sum())
+    block = transformer.transformer_blocks[0]
+    transformer.proj_in.weight[:2] = 0
+    transformer.timestep_proj[2].bias[0] = 4
+    block.norm1.bias[1] = 1
+    marked = 8.6  # the value of channel 0 at that token, after normalization
+    size = (START_LOGIT * HEAD**0.5 / marked) ** 0.5
+    for weight, channel in ((block.attn1.to_q.weight, 1), (block.attn1.to_k.weight, 0)):
+        weight[[pair, pair + half]] = 0
+        weight[pair, channel] = size
+
+
 def build_scheduler() -> CosineDPMSolverMultistepScheduler:
     """Stable Audio's, with an end that suits latents which hold phases: the last step leaves from sigma 0.03."""
     return CosineDPMSolverMultistepScheduler(sigma_min=0.03, sigma_max=30.0, sigma_data=1.0)
@@ -104,6 +129,7 @@ class TonesTextToAudio(nn.Module):
         self.text_encoder = build_t5(len(self.tokenizer), POSITION_BIAS)
         self.projection_model = StableAudioProjectionModel(WIDTH, WIDTH, min_value=0, max_value=2)
         self.transformer = build_transformer(layers, width)
+        attend_to_start(self.transformer)
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and their mask, (N, 10) each."""

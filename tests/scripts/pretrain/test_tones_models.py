@@ -95,6 +95,21 @@ def test_words_that_are_withheld_do_not_matter() -> None:
 
 
 @torch.no_grad()
+def test_frames_know_where_they_are_before_training() -> None:
+    """The first block changes a frame by its distance from the clip's start, in the middle of the clip as well."""
+    torch.manual_seed(0)
+    model, found = TonesTextToAudio(layers=1, width=64), list[torch.Tensor]()
+    model.transformer.transformer_blocks[0].attn1.register_forward_hook(lambda *call: found.append(call[-1]))
+    ids, mask = model.tokens(TEXTS[:1])
+    z, time = torch.randn(512, LATENT_CHANNELS, FRAMES), torch.full((512,), 0.9)
+    model(z, time, ids.expand(512, -1), mask.expand(512, -1), torch.ones(512, dtype=torch.bool))
+    means = found[0][:, 1:].mean(0)  # over noise: what depends on the place alone
+    distances = [float((means[frame] - means[60]).norm()) for frame in (15, 30, 45)]
+    chance = float(found[0][:, 61].std(0).norm()) / 512**0.5  # of a mean of 512
+    assert distances[0] > distances[1] > distances[2] > 3 * chance
+
+
+@torch.no_grad()
 def test_transformers_opens_the_clap_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, clips = build_clap().eval(), waves(3)
