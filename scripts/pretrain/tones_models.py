@@ -95,11 +95,11 @@ def build_transformer(layers: int = 6, width: int = WIDTH) -> StableAudioDiTMode
 def attend_to_start(transformer: StableAudioDiTModel) -> None:
     """Initialize a head of the first block so that every frame knows how far it is from the start of the clip.
 
-    ``StableAudioDiTModel`` has only rotary embeddings: what a frame sees does not depend on its position, except through
-    the one token before the frames, and training does not discover that path. Without it, either of the two events of
-    a prompt may be played first. The logit of this head for that token is ``START_LOGIT`` cos(distance * frequency),
-    with the highest rotary frequency that turns by at most pi over a clip. Channel 0 marks the token; channel 1 is
-    constant.
+    ``StableAudioDiTModel`` has only rotary embeddings: what a frame sees does not depend on its position, except
+    through the one token before the frames, and training does not discover that path. Without it, either of the two
+    events of a prompt may be played first. The logit of this head for that token is ``START_LOGIT`` cos(distance *
+    frequency), with the highest rotary frequency that turns by at most pi over a clip. Channel 0 marks the token;
+    channel 1 is constant.
     """
     half = HEAD // 4  # half of the rotated dimensions, which are half of a head
     frequencies = 10_000.0 ** (-torch.arange(half) / half)
@@ -163,8 +163,14 @@ class TonesTextToAudio(nn.Module):
         return velocity
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
-        """Weights of the transformer blocks' linear layers."""
-        return tuple(parameter for parameter in self.transformer.transformer_blocks.parameters() if parameter.ndim == 2)
+        """Weights of the transformer blocks' linear layers, except those that ``attend_to_start`` initializes.
+
+        Muon changes all directions of a matrix equally fast and would erase that initialization.
+        """
+        blocks = self.transformer.transformer_blocks
+        initialized = {id(blocks[0].attn1.to_q.weight), id(blocks[0].attn1.to_k.weight)}
+        matrices = (parameter for parameter in blocks.parameters() if parameter.ndim == 2)
+        return tuple(parameter for parameter in matrices if id(parameter) not in initialized)
 
 
 def assemble(model: TonesTextToAudio, vae: AutoencoderOobleck, output: Path) -> None:
