@@ -1,8 +1,12 @@
-"""``genalign train --resume``: find the run and its checkpoint, and check that settings and inputs are unchanged."""
+"""``genalign train --resume``: find the run and its checkpoint, and check that settings and inputs are unchanged.
+
+Runs that have ended are checked too, before a comparison takes them for those that it asks for.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,8 +15,11 @@ from typing import Any
 
 from genalign.cli.context import Checkpoint
 from genalign.cli.family_defaults import with_recorded_defaults
+from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train_settings import Train
+from genalign.runtime.distributed import ProcessGroup
 from genalign.runtime.state import State
+from genalign.scoring.score import group_reward
 from genalign.training.checkpointing import Checkpoints, RunCheckpoint
 from genalign.training.run_folder import RunFolder
 
@@ -26,7 +33,7 @@ MAY_CHANGE = (
     "training.max_nfe",
     "training.max_failed_fraction",
     "training.max_skipped_updates",
-    "training.max_silent_rounds",
+    "training.max_rounds_without_credit",
     "training.on_out_of_memory",
     "model.memory.checkpointing",
     "model.memory.offload",
@@ -34,12 +41,14 @@ MAY_CHANGE = (
 )
 """Settings that may change when a run is resumed."""
 
+_BUDGET = ("max_seconds", "training.rounds", "training.max_nfe")
+
 
 def train_request(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Take ``--resume`` out of the arguments of ``genalign train``, and return whether it was among them.
 
-    ``--resume RUN`` becomes that run's configuration and output; ``--resume`` alone resumes the run in the output, if
-    there is one. Raises FileNotFoundError if RUN holds no run, and ValueError for a run of genalign 0.1.0.
+    ``--resume RUN`` becomes that run's configuration and output; ``--resume`` without RUN resumes the run in the
+    output, if there is one. Raises FileNotFoundError if RUN is not a run, and ValueError for a run of genalign 0.1.0.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", const="")
@@ -48,7 +57,7 @@ def train_request(arguments: Sequence[str]) -> tuple[list[str], bool]:
         return rest, parsed.resume is not None
     run = Path(parsed.resume)
     if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run} holds no run to resume: give the output folder of a training")
+        raise FileNotFoundError(f"{run} has no run to resume: give the output folder of a training run")
     RunFolder(run).require_format()
     return ["--config", str(run / "config.json"), *rest, "--output", str(run)], True
 
@@ -69,31 +78,69 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[st
 
 
 def rounds_of(settings: Train, recorded: Mapping[str, Any] | None, otherwise: int) -> int | None:
-    """Return the number of rounds of a run; None where it is fitted to the time budget after the first round.
+    """Return the number of rounds of a run; None if it is fitted to the time budget after the first round.
 
     Args:
-        settings: The settings of the command, whose number comes first.
-        recorded: The configuration of the run that is resumed, whose number comes next; None for a new run.
-        otherwise: The number of a run without a time budget.
+        settings: The settings of the command, which take precedence.
+        recorded: The configuration of the resumed run, which comes second; None for a new run.
+        otherwise: The number of rounds without either or a time budget.
     """
     rounds = settings.training.rounds or (recorded["training"]["rounds"] if recorded else None)
     return rounds or (None if settings.time_budget.is_set else otherwise)
 
 
 def require_same(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
-    """Raise ValueError that names every setting that differs and is not in ``MAY_CHANGE``."""
-    old, new = dict(flat(stored)), dict(flat(requested))
-    changes = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted(old | new)
-        if old.get(name) != new.get(name) and not f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE))
-    ]
-    if changes:
+    """Raise ValueError with every setting that differs and is not in ``MAY_CHANGE``."""
+    if changes := changed_settings(stored, requested, MAY_CHANGE):
         raise ValueError(f"a resumed run keeps its settings, but {'; '.join(changes)}: choose another output")
 
 
+def changed_settings(stored: Mapping[str, Any], requested: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    """Describe every setting that differs, but for those in ``free`` and in the sections that it names."""
+    old, new = dict(flat(stored)), dict(flat(requested))
+    return [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(tuple(f"{own}." for own in free))
+    ]
+
+
+def require_unchanged(run: Path, settings: Train, plain: Mapping[str, Any]) -> None:
+    """Raise ValueError where a run that has ended was trained with other settings or prompts than are requested.
+
+    Unlike in a run that is resumed, the budget may not differ either. A number of rounds that was fitted to a time
+    budget is no setting.
+
+    Args:
+        run: The folder of the run.
+        settings: The requested configuration.
+        plain: The same as plain JSON.
+    """
+    folder = RunFolder(run)
+    folder.require_format()
+    recorded, prompts = folder.config(), RunPrompts.read(settings)
+    world_size = json.loads((run / "environment.json").read_text(encoding="utf-8"))["processes"]
+    fitted = settings.training.fit(
+        prompts.training,
+        settings.recipe.objective.unit,
+        ProcessGroup(0, world_size),
+        group_reward=group_reward(settings.rewards),
+    )
+    rounds = recorded["training"]["rounds"] if settings.time_budget.is_set else fitted.rounds
+    sizes = fitted.sizes | {"rounds": settings.training.rounds or rounds}
+    requested = with_recorded_defaults({**plain, "training": plain["training"] | sizes}, recorded)
+    changes = changed_settings(recorded, requested, [name for name in MAY_CHANGE if name not in _BUDGET])
+    if json.loads((run / "prompts.json").read_text(encoding="utf-8")) != prompts.as_dict():
+        changes.append("its prompts are not the present ones")
+    if changes:
+        raise ValueError(
+            f"{run} was trained with other settings: {'; '.join(changes)}. Delete this folder to train it again, or"
+            " choose another --output"
+        )
+
+
 def flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings by their full names, as in training.rounds, with ``before`` in front of each."""
+    """Yield the settings with their full names, as in training.rounds, each prefixed by ``before``."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{before}{name}.")
@@ -116,7 +163,7 @@ class InputFingerprint:
         """Raise ValueError if the hashes differ; there is nothing to restore."""
         for name, value in asdict(self).items():
             if state.numbers[name] != value:
-                raise ValueError(f"{name} is not what the run began with: restore it, or choose another output")
+                raise ValueError(f"{name} changed since the run began: restore it, or choose another output")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A training run: rounds with all that is observed, logged and saved between them, and a clean end on a signal."""
+"""A training run: its rounds, what is observed, logged and saved between them, and a clean end on a signal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.score import RewardError
 from genalign.training.best_weights import BestWeights, HeldOutScores
 from genalign.training.checkpointing import CheckpointWriter
+from genalign.training.errors import TrainingStoppedError
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import HackingGuard, HackingReport, due
 from genalign.training.round_log import RoundDisplay, SampleGridWriter, log_round
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which Slurm and Kubernetes end a job, where Ctrl-C would raise KeyboardInterrupt."""
+    """Raised for SIGTERM, by which Slurm and Kubernetes end a job, as KeyboardInterrupt is for Ctrl-C."""
 
 
 @contextlib.contextmanager
@@ -114,7 +115,7 @@ class Moment:
             trainer: The loop.
             nfe: The NFE so far.
             before: The seconds of training before the round.
-            max_seconds: The seconds with whose round the run ends; None for no limit.
+            max_seconds: The run ends after the round in which training reaches this many seconds; None for no limit.
         """
         seconds = trainer.processes.all_gather_object(trainer.seconds)[0]
         last = trainer.settings.progress(trainer.rounds_done, nfe) >= 1
@@ -122,19 +123,19 @@ class Moment:
         return cls(trainer.rounds_done, seconds, seconds - before, last or is_late)
 
     def passed(self, interval: float) -> bool:
-        """Whether the last round passed a multiple of ``interval`` seconds of training, or began or ended the run."""
+        """Whether the last round passed a multiple of ``interval`` seconds, or was the first or the last of the run."""
         before = self.seconds - self.round_seconds
         return self.rounds == 1 or self.last or self.seconds // interval > before // interval
 
 
 @dataclass(frozen=True)
 class RoundMonitors:
-    """Observers of the model between rounds; none of them changes the training's randomness or its NFE.
+    """Observers of the model between rounds; none of them affects the randomness or the NFE of training.
 
     Args:
         evaluate_held_out: Evaluate the held-out prompts.
-        held_out_every: Rounds between two of these evaluations; 0 for none by rounds.
-        held_out_seconds: Seconds of training between two of them; None for none by time.
+        held_out_every: Rounds between two of these evaluations; 0 schedules none by rounds.
+        held_out_seconds: Seconds of training between two of them; None schedules none by time.
         guard: The monitor of reward hacking.
         sample_grid: The writer of sample grids.
     """
@@ -187,7 +188,7 @@ class WeightFiles:
     best: BestWeights
 
     def see(self, rounds: int, scores: HeldOutScores | None) -> None:
-        """Take the weights of a round if it was evaluated and they are the best so far, and write an adapter at once.
+        """Keep the weights of an evaluated round if they are the best so far, and write an adapter at once.
 
         A whole network is written at the end of the run; until then checkpoints hold it.
         """
@@ -202,7 +203,7 @@ class WeightFiles:
             self.folder.update_best_round(self.best.round)
 
     def restore(self) -> None:
-        """Write the best adapter again where a killed process left that of a later round, or none."""
+        """Write the best adapter again if a killed process left that of a later round, or none."""
         if self.best.round and self.best.policy.config is not None:
             written = self.folder.best_round()
             is_current = written is not None and written.same_weights(self.best.round)
@@ -215,8 +216,8 @@ class WeightFiles:
         if self.best.round:
             return f"{name}/: the weights after {self.best.round}; {name}-last/: those after round {rounds}"
         return (
-            f"{name}/ and {name}-last/: the newest weights, after round {rounds}: without held-out rewards"
-            " (held_out.every, held_out.every_seconds) none are chosen"
+            f"{name}/ and {name}-last/: the newest weights, after round {rounds}, as no held-out rewards"
+            " (held_out.every, held_out.every_seconds) select the best"
         )
 
     def save(self) -> None:
@@ -241,7 +242,8 @@ def weights_saved(trainer: Trainer, weights: WeightFiles) -> Iterator[None]:
             weights.save()
         if isinstance(error, RewardError | DivergedError):
             stop = f"Training stopped at round {trainer.rounds_done + 1}: {error}"
-            raise type(error)(f"{stop}. Resume with: genalign train --resume {weights.folder.path}") from error
+            resume = f"Resume with: genalign train --resume {weights.folder.path}"
+            raise TrainingStoppedError(f"{stop}. {resume}") from error
         raise
     weights.save()
 
@@ -265,15 +267,15 @@ def train(
         monitors: Observers between rounds.
         trackers: Experiment trackers, from accelerate.
         progress: Shows the rounds, and the phases within them.
-        max_seconds: Seconds of training with whose round the run ends, if that comes first; None for no limit.
-        fitter: Fits the number of rounds to a time budget after the first; None where they are given.
+        max_seconds: Stop after the round in which training reaches this many seconds; None for no limit.
+        fitter: Fits the number of rounds to a time budget after the first; None if the number is given.
 
     Returns:
         The signal, SIGINT or SIGTERM, that ended the run early on any rank; 0 for none.
 
     Raises:
-        RewardError: A reward failed too often.
-        DivergedError: Too many updates in a row were not finite.
+        TrainingStoppedError: A reward failed too often, no sample had credit for too long, or too many updates in a row
+            were not finite.
     """
     folder, ended_by = weights.folder, 0
     total, done, before = None if fitter else trainer.settings.rounds, trainer.rounds_done, trainer.seconds

@@ -24,6 +24,7 @@ from genalign.types import Prompt
 from rewards.noise_aware import load_scorer
 from rewards.regressor import RegressorReward
 from scripts.benchmarks import audio_pool
+from scripts.benchmarks.base_weights import require_base
 from scripts.benchmarks.cached import cached
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of
 from scripts.benchmarks.trained_runs import run_genalign
@@ -90,17 +91,29 @@ def trials(work: Path, seed: int, subsets: int) -> Trials:
 
     scores = [scored(tensors["previews"], prompt) for tensors, prompt in recorded]
     clean = [tensors["clean"] for tensors, _ in recorded]
-    return Trials(torch.stack(scores)[:, None], torch.stack(clean), audio_pool.LEVELS, subsets)
+    tasks = [prompt.task for _, prompt in recorded]
+    return Trials(torch.stack(scores)[:, None], torch.stack(clean), audio_pool.LEVELS, subsets, tasks)
 
 
 def pruning_records(work: Path) -> list[PromptRecord]:
-    """Best-of-N before and pruning after, on every pool but that of tuning: means over the budgets, and each."""
+    """Best-of-N before and pruning after, on every pool but that of tuning: means over the budgets, and each.
+
+    Exits where the folder was made with another base.
+    """
+    require_base(work, "tones-audio")
     prepare(work)
     prices = costs(work)
     audio_pool.record(work / "pool", work / "selection" / REWARD)
     schedule_of = schedules(work, prices)
     tested = [seed for seed, suite in audio_pool.SUITES.items() if suite in NAMES]
     return [record for seed in tested for record in _records(trials(work, seed, SUBSETS), seed, schedule_of, prices)]
+
+
+def budget_shares(work: Path) -> dict[int, float]:
+    """What the schedule of each budget spends of it, after ``pruning_records``."""
+    prices = costs(work)
+    chosen = schedules(work, prices)
+    return {budget: prices.share(chosen[budget], STUDENT, budget, audio_pool.CANDIDATES) for budget in chosen}
 
 
 def schedules(work: Path, prices: Costs) -> dict[int, PruneSchedule]:

@@ -304,13 +304,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--against", metavar="COMMIT", help="of round: an older commit to compare with")
+    parser.add_argument("--work", type=Path, default=Path("runs/search"), help="of search: the folder of its parts")
     options = parser.parse_args()
     retain_freed_memory()  # as the command does on a CPU
     if options.part == "one-round":
         return one_round(options.steps)
     if options.part == "search":
-        for part in options.some or search_benchmark.PARTS:
-            search_benchmark.PARTS[part](Path("runs/search"))
+        search_benchmark.run_parts(options.some or search_benchmark.PARTS, options.work)
         return None
     if options.part == "compare":
         for part in options.some or speed_benchmark.PARTS:

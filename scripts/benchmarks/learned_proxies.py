@@ -2,6 +2,8 @@
 
 Each is a perceptron on the frozen shapes-clip, fitted to the verifier's partial credit of its own images of the base
 model, so that each overrates something else of what training will find.
+
+    python scripts/benchmarks/learned_proxies.py     fit the heads that comparisons name, where they are missing
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from rewards.regressor import Regressor, RegressorReward
 from rewards.shapes import ShapesReward
 from scripts.benchmarks.shapes_sampling import shapes_sampling
 
+PROXIES = Path("runs/proofs/proxies")  # which the comparisons name
 COUNT, IMAGES, STEPS = 4, 512, 400  # heads, base images of each, and steps of Adam
 SAMPLING = shapes_sampling(8)  # as in training
 
@@ -40,7 +43,7 @@ class Overrating:
         return RegressorReward(self.weights)(images, prompts).cpu() - ShapesReward("partial")(images, prompts)
 
 
-def write_proxies(folder: Path, model: str = "shapes-sd3", count: int = COUNT, images: int = IMAGES) -> None:
+def write_proxies(folder: Path = PROXIES, model: str = "shapes-sd3", count: int = COUNT, images: int = IMAGES) -> None:
     """Fit the heads and write them to head-1.safetensors, head-2.safetensors, ...; those that exist stay.
 
     Args:
@@ -81,3 +84,7 @@ def fitted(images: Tensor, prompts: Sequence[Prompt], gold: RewardFunction, seed
         torch.autograd.backward(loss)
         optimizer.step()
     return network
+
+
+if __name__ == "__main__":
+    write_proxies()

@@ -2,22 +2,23 @@
 
 The verifier's partial credit judges pairs of the base model's samples, and a share of its labels is flipped; a reward
 is learned from them, and optimized by best-of-n, Flow-GRPO and DRAGON. The truth, strict accuracy on held-out prompts,
-is drawn against the distance from the base model.
+is drawn against the distance from the base model. All runs end at the same NFE, and their weights are the best by the
+reward that is optimized, on val prompts.
 
 The plan, in minutes of two cores (seeds 91 to 93; settings are fixed on seed 100 and ``val`` before, apart from this
-budget):
+budget, by ``reward_pilots.py turn``):
 
 | what | minutes |
 |---|---|
-| 20,640 samples of training prompts, 776 of val, 3,840 of comp; their labels | 20 |
-| 7 rewards and 1 ensemble, 3 seeds; their measures | 30 |
-| Flow-GRPO on the 7 rewards, on CLIP and on the verifier, 3 seeds of 4 minutes | 9 x 3 x 4.7 = 127 |
-| DRAGON at 1,000 pairs | 3 x 4.7 = 14 |
-| guards at 1,000 pairs: KL, PAR, the ensemble's mean, minimum, and mean less deviation | 5 x 3 x 4.7 = 70 |
+| 23,300 samples of training prompts, 650 of val, 3,840 of comp; their labels | 25 |
+| 7 rewards and 1 ensemble, 3 seeds; their measures | 48 |
+| Flow-GRPO on the 7 rewards, on CLIP and on the verifier, 3 seeds of 90,000 NFE | 9 x 3 x 5.75 = 155 |
+| DRAGON at 1,000 pairs | 3 x 5.75 = 17 |
+| guards at 1,000 pairs: KL, PAR, the ensemble's mean, minimum, and mean less deviation | 5 x 3 x 5.75 = 86 |
 | a guard more, early stopping: read off the runs without a guard | 0 |
-| PAR's references: four samples of each prompt | 3 x 3 = 9 |
+| PAR's references: four samples of each prompt | 3 x 5 = 15 |
 
-That is 4.5 hours. Where it takes longer, arms go before seeds: DRAGON, then PAR, then KL.
+That is 5.8 hours. Where it takes longer, arms go before seeds: DRAGON, then PAR, then KL.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from typing import Any
 
 import numpy as np
 import scipy
+import torch
 
-from genalign.evaluation.records import PromptRecord
+from genalign.evaluation.records import PromptRecord, mean
 from genalign.metrics.intervals import jackknife
+from genalign.reward_learning.item_scores import ScoreFile
+from genalign.reward_learning.measures import expected_best
 from genalign.runtime.files import without_infinities
 from scripts.benchmarks.learned_rewards import (
+    LEARNED,
     POOLED,
-    POOLED_PROMPTS,
     SEEDS,
     SHAPES,
     Proxy,
@@ -44,7 +48,9 @@ from scripts.benchmarks.learned_rewards import (
     learned,
     measured,
     optimized,
+    pooled,
     run_with,
+    val_looks,
 )
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.trained_runs import RESULTS, arm_gains, differences, head, metrics
@@ -52,13 +58,15 @@ from scripts.benchmarks.trained_runs import RESULTS, arm_gains, differences, hea
 CLIP = {"class_path": "rewards.clip.ClipReward", "init_args": {"model": "shapes-clip"}}
 GUARDS = ("kl", "par", "ensemble_mean", "ensemble_min", "ensemble_mean_minus_std")
 
-
 PROXIES = (
     *(Proxy(size, 0.1) for size in (100, 1000, 10_000, 30_000)),
     *(Proxy(1000, flips) for flips in (0.0, 0.2, 0.4)),
 )
 UNGUARDED = Proxy(1000, 0.1)
 ENSEMBLE = Proxy(1000, 0.1, members=4)
+
+Curve = list[list[float]]
+"""The evaluations of a run on val prompts: distance from the base model, reward, truth and its interval."""
 
 
 def overoptimization(work: Path) -> None:
@@ -73,96 +81,81 @@ def overoptimization(work: Path) -> None:
     runs["verifier"] = optimized(work, SHAPES, "verifier", dict.fromkeys(SEEDS, SHAPES.score("partial")))
     dragon = {"recipe": {"class_path": "genalign.dragon", "init_args": {"loss": "dpo", "beta": 100.0, "draws": 6}}}
     runs["dragon"] = optimized(work, SHAPES, "dragon", rewards[UNGUARDED.name], dragon)
-    runs |= {guard: _guarded(work, guard, rewards) for guard in GUARDS}
+    runs |= {guard: guarded(work, guard, rewards) for guard in GUARDS}
 
     curves = {name: {seed: curve(run) for seed, run in by_seed.items()} for name, by_seed in runs.items()}
-    curves["early_stop"] = stopped_early(curves[UNGUARDED.name])
-    records = _records(measures, runs, curves)
-    by_n = {name: {str(seed): one["best_of_n"] for seed, one in own.items()} for name, own in measures.items()}
+    records = [record for name, own in measures.items() for record in best_of_n_records(f"best_of_n.{name}", own)]
+    records += _gains(runs) + turns(curves)
+    contents = {name: {seed: _content(folder) for seed, folder in own.items()} for name, own in measures.items()}
+    by_n = {name: {str(seed): one["best_of_n"] for seed, one in own.items()} for name, own in contents.items()}
+    drawn = without_infinities({**curves, "early_stop": stopped_early(curves[UNGUARDED.name])})
     claim = (
         "Held-out strict accuracy while rewards that were learned from pairs are optimized, by the number of pairs and"
         " the share of flipped labels"
     )
     header = head(claim, "python scripts/benchmarks/proofs.py overoptimization")
-    more = {"curves": without_infinities(curves), "best_of_n": by_n, "measures": _measure_table(measures, runs)}
-    write_results(RESULTS, "overoptimization_shapes", {**header, **more}, records)
-
-
-def _records(
-    measures: Mapping[str, Mapping[int, Mapping[str, Any]]],
-    runs: Mapping[str, Mapping[int, Path]],
-    curves: Mapping[str, Mapping[int, Sequence[Sequence[float]]]],
-) -> list[PromptRecord]:
-    """The truth of the best of a pool, the gains of training, what was lost again, and what guards changed."""
-    records: list[PromptRecord] = []
-    for name, measured_by_seed in measures.items():
-        for seed, content in measured_by_seed.items():
-            records += best_of_n_records(f"best_of_n.{name}", seed, content)
-    for name, by_seed in runs.items():
-        records += arm_gains(f"flow_grpo.{name}" if name != "dragon" else name, "strict", "strict", by_seed)
-    for name, own in curves.items():
-        for seed, points in own.items():
-            truths, metric = [point[2] for point in points], "strict lost since the best"
-            records.append(PromptRecord(f"{name}.lost", metric, seed, "all", "the run", truths[-1], max(truths), 1))
-    for guard in GUARDS:
-        metric = f"strict, {guard} - unguarded"
-        records += differences(f"{guard}.difference", metric, "strict", runs[UNGUARDED.name], runs[guard])
-    for seed, points in curves["early_stop"].items():  # on val, where the curves are measured
-        last, stopped, metric = curves[UNGUARDED.name][seed][-1][2], points[-1][2], "strict, early_stop - unguarded"
-        records.append(PromptRecord("early_stop.difference", metric, seed, "all", "the run", last, stopped, 1))
-    return sorted(records, key=lambda record: record.name)
+    more = {"curves": drawn, "best_of_n": by_n, "measures": _measure_table(contents, runs)}
+    sorted_records = sorted(records, key=lambda record: record.name)
+    write_results(RESULTS, "overoptimization_shapes", {**header, **more}, sorted_records)
 
 
 # Training with guards
 
 
-def _guarded(work: Path, guard: str, rewards: Mapping[str, Mapping[int, Setting]]) -> dict[int, Path]:
+def guarded(work: Path, guard: str, rewards: Mapping[str, Mapping[int, Setting]]) -> dict[int, Path]:
     """Train with a guard on the reward of ``UNGUARDED``, or on the ensemble of as many pairs."""
     if guard.startswith("ensemble"):
         pool = guard.removeprefix("ensemble_")
-        pooled = {
-            seed: {**reward, "init_args": {**reward["init_args"], "pool": pool}}
-            for seed, reward in rewards[ENSEMBLE.name].items()
-        }
-        return optimized(work, SHAPES, guard, pooled)
+        return optimized(work, SHAPES, guard, pooled(rewards[ENSEMBLE.name], pool))
     single = rewards[UNGUARDED.name]
     recipe = SHAPES.settings()["recipe"]
     if guard == "kl":
-        return optimized(
-            work, SHAPES, guard, single, {"recipe": {**recipe, "init_args": {**recipe["init_args"], "kl": 1.0}}}
-        )
-    shaped = {}
-    for seed, reward in single.items():
-        references = work / "references" / f"seed-{seed}.json"
-        settings = {"rewards": {"learned": {"function": reward}}, "samples": 4, "output": str(references)}
-        if not references.exists():
-            file = references.with_suffix(".config.json")
-            run_with("reward", "references", settings=settings, file=file, base=SHAPES.base)
-        arguments = {"reward": reward, "references": str(references)}
-        shaped[seed] = {"class_path": "rewards.shaped.PreferenceAsReward", "init_args": arguments}
+        with_kl = {**recipe, "init_args": {**recipe["init_args"], "kl": 1.0}}
+        return optimized(work, SHAPES, guard, single, {"recipe": with_kl})
+    shaped = {seed: _preference_as_reward(work, seed, reward) for seed, reward in single.items()}
     credit = {"class_path": "genalign.algorithms.credit.LeaveOneOut", "init_args": {"scale": 2.0}}
     with_credit = {"class_path": "genalign.with_credit", "init_args": {"recipe": recipe, "credit": credit}}
-    return optimized(work, SHAPES, guard, shaped, {"recipe": with_credit})
+    return optimized(work, SHAPES, guard, shaped, {"recipe": with_credit}, scorers=single)
+
+
+def _preference_as_reward(work: Path, seed: int, reward: Setting) -> Setting:
+    """PAR around a reward, with the scores of base samples of all prompts of a run, those of its evaluations too."""
+    references = work / "references" / f"seed-{seed}.json"
+    if not references.exists():
+        settings = {
+            "rewards": {LEARNED: {"function": reward}},
+            "held_out": val_looks(SHAPES),
+            "samples": 4,
+            "output": str(references),
+        }
+        run_with(
+            "reward", "references", settings=settings, file=references.with_suffix(".config.json"), base=SHAPES.base
+        )
+    arguments = {"reward": reward, "references": str(references)}
+    return {"class_path": "rewards.shaped.PreferenceAsReward", "init_args": arguments}
 
 
 # What came of it
 
 
-def curve(run: Path) -> list[list[float]]:
+def curve(run: Path) -> Curve:
     """The evaluations of a run: its distance from the base model, the reward, and the truth with its interval.
 
-    The distance is the square root of the KL of a trained step from that of the base model, in a latent's dimension.
+    The distance is the square root of the KL of a trained step from that of the base model, in a latent's dimension;
+    of DRAGON, that of the mean squared change of predictions. A round measures it on one batch, at a window of steps
+    that is drawn, before its updates: it is averaged over the rounds since the evaluation before.
     """
-    points, kl = list[list[float]](), 0.0
+    points, since, distance = Curve(), list[float](), 0.0
     for row in metrics(run):
-        kl = kl if row["kl"] is None else row["kl"]
+        since += [] if row["kl"] is None else [max(row["kl"], 0.0)]
         if row["held_out"]:
-            strict, distance = row["held_out"]["strict"], math.sqrt(max(kl, 0.0))
-            points.append([distance, row["held_out"]["learned"]["mean"], strict["mean"], strict["low"], strict["high"]])
+            distance, since = math.sqrt(mean(since)) if since else distance, []
+            strict, reward = row["held_out"]["strict"], row["held_out"][LEARNED]["mean"]
+            points.append([distance, reward, strict["mean"], strict["low"], strict["high"]])
     return points
 
 
-def stopped_early(curves: Mapping[int, list[list[float]]]) -> dict[int, list[list[float]]]:
+def stopped_early(curves: Mapping[int, Curve]) -> dict[int, Curve]:
     """The curves of runs that would have stopped before the distance at which the other runs are at their best.
 
     The truth of the other seeds, on val, says how far a reward of this kind can be optimized: the limit of a run is the
@@ -171,20 +164,88 @@ def stopped_early(curves: Mapping[int, list[list[float]]]) -> dict[int, list[lis
     Args:
         curves: The evaluations of each of several seeds, as ``curve`` gives them.
     """
-    best = {seed: max(points, key=lambda point: point[2])[0] for seed, points in curves.items()}
-    stopped = dict[int, list[list[float]]]()
+    best = {seed: turn_of(points) for seed, points in curves.items()}
+    stopped = dict[int, Curve]()
     for seed, points in curves.items():
-        others = [distance for other, distance in best.items() if other != seed]
-        limit = sum(others) / len(others)
+        limit = mean(distance for other, distance in best.items() if other != seed)
         beyond = next((place for place, point in enumerate(points) if point[0] > limit), len(points))
         stopped[seed] = points[: max(beyond, 1)]
     return stopped
 
 
-def best_of_n_records(name: str, seed: int, content: Mapping[str, Any]) -> list[PromptRecord]:
-    """The truth of one sample, and of the best of all by the reward, as one record: prompts are joined there."""
-    first, last = content["best_of_n"][0]["truth"]["mean"], content["best_of_n"][-1]["truth"]["mean"]
-    return [PromptRecord(name, f"strict, best of {POOLED}", seed, "all", "the pool", first, last, POOLED_PROMPTS)]
+def turn_of(points: Curve) -> float:
+    """The distance at which the truth of a run is highest."""
+    return max(points, key=lambda point: point[2])[0]
+
+
+def turns(curves: Mapping[str, Mapping[int, Curve]]) -> list[PromptRecord]:
+    """Where the truth of each arm is highest, what it loses afterwards, and how far each guard moves that point.
+
+    What a run loses is counted from where the other seeds say that it should stop: its own highest evaluation is high
+    by luck, too. All of it is on val, where the curves are measured.
+
+    Args:
+        curves: The evaluations of the runs of each arm, by seed.
+    """
+    whole, unguarded, records = ("all", "the run"), curves[UNGUARDED.name], list[PromptRecord]()
+    for name, own in curves.items():
+        stopped = stopped_early(own)
+        kind = "change of predictions" if name == "dragon" else "square root of the KL"
+        for seed, points in own.items():
+            last, there = points[-1][2], stopped[seed][-1][2]
+            lost = "strict at the other seeds' turn - at the end"
+            records.append(PromptRecord(f"{name}.lost", lost, seed, *whole, last, there, 1))
+            turn = f"{kind} where strict is highest"
+            records.append(PromptRecord(f"{name}.turn", turn, seed, *whole, 0.0, turn_of(points), 1))
+    for guard in GUARDS:
+        for seed, points in curves[guard].items():
+            metric, before = f"turn, {guard} - unguarded", turn_of(unguarded[seed])
+            records.append(PromptRecord(f"{guard}.turn_difference", metric, seed, *whole, before, turn_of(points), 1))
+    for seed, points in stopped_early(unguarded).items():
+        metric, before = "strict, early_stop - unguarded", unguarded[seed][-1][2]
+        records.append(PromptRecord("early_stop.difference", metric, seed, *whole, before, points[-1][2], 1))
+    return records
+
+
+def _gains(runs: Mapping[str, Mapping[int, Path]]) -> list[PromptRecord]:
+    """The gains of training in strict accuracy, and what each guard changed of it."""
+    records: list[PromptRecord] = []
+    for name, by_seed in runs.items():
+        records += arm_gains(f"flow_grpo.{name}" if name != "dragon" else name, "strict", "strict", by_seed)
+    for guard in GUARDS:
+        metric = f"strict, {guard} - unguarded"
+        records += differences(f"{guard}.difference", metric, "strict", runs[UNGUARDED.name], runs[guard])
+    return records
+
+
+def best_of_n_records(name: str, measures: Mapping[int, Path]) -> list[PromptRecord]:
+    """The truth of one sample of the pool and of the best of all by a reward, by seed and prompt.
+
+    Args:
+        name: The name of the records.
+        measures: The folder of ``measured`` of each seed.
+    """
+    tasks = {prompt.text: prompt.task for prompt in SHAPES.prompts("comp").prompts}
+    records: list[PromptRecord] = []
+    for seed, folder in measures.items():
+        values = ScoreFile(folder / "scores.jsonl").values
+        by_prompt: dict[str, list[tuple[float, float]]] = {}
+        for (scorer, *key), truth in values.items():
+            if scorer == "truth":
+                by_prompt.setdefault(key[1], []).append((values[("reward", *key)], truth))
+        for prompt, samples in by_prompt.items():
+            scores, truths = torch.tensor(samples, dtype=torch.float64).unbind(1)
+            expected = expected_best(scores, truths, len(samples))
+            before, after = float(expected[0]), float(expected[-1])
+            metric = f"strict, best of {POOLED}"
+            records.append(PromptRecord(name, metric, seed, tasks[prompt], prompt, before, after, len(samples)))
+    return records
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Read the evaluation of a reward in a folder of ``measured``."""
+    content: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return content
 
 
 def _measure_table(

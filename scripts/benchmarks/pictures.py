@@ -145,27 +145,36 @@ def method_curves(result: Path, output: Path) -> None:
 
 
 def overoptimization(result: Path, output: Path) -> None:
-    """The truth against the distance from the base model while learned rewards are optimized, means over seeds."""
+    """The truth against the distance from the base model while learned rewards are optimized.
+
+    Of best-of-n the means over seeds, of training a line for each seed. DRAGON has a panel of its own, since its
+    distance is of another kind.
+    """
     content = json.loads(result.read_text(encoding="utf-8"))
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(17, 4), layout="constrained", sharey=True)
     for name, by_seed in content["best_of_n"].items():
         runs = list(by_seed.values())
         distances = [point["kl"] ** 0.5 for point in runs[0]]
         truths = [[point["truth"]["mean"] for point in run] for run in runs]
         means = [sum(column) / len(column) for column in zip(*truths, strict=True)]
         panels[0].plot(distances, means, label=name.replace("_", " "))
-    guards = set(content["curves"]) - set(content["best_of_n"])
-    for name, by_seed in content["curves"].items():
-        panel = panels[2] if name in guards else panels[1]
+    for number, (name, by_seed) in enumerate(content["curves"].items()):
+        panel = panels[3 if name == "dragon" else 1 if name in content["best_of_n"] else 2]
         for place, run in enumerate(by_seed.values()):
             label = name.replace("_", " ") if place == 0 else None
-            color = f"C{list(content['curves']).index(name) % 10}"
-            panel.plot([point[0] for point in run], [point[2] for point in run], color=color, label=label)
-    titles = ("best of n", "Flow-GRPO, by the reward", "guards, DRAGON and the verifier")
-    for panel, title in zip(panels, titles, strict=True):
-        panel.set(xlabel="square root of the KL", ylabel="strict accuracy", title=title)
+            panel.plot([point[0] for point in run], [point[2] for point in run], color=f"C{number % 10}", label=label)
+    step = "square root of a step's KL, a mean over dimensions"
+    titles = {
+        "best of n (suite comp)": "square root of the KL of the best of n",
+        "Flow-GRPO by the reward (suite val)": step,
+        "guards and the verifier (suite val)": step,
+        "DRAGON (suite val)": "root mean square change of predictions",
+    }
+    for panel, (title, distance) in zip(panels, titles.items(), strict=True):
+        panel.set(xlabel=distance, title=title)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
+    panels[0].set_ylabel("strict accuracy")
     figure.savefig(output / "overoptimization.png", dpi=110)
 
 

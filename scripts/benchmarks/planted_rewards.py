@@ -66,11 +66,13 @@ class Taste:
 class TinyGaps:
     """The verifier's partial credit, rounded to multiples of ``step``, plus ``taste`` times the statistic ``likes``.
 
-    Samples of a prompt often have the same credit, and then differ by the taste alone, which is far below ``step``.
+    Samples of a prompt often have the same credit, and then differ by the taste alone, which is far below ``step``. For
+    saturation, of a deviation of 0.03 before training, the default makes gaps of 3e-4: three times the 1e-4 that is
+    added to the standard deviation of a group, so advantages are about 0.75. A taste of 1e-3 would make them 0.23.
     """
 
     step: float = 0.25
-    taste: float = 1e-3
+    taste: float = 1e-2
     likes: Liked = "saturation"
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -40,9 +40,17 @@ class Costs:
         return moves * self.forward + scored + counts[-1] * (self.decode + self.reward)
 
     def affordable(self, schedule: PruneSchedule, way: str, budget: float, most: int) -> int:
-        """The most candidates, of ``most``, that ``budget`` samples' cost begins; 0 where it begins none."""
+        """How many candidates ``budget`` samples' cost begins; 0 where it begins none, or more than ``most``.
+
+        A schedule that could begin more than were recorded does not spend its budget on those: it has no result there.
+        """
         limit = budget * self.sample() * (1 + 1e-9)
-        return max((n for n in range(1, most + 1) if self.pruning(schedule, way, n) <= limit), default=0)
+        count = max((n for n in range(1, most + 2) if self.pruning(schedule, way, n) <= limit), default=0)
+        return count if count <= most else 0
+
+    def share(self, schedule: PruneSchedule, way: str, budget: float, most: int) -> float:
+        """What a schedule spends of ``budget`` samples' cost."""
+        return self.pruning(schedule, way, self.affordable(schedule, way, budget, most)) / (budget * self.sample())
 
 
 def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
@@ -99,11 +107,11 @@ class Trials:
 
     ``scores`` (P, subsets or 1, N, L) are of previews at ``levels``, for ``subsets`` random subsets of the N candidates
     of each of P prompts. ``ends`` (P, N, 2) are the scores of the finished samples by the selection reward and by the
-    verifier.
+    verifier. ``tasks`` are those of the P prompts: a mean is over tasks of the means over their prompts.
     """
 
-    def __init__(self, scores: Tensor, ends: Tensor, levels: Sequence[int], subsets: int) -> None:
-        self.ends, self.levels, self.subsets = ends, tuple(levels), subsets
+    def __init__(self, scores: Tensor, ends: Tensor, levels: Sequence[int], subsets: int, tasks: Sequence[str]) -> None:
+        self.ends, self.levels, self.subsets, self.tasks = ends, tuple(levels), subsets, tuple(tasks)
         looks, clean = (x.expand(-1, subsets, -1, -1) for x in (scores, ends[:, None, :, :1]))
         self._pool = ScorePool(torch.cat([looks, clean], dim=3).flatten(0, 1)[..., None])
 
@@ -124,14 +132,28 @@ class Trials:
         """The same of as many candidates as ``budget`` samples' cost begins."""
         return self.pruned(schedule, costs.affordable(schedule, way, budget, self.most))
 
+    def reward(self, ends: Tensor) -> float:
+        """The mean selection reward of ``ends`` (P, 2)."""
+        return float(task_mean(ends[:, 0], self.tasks))
+
     def best(self, way: str, budget: float, costs: Costs) -> PruneSchedule:
-        """The schedule of most reward at a budget. Raises ValueError for one that begins no candidate."""
+        """The schedule of most reward at a budget, of those whose candidates were recorded.
+
+        Raises ValueError where the budget begins none, or more than were recorded, under every schedule.
+        """
         possible = [result for result in schedules(self.levels) if costs.affordable(result, way, budget, self.most)]
         if not possible:
             raise ValueError(
-                f"the cost of {budget} samples begins no candidate under any schedule: give a larger budget"
+                f"no schedule begins 1 to {self.most} candidates for the cost of {budget} samples: give another budget,"
+                " or record more candidates"
             )
-        return max(possible, key=lambda schedule: float(self.at(schedule, way, budget, costs)[:, 0].mean()))
+        return max(possible, key=lambda schedule: self.reward(self.at(schedule, way, budget, costs)))
+
+
+def task_mean(values: Tensor, tasks: Sequence[str]) -> Tensor:
+    """The mean (...) over tasks of the means of values (P, ...) over their prompts, as rows of results weigh them."""
+    rows = [[row for row, own in enumerate(tasks) if own == task] for task in dict.fromkeys(tasks)]
+    return torch.stack([values[own].mean(0) for own in rows]).mean(0)
 
 
 def maximum_probabilities(total: int, count: int) -> Tensor:

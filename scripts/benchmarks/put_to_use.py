@@ -5,83 +5,136 @@ budget; what ``overoptimization`` has made is not made again):
 
 | part | minutes |
 |---|---|
-| learned, on shapes and on tones: single, ensemble and verifier, 100,000 NFE | 2 x 3 x 3 x 6 = 108, and 20 for pairs |
-| overrated: three turns of search, labels and training; Flow-GRPO on the first and the last reward | 30 + 2 x 3 x 4.7 |
-| references: Adv-GRPO on references of the pruned base model, beside the verifier alone | 2 x 3 x 5.5, and 5 for them |
+| learned_rewards, on shapes: 5 arms of 100,000 NFE | 5 x 3 x 5.2 = 78, and 10 for rewards and pairs |
+| overrated: three turns of search, labels and training; Flow-GRPO on the last reward | 60 + 3 x 5.75 = 77 |
+| references: Adv-GRPO on references, pruned and plain, beside the verifier alone | 3 x 3 x 5.5, and 25 for both |
+| learned_rewards_tones: 5 arms of 100,000 NFE | 5 x 3 x 6 = 90 on the older model, and 20 for rewards and pairs |
 
-That is 3.7 hours.
+That is 5.5 hours. Before learned_rewards, ``scripts/benchmarks/reward_pilots.py smoothing`` and ``falling`` decide
+``TRAINING`` here and ``FALLING_FLIPS`` in ``learned_rewards.py``; before learned_rewards_tones, ``tones`` says whether
+the verifier gains enough there, about 0.12, for half of it to be told from nothing.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from genalign.evaluation.records import PromptRecord
-from genalign.reward_learning.preferences import append_judgments, read_judgments
-from genalign.runtime.files import write_text
 from scripts.benchmarks.learned_rewards import (
-    GROUPS,
+    EQUAL_NFE,
+    FALLING_FLIPS,
+    LEARNED,
     SEEDS,
     SHAPES,
+    SMOOTHED,
     TONES,
+    BenchWorld,
     Proxy,
     Setting,
-    drawn_pairs,
+    at_equal_nfe,
     judge,
     judged_pairs,
     learned,
     measured,
     optimized,
+    pairs_file,
+    pooled,
     run_with,
+    trained,
     trained_reward,
     write_prompts,
 )
-from scripts.benchmarks.overoptimization import best_of_n_records
+from scripts.benchmarks.overoptimization import UNGUARDED, Curve, best_of_n_records, curve
 from scripts.benchmarks.published_results import write_results
-from scripts.benchmarks.trained_runs import RESULTS, arm_gains, differences, head
+from scripts.benchmarks.trained_runs import RESULTS, arm_gains, differences, head, metrics
 
-NOISY = Proxy(2000, 0.1)
-START, FLIPS = 1000, 0.1  # pairs of the first reward of ``overrated``, and the share of flipped labels in every turn
-TURNS, SEARCHED, CANDIDATES = 3, 240, 16  # turns, prompts that are searched in each, and candidates of a prompt
-EQUAL_NFE = {"max_nfe": 100_000, "learning_rate_schedule": "linear"}
+NOISY, FALLING = Proxy(2000, 0.1), Proxy(100, FALLING_FLIPS)
+TRAINING = SMOOTHED  # the configuration that trains these rewards: reward_pilots.py smoothing
+FIRST = UNGUARDED  # the first reward of ``overrated``, with whose share of flipped labels every turn is judged
+TURNS, SEARCHED, SEARCH_NFE = 3, 240, 160  # turns, prompts that are searched in each, and NFE of a search
+
+
+# Rewards from noisy pairs
 
 
 def learned_rewards(work: Path) -> None:
-    """What a reward that was learned from noisy pairs brings, beside the verifier that judged them."""
-    records: list[PromptRecord] = []
-    for world in (SHAPES, TONES):
-        rewards = {
-            "single": learned(work, world, NOISY),
-            "ensemble": {
-                seed: {**one, "init_args": {**one["init_args"], "pool": "min"}}
-                for seed, one in learned(work, world, replace(NOISY, members=4)).items()
-            },
-            "verifier": dict.fromkeys(SEEDS, world.score("partial")),
-        }
-        runs = {}
-        for name, own in rewards.items():
-            runs[name] = {
-                seed: optimized(work, world, f"equal_nfe_{name}", {seed: reward}, _equal_nfe(seed))[seed]
-                for seed, reward in own.items()
-            }
-            records += arm_gains(f"{world.name}.{name}", "strict", "strict", runs[name])
+    """What a reward that was learned from noisy pairs brings on shapes, beside the verifier that judged them."""
+    _learned_rewards(work, SHAPES, "learned_rewards_shapes", "learned_rewards")
+
+
+def learned_rewards_tones(work: Path) -> None:
+    """What a reward that was learned from noisy pairs brings on tones, beside the verifier that judged them."""
+    _learned_rewards(work, TONES, "learned_rewards_tones", "learned_rewards_tones")
+
+
+def _learned_rewards(work: Path, world: BenchWorld, stem: str, part: str) -> None:
+    """Train on the verifier, on single rewards and on ensembles, from many pairs and from too few."""
+    rewards: dict[str, dict[int, Setting]] = {"verifier": dict.fromkeys(SEEDS, world.score("partial"))}
+    for prefix, proxy in (("", NOISY), ("falling.", FALLING)):
+        rewards[f"{prefix}single"] = learned(work, world, proxy, training=TRAINING)
+        members = learned(work, world, replace(proxy, members=4), training=TRAINING)
+        rewards[f"{prefix}ensemble"] = pooled(members, "min")
+    runs, minutes = dict[str, dict[int, Path]](), dict[str, dict[str, dict[str, float]]]()
+    for name, own in rewards.items():
+        schedule = "constant" if name.startswith("falling") else "linear"
+        runs[name] = at_equal_nfe(work, world, f"equal_nfe_{name}", own, schedule)
+        minutes[name] = {str(seed): minutes_of(run, own[seed]) for seed, run in runs[name].items()}
+
+    gains = {name: arm_gains(name, "strict", "strict", by_seed) for name, by_seed in runs.items()}
+    records = [record for own in gains.values() for record in own]
+    records += half_records(gains["verifier"], gains["single"])
+    for prefix in ("", "falling."):
+        first, second = runs[f"{prefix}single"], runs[f"{prefix}ensemble"]
         metric = "strict, ensemble - single"
-        records += differences(f"{world.name}.difference", metric, "strict", runs["single"], runs["ensemble"])
+        records += differences(f"{prefix}ensemble.difference", metric, "strict", first, second)
     claim = (
-        "Held-out strict accuracy after 100,000 NFE on a reward that was learned from 2,000 pairs with 10 % flipped"
-        " labels, on the least of an ensemble of four, and on the verifier that judged them"
+        f"Held-out strict accuracy after 100,000 NFE ({world.name}) on a reward that was learned from 2,000 pairs with"
+        " 10 % flipped labels, on the least of an ensemble of four, and on the verifier that judged them; and, at a"
+        f" constant rate, on a reward that was learned from 100 pairs with {FALLING_FLIPS:.0%} flipped labels, and on"
+        " the least of such an ensemble"
     )
-    write_results(
-        RESULTS, "learned_rewards", head(claim, "python scripts/benchmarks/proofs.py learned_rewards"), records
-    )
+    header = head(claim, f"python scripts/benchmarks/proofs.py {part}")
+    write_results(RESULTS, stem, {**header, "minutes": minutes}, records)
 
 
-def _equal_nfe(seed: int) -> Setting:
-    """The settings of a run to a number of NFE, with one look at its end."""
-    return {"training": {**EQUAL_NFE, "rounds": 100_000, "seed": seed}, "max_seconds": None, "held_out": {}}
+def minutes_of(run: Path, reward: Setting) -> dict[str, float]:
+    """The minutes of a run, of its evaluations before and after, and of learning its reward, if it was learned.
+
+    Of a reward whose training was interrupted, those of its last part; the collection of pairs, which arms share, is
+    not among them.
+    """
+    evaluation = json.loads((run / "before" / "cost.json").read_text(encoding="utf-8"))["seconds"]
+    seconds = {"training": metrics(run)[-1]["machine"]["seconds"], "evaluations": 2 * evaluation}
+    if path := reward["init_args"].get("path"):
+        seconds["reward"] = json.loads((Path(path) / "seconds.json").read_text(encoding="utf-8"))["seconds"]
+    return {name: value / 60 for name, value in seconds.items()}
+
+
+def paired(name: str, metric: str, first: Sequence[PromptRecord], second: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """Compare what two lists of records have after training, by seed and prompt; that of ``first`` is before."""
+    others = {(record.seed, record.task, record.prompt): record.after for record in second}
+    return [
+        replace(
+            record,
+            name=name,
+            metric=metric,
+            before=record.after,
+            after=others[record.seed, record.task, record.prompt],
+        )
+        for record in first
+    ]
+
+
+def half_records(verifier: Sequence[PromptRecord], single: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """Compare the gains of a learned reward with half of those of the verifier, by seed and prompt."""
+    half = [replace(record, after=(record.after - record.before) / 2) for record in verifier]
+    whole = [replace(record, after=record.after - record.before) for record in single]
+    return paired("half", "gain in strict, single - half of the verifier's", half, whole)
 
 
 # What a reward overrates
@@ -89,106 +142,158 @@ def _equal_nfe(seed: int) -> Setting:
 
 def overrated(work: Path) -> None:
     """Search for samples that a reward overrates, let them be judged, and train again, three times."""
-    records: list[PromptRecord] = []
     rewards: dict[str, dict[int, Setting]] = {}
+    measures: dict[str, dict[int, Path]] = {}
     for seed in SEEDS:
-        folder = judged_pairs(work, SHAPES, "train", GROUPS)
-        pairs = drawn_pairs(folder, START + TURNS * SEARCHED, FLIPS, seed)
-        searched = pairs[:START]
+        start = pairs_file(judged_pairs(work, SHAPES, "train"), FIRST, seed)
+        judged = {"searched": [start]}
         for turn in range(TURNS + 1):
-            count = START + turn * SEARCHED  # the same number of pairs, of random samples
-            for name, own in {"searched": searched, "random": pairs[:count]}.items():
-                file = folder / f"{name}-{turn}-{seed}.jsonl"
-                write_text(file, "".join(f"{line}\n" for line in own))
-                reward = trained_reward(work, SHAPES, f"{name}_{turn}", seed, file)
-                rewards.setdefault(f"{name}_{turn}", {})[seed] = reward
-                content = measured(work, SHAPES, f"{name}_{turn}", seed, reward)
-                records += best_of_n_records(f"best_of_n.{name}_{turn}", seed, content)
+            for source, files in judged.items():
+                name = f"{source}_{turn}"
+                reward = trained_reward(work, SHAPES, _stored_as(name), seed, files)
+                rewards.setdefault(name, {})[seed] = reward
+                measures.setdefault(name, {})[seed] = measured(work, SHAPES, _stored_as(name), seed, reward)
             if turn < TURNS:
-                reward = rewards[f"searched_{turn}"][seed]
-                searched = [*searched, *_searched_pairs(work, reward, folder, turn, seed)]
-    runs = {name: optimized(work, SHAPES, name, rewards[name]) for name in ("searched_0", f"searched_{TURNS}")}
+                new = judged_turn(work, rewards[f"searched_{turn}"][seed], turn, seed)
+                judged = {source: [*judged.get(source, [start]), file] for source, file in new.items()}
+
+    names = "searched_0", f"searched_{TURNS}"
+    runs = {name: optimized(work, SHAPES, _stored_as(name), rewards[name]) for name in names}
+    best = {name: best_of_n_records(f"best_of_n.{name}", own) for name, own in measures.items()}
+    records = [record for own in best.values() for record in own] + overrated_differences(best)
     for name, by_seed in runs.items():
         records += arm_gains(f"flow_grpo.{name}", "strict", "strict", by_seed)
-    metric = "strict, after three turns - before"
-    records += differences("flow_grpo.difference", metric, "strict", *runs.values())
+    records += differences("flow_grpo.difference", "strict, after three turns - before", "strict", *runs.values())
+    first, last = ({seed: curve(run) for seed, run in by_seed.items()} for by_seed in runs.values())
+    records += at_equal_distance("flow_grpo.equal_distance", first, last)
     records.sort(key=lambda record: record.name)
     claim = (
         "The truth of the best of 64 samples by a reward, and after Flow-GRPO on it, as the samples that a search"
-        " finds by the reward are judged and learned from, beside as many pairs of random samples"
+        " finds by the reward are judged and learned from, beside as many pairs of plain samples of the same prompts"
     )
     write_results(RESULTS, "overrated_shapes", head(claim, "python scripts/benchmarks/proofs.py overrated"), records)
 
 
-def _searched_pairs(work: Path, reward: Setting, folder: Path, turn: int, seed: int) -> list[str]:
-    """Search by a reward, and compare the best candidate of each prompt with a sample of the base model.
+def _stored_as(name: str) -> str:
+    """The name under which a reward is saved, and its runs: the first is that of ``overoptimization``."""
+    return FIRST.name if name == "searched_0" else name
 
-    Returns the lines of the judgments, of files in ``folder``.
+
+def judged_turn(work: Path, reward: Setting, turn: int, seed: int) -> dict[str, Path]:
+    """Let what a search by a reward finds be judged against a plain sample, and two plain samples of the same prompts.
+
+    Returns the files of the judgments, "searched" and "random".
     """
-    name = f"{turn}-{seed}"
-    prompts = work / "overrated" / f"prompts-{name}.jsonl"
-    write_prompts(prompts, SHAPES, SEARCHED, "train", seed=1000 * seed + turn)
-    common = {"model": SHAPES.settings()["model"], "prompts": str(prompts), "sampling": SHAPES.sampling()}
-    search = {
-        "strategy": {"class_path": "genalign.BestOfN"},
-        "budget": {"nfe": CANDIDATES * 10},
-        "rewards": {"learned": {"function": reward}},
+    folder, number = work / "overrated" / f"seed-{seed}-turn-{turn}", 1000 * seed + 10 * turn
+    write_prompts(folder / "prompts.jsonl", SHAPES.prompts("train"), SEARCHED, seed=number)
+    common = {
+        "model": SHAPES.settings()["model"],
+        "prompts": str(folder / "prompts.jsonl"),
+        "sampling": SHAPES.sampling(),
+        "samples_per_prompt": 1,
+        "references": True,
+        "batch_size": 96,
     }
-    own = folder / f"found-{name}"
-    if not (own / "preferences.jsonl").exists():
-        lines: list[str] = []
-        for generator, settings in {"search": search, "base": {}}.items():
-            source = work / "overrated" / f"{generator}-{name}"
-            collection = {**common, **settings, "output": str(source), "references": True, "samples_per_prompt": 1}
-            run_with(
-                "collect", settings={**collection, "batch_size": 96, "seed": seed}, file=source.with_suffix(".json")
-            )
-            lines += _copied(source, work / "overrated" / f"both-{name}", generator)
-        write_text(work / "overrated" / f"both-{name}" / "prompts.jsonl", "".join(lines))
-        compared = {"output": str(own), "samples": str(work / "overrated" / f"both-{name}"), "seed": seed}
-        run_with("reward", "collect", settings=compared, file=own.with_name(f"{own.name}-collect.json"))
-        judge(own, SHAPES, (FLIPS,))
-    judged = work / "overrated" / f"judged-{name}.jsonl"
-    if not judged.exists():
-        listed = folder / judged.name
-        listed.unlink(missing_ok=True)
-        append_judgments(folder, read_judgments(own), judged.name)
-        listed.replace(judged)
-    return judged.read_text(encoding="utf-8").splitlines()
+    search = {
+        "strategy": {"class_path": "genalign.Prune"},
+        "budget": {"nfe": SEARCH_NFE},
+        "rewards": {LEARNED: {"function": reward}},
+    }
+    for place, (name, settings) in enumerate({"found": search, "plain": {}, "other": {}}.items()):
+        own = {**common, **settings, "output": str(folder / name), "seed": number + place}
+        run_with("collect", settings=own, file=folder / f"{name}.json")
+    files = dict[str, Path]()
+    for name, sides in {"searched": ("found", "plain"), "random": ("plain", "other")}.items():
+        compared = {"output": str(folder / name), "samples": [str(folder / side) for side in sides], "seed": seed}
+        run_with("reward", "collect", settings=compared, file=folder / f"{name}-collect.json")
+        judge(folder / name, SHAPES, (FIRST.flips,))
+        files[name] = folder / name / "preferences.jsonl"
+    return files
 
 
-def _copied(source: Path, target: Path, generator: str) -> list[str]:
-    """Copy listed samples into a folder, and return its lines, which name the generator."""
-    lines = []
-    for line in (source / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        name = f"{generator}-{Path(entry['file_name']).name}"
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / entry["file_name"], target / name)
-        lines.append(json.dumps({**entry, "file_name": name, "generator": generator}) + "\n")
-    return lines
+def overrated_differences(best: dict[str, list[PromptRecord]]) -> list[PromptRecord]:
+    """The truth of the best of n after each turn less that before, and less that of as many random pairs, by prompt.
+
+    Args:
+        best: The records of the best of n by reward: searched_0, searched_1, ..., random_1, ...
+    """
+    records, n = list[PromptRecord](), "strict, best of n"
+    for turn in range(1, TURNS + 1):
+        metric = f"{n}, after turn {turn} - before"
+        records += paired(f"searched.turn_{turn}", metric, best["searched_0"], best[f"searched_{turn}"])
+    searched, random = best[f"searched_{TURNS}"], best[f"random_{TURNS}"]
+    return records + paired("searched.over_random", f"{n}, searched pairs - random pairs", random, searched)
+
+
+def at_equal_distance(name: str, first: dict[int, Curve], second: dict[int, Curve]) -> list[PromptRecord]:
+    """The truth on val of two runs at the largest distance from the base model that both reach, by seed."""
+    records = []
+    for seed in sorted(first):
+        curves = first[seed], second[seed]
+        distance = min(max(point[0] for point in points) for points in curves)
+        before, after = (
+            float(np.interp(distance, *np.array(sorted((point[0], point[2]) for point in points)).T))
+            for points in curves
+        )
+        metric = "strict at an equal distance, after three turns - before"
+        records.append(PromptRecord(name, metric, seed, "all", "the run", before, after, 1))
+    return records
 
 
 # References of Adv-GRPO
 
 
 def references(work: Path) -> None:
-    """Adv-GRPO on references that a search of the base model has found, beside the verifier alone."""
-    folder, prompts = work / "adversarial-references", work / "adversarial-prompts.jsonl"
-    write_prompts(prompts, SHAPES, SEARCHED, "train", seed=0)
-    pruned = {
+    """Adv-GRPO on references of the base model, pruned and plain, beside the verifier alone."""
+    prompts = work / "adversarial-prompts.jsonl"
+    write_prompts(prompts, SHAPES.prompts("train"), SEARCHED, seed=0)
+    runs = {}
+    for name in ("verifier", "plain_references", "pruned_references"):
+        rewards = {score: {"function": SHAPES.score(score)} for score in ("partial", "strict")}
+        if name != "verifier":
+            folder = _reference_folder(work, prompts, pruned=name == "pruned_references")
+            rewards["real"] = {"weight": 0.5, "function": _tuned_on(folder)}
+        own = {"rewards": rewards, "prompts": str(prompts), "training": EQUAL_NFE}
+        runs[name] = {seed: trained(work, SHAPES, f"adv_grpo_{name}", seed, own) for seed in SEEDS}
+    records = [record for name, by_seed in runs.items() for record in arm_gains(name, "strict", "strict", by_seed)]
+    for name, first, second in (
+        ("pruned_references.difference", "verifier", "pruned_references"),
+        ("plain_references.difference", "verifier", "plain_references"),
+        ("pruning.difference", "plain_references", "pruned_references"),
+    ):
+        metric = f"strict, {second} - {first}".replace("_", " ")
+        records += differences(name, metric, "strict", runs[first], runs[second])
+    claim = (
+        "Adv-GRPO on references of the base model, that pruning found and plain ones, beside the same run without a"
+        " reward of references"
+    )
+    write_results(RESULTS, "references_shapes", head(claim, "python scripts/benchmarks/proofs.py references"), records)
+
+
+def _reference_folder(work: Path, prompts: Path, pruned: bool) -> Path:
+    """Collect eight references of each prompt, the best of a search by the verifier or plain samples."""
+    folder = work / ("adversarial-references" if pruned else "adversarial-plain-references")
+    search = {
+        "rewards": {"partial": {"function": SHAPES.score("partial")}},
+        "strategy": {"class_path": "genalign.Prune", "init_args": {"steps": [3, 6], "keep": [0.5, 0.5]}},
+        "budget": {"nfe": 60},
+    }
+    settings = {
         "output": str(folder),
         "model": SHAPES.settings()["model"],
         "prompts": str(prompts),
         "sampling": SHAPES.sampling(),
         "samples_per_prompt": 8,
-        "rewards": {"partial": {"function": SHAPES.score("partial")}},
-        "strategy": {"class_path": "genalign.Prune", "init_args": {"steps": [3, 6], "keep": [0.5, 0.5]}},
-        "budget": {"nfe": 60},
         "references": True,
         "batch_size": 96,
+        **(search if pruned else {}),
     }
-    run_with("collect", settings=pruned, file=work / "adversarial-references.json")
+    run_with("collect", settings=settings, file=folder.with_name(f"{folder.name}.json"))
+    return folder
+
+
+def _tuned_on(folder: Path) -> Setting:
+    """The reward of Adv-GRPO that is tuned to tell a folder's references from samples."""
     reader = "rewards.backbones.reference_images.ReferencesByPrompt.read"
     own = {
         "model": "shapes-clip",
@@ -196,19 +301,4 @@ def references(work: Path) -> None:
         "update_rule": {"class_path": "rewards.adversarial.Ratio"},
         "learning": {"loss": "bt_pairwise", "learning_rate": 2.0e-5, "steps_per_update": 3},
     }
-    tuned = {"class_path": "rewards.adversarial.TunedClipReward", "init_args": own}
-    records: list[PromptRecord] = []
-    runs = {}
-    for name, real in {"verifier": None, "pruned_references": tuned}.items():
-        rewards = {"partial": {"function": SHAPES.score("partial")}, "strict": {"function": SHAPES.score("strict")}}
-        rewards |= {} if real is None else {"real": {"weight": 0.5, "function": real}}
-        settings = {"rewards": rewards, "prompts": str(prompts)}
-        runs[name] = {
-            seed: optimized(work, SHAPES, f"adv_grpo_{name}", {seed: {}}, {**_equal_nfe(seed), **settings})[seed]
-            for seed in SEEDS
-        }
-        records += arm_gains(name, "strict", "strict", runs[name])
-    metric = "strict, with references - without"
-    records += differences("difference", metric, "strict", runs["verifier"], runs["pruned_references"])
-    claim = "Adv-GRPO on references that pruning found with the base model, beside the same run without them"
-    write_results(RESULTS, "references_shapes", head(claim, "python scripts/benchmarks/proofs.py references"), records)
+    return {"class_path": "rewards.adversarial.TunedClipReward", "init_args": own}

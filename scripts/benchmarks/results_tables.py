@@ -3,10 +3,13 @@
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
 ``<!-- standings:NAME -->`` and ``<!-- /standings -->``, their standings at equal NFE and equal seconds between
 ``<!-- equal:NAME -->`` and ``<!-- /equal -->``, that of searches by budget between ``<!-- curves:NAME -->`` and
-``<!-- /curves -->``, that of strategies at equal cost between ``<!-- steering:NAME -->`` and ``<!-- /steering -->``,
-that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``, and that of reward guards between
-``<!-- guards:NAME -->`` and ``<!-- /guards -->``. With ``--check`` nothing is written, and the exit status is 1 where a
-table is stale.
+``<!-- /curves -->``, that of live searches between ``<!-- live:NAME -->`` and ``<!-- /live -->``, that of strategies at
+equal cost between ``<!-- steering:NAME -->`` and ``<!-- /steering -->``, that of win rates between
+``<!-- wins:NAME -->`` and ``<!-- /wins -->``, that of reward guards between ``<!-- guards:NAME -->`` and
+``<!-- /guards -->``, that of credits between ``<!-- credits:NAME -->`` and ``<!-- /credits -->``, that of which
+measures of rewards predict the gain between ``<!-- predictors:NAME -->`` and ``<!-- /predictors -->``, and the picture
+of over-optimized rewards, which ``pictures.py`` draws, between ``<!-- plot:NAME -->`` and ``<!-- /plot -->``. What has
+no result file stays empty. With ``--check`` nothing is written, and the exit status is 1 where a page is stale.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from genalign.metrics.intervals import MIN_REPEATS
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|standings|equal|curves|steering|wins|guards):(?P<name>\w+) -->\n)"
-    r".*?(?P<end><!-- /(?P=kind) -->)",
+    r"(?P<begin><!-- (?P<kind>results|standings|equal|curves|live|steering|wins|guards|credits|predictors|plot)"
+    r":(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)",
     re.DOTALL,
 )
 
@@ -80,20 +83,38 @@ def equal(result: dict[str, Any]) -> str:
 
 
 def curves(result: dict[str, Any]) -> str:
-    """Tabulate searches by budget, in units of the cost of an image: selection reward / verifier's strict score.
+    """Tabulate searches by budget, in samples' cost, at equal seconds and at equal NFE.
 
-    The last columns give the cost at which pruning reaches the selection reward of best-of-32, as a fraction of the
-    cost of best-of-32 in seconds and in NFE.
+    A cell has the selection reward / the verifier's strict score. The last column gives the cost at which pruning
+    reaches the selection reward of best-of-32, as a fraction of the cost of best-of-32.
     """
-    heading = ["search", *map(str, result["budgets"]), "seconds of best-of-32", "NFE of best-of-32"]
+    least, lines = 1 - result["tolerance"], list[str]()
+    for unit, suffix in (("seconds", ""), ("NFE", ".nfe")):
+        heading = [f"search, at equal {unit}", *map(str, result["budgets"]), "cost of best-of-32"]
+        lines += [*([""] if lines else []), f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+        reached = result[f"cost_of_best_of_32{suffix}"]
+        for name, by_budget in result[f"curves{suffix}"].items():
+            cells = []
+            for budget, (selection, strict) in by_budget.items():
+                spent = result[f"shares{suffix}"][name][budget]
+                cells.append(f"{selection:.3f} / {strict:.3f}" + ("\\*" if spent < least else ""))
+            share = reached.get(name)
+            cells.append("" if name not in reached else "not reached" if share is None else f"{share:.0%}")
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([*lines, "", f"\\* spends under {least:.0%} of the budget.", ""])
+
+
+def live(result: dict[str, Any]) -> str:
+    """Tabulate live searches by unit and budget: the scores of what they chose, and what a prompt took."""
+    heading = ["at equal", "budget", "search", "selection reward", "strict", "NFE", "seconds", "of the budget"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    for name, by_budget in result["curves"].items():
-        cells = [f"{selection:.3f} / {strict:.3f}" for selection, strict in by_budget.values()]
-        for shares in (result["cost_of_best_of_32"], result["forwards_of_best_of_32"]):
-            share = shares.get(name)
-            cells.append("" if name not in shares else "not reached" if share is None else f"{share:.0%}")
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join([*lines, ""])
+    least = 1 - result["tolerance"]
+    for row in result["live"]:
+        cells = [row["unit"], str(row["budget"]), row["search"], *(f"{score:.3f}" for score in row["scores"].values())]
+        share = f"{row['share']:.1%}" + ("\\*" if row["share"] < least else "")
+        cells += [f"{row['nfe']:.0f}", f"{row['seconds']:.2f}", share]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"\\* spends under {least:.0%} of the budget.", ""])
 
 
 def steering(result: dict[str, Any]) -> str:
@@ -139,18 +160,52 @@ def wins(result: dict[str, Any]) -> str:
 
 def guards(result: dict[str, Any]) -> str:
     """Tabulate reward guards by bench: the gains in strict accuracy, the shifts of what is planted, and the verdict."""
-    heading = ["bench", "guard", "strict without", "strict with", "difference (95% interval)", "planted shift without"]
-    heading += ["planted shift with", "gain on honest rewards (95% interval)", "verdict"]
+    heading = ["bench", "guard", "seeds", "strict without", "strict with", "difference (95% interval)"]
+    heading += ["planted shift without", "planted shift with", "gain on honest rewards (95% interval)", "verdict"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row in result["guards"]:
         name = row["arm"].replace("_", " ") + ("" if row["helps"] else "\\*")
         shifts = ["none planted" if shift is None else f"{shift:+.3f}" for shift in row["planted"]]
-        cells = [row["bench"].replace("_", " "), name, *(f"{gain:+.3f}" for gain in row["strict"])]
-        cells += [_interval(row["difference"]), *shifts, _interval(row["honest_gain"]), row["verdict"]]
+        strict = ["not measured" if gain is None else f"{gain:+.3f}" for gain in row["strict"]]
+        cells = [row["bench"].replace("_", " "), name, str(row["seeds"]), *strict, _interval(row["difference"])]
+        cells += [*shifts, _interval(row["honest_gain"]), row["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     if not all(row["helps"] for row in result["guards"]):
         lines += ["", "\\* ought not to help: it does not see what is planted."]
     return "\n".join([*lines, ""])
+
+
+def credits(result: dict[str, Any]) -> str:
+    """Tabulate credits by bench: the gain in strict accuracy, and beside another credit."""
+    heading = ["bench", "credit", "seeds", "gain in strict (95% interval)", "rises"]
+    heading += ["beside", "difference (95% interval)"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for row in result["credits"]:
+        cells = [row["bench"], row["credit"].replace("_", " "), str(row["seeds"]), _interval(row["gain"])]
+        cells += ["yes" if row["rises"] else "no", (row["compared_with"] or "").replace("_", " ")]
+        cells.append(_interval(row["difference"]) if row["compared_with"] else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    note = "Of one seed an interval is over prompts alone, and says nothing about another seed."
+    return "\n".join([*lines, "", note, ""])
+
+
+def predictors(result: dict[str, Any]) -> str:
+    """Tabulate how far measures of rewards order the gains of training on them, the clearest ones first."""
+    taus = result["measures"]["predictors"].items()
+    lines = ["| measure | Kendall's tau-b with the gain (95% interval) |", "|---|---|"]
+    for name, tau in sorted(taus, key=lambda row: -abs(row[1]["mean"])):
+        lines.append(f"| {name.replace('/', ': ', 1)} | {_interval(tau, '+.2f')} |")
+    count = len({row["reward"] for row in result["measures"]["rewards"]})
+    note = (
+        "How far a measure of a reward orders the gains of training on it. Intervals are over the"
+        f" {count} rewards, each with all of its seeds."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def plot(result: dict[str, Any]) -> str:
+    """The picture of a result of over-optimization, for pages in docs."""
+    return f"![{result['claim']}](images/overoptimization.png)\n"
 
 
 def _interval(estimate: dict[str, float | None] | None, form: str = "+.3f") -> str:
@@ -166,17 +221,24 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "standings": standings,
     "equal": equal,
     "curves": curves,
+    "live": live,
     "steering": steering,
     "wins": wins,
     "guards": guards,
+    "credits": credits,
+    "predictors": predictors,
+    "plot": plot,
 }
 
 
 def fill(text: str, results: Path) -> str:
-    """``text`` with every marked table made anew. Raises FileNotFoundError for a table without its result file."""
+    """``text`` with every marked table made anew; one without its result file, which was not measured, is empty."""
 
     def filled(match: re.Match[str]) -> str:
-        result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
+        path = results / f"{match['name']}.json"
+        if not path.exists():
+            return f"{match['begin']}{match['end']}"
+        result = json.loads(path.read_text(encoding="utf-8"))
         rendered = TABLES[match["kind"]](result)
         return f"{match['begin']}{rendered}{match['end']}"
 

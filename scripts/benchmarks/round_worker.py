@@ -1,6 +1,7 @@
 """A process that runs one round of the demo again and again, by the genalign, pipelines and rewards on its path.
 
-It answers each line of standard input by a line of JSON: ``seconds`` of the round, its ``flops``, or its ``profile``.
+It answers each line of standard input by a line of JSON: ``seconds`` of the round, its ``flops``, its ``profile``, or
+the name of its ``recipe``.
 It imports nothing else of this repository, so that it also runs the code of an older commit.
 """
 
@@ -25,10 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from genalign.cli import parsing
 from genalign.cli.context import named_rewards, prompt_set
 from genalign.cli.main import load_model
-from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.runtime.state import State
 from genalign.training.trainer import Trainer
+
+try:
+    from genalign.cli.train_settings import Train
+except ImportError:  # before commit 2aa7322
+    from genalign.cli.config import Train  # type: ignore[import-not-found]
 
 _COPIES = ("copy", "clone", "contiguous", "cat", "stack", "index", "gather", "fill_", "zero_", "constant_pad")
 _VIEWS = (
@@ -158,9 +163,8 @@ def _copied(state: State) -> State:
     )
 
 
-def demo_trainer() -> Trainer:
-    """Build the trainer of ``genalign demo``."""
-    settings, _ = parsing.parse(Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
+def demo_trainer(settings: Train) -> Trainer:
+    """Build the trainer of ``genalign demo``, which has these settings."""
     pipeline: Any = load_model(settings.model)
     policy = Policy(pipeline.denoiser, settings.lora, settings.ema_decay, settings.training.seed)
     rewards, prompts = named_rewards(settings.rewards), prompt_set(settings.prompts)
@@ -169,11 +173,13 @@ def demo_trainer() -> Trainer:
 
 def main() -> None:
     """Answer lines of standard input until it ends."""
-    repeated = RepeatedRound(demo_trainer())
+    settings, plain = parsing.parse(Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
+    repeated = RepeatedRound(demo_trainer(settings))
     answers: dict[str, Callable[[], object]] = {
         "seconds": repeated.seconds,
         "flops": repeated.flops,
         "profile": repeated.profile,
+        "recipe": lambda: plain["recipe"]["class_path"].rpartition(".")[2],
     }
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)

@@ -16,7 +16,7 @@ from genalign import assets
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.prompts import drawn_in_turn
-from genalign.runtime.files import load_state, save_state, write_json
+from genalign.runtime.files import load_state, save_state
 from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward, score
 from genalign.search.engine import Particles, SearchRun
@@ -28,34 +28,56 @@ from pipelines import SD3
 from rewards.noise_aware import load_scorer
 from rewards.regressor import RegressorReward
 from rewards.shapes import ShapesReward
+from scripts.benchmarks.base_weights import require_base
+from scripts.benchmarks.cached import cached
 from scripts.benchmarks.pruning_trials import Costs, ScorePool, Trials
 
-STEPS, SEEDS, PROMPTS = 20, 64, 200
+STEPS, SEEDS = 20, 64
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
 STUDENTS = ("decoded-11", "decoded-12", "decoded-13", "latent-11")  # by what they see, and the seed of their training
 OTHERS: dict[str, tuple[int, Kernel]] = {"half": (STEPS // 2, ODE()), "stochastic": (STEPS, FlowSDE(0.7))}
-TUNED, TUNED_PROMPTS = (11, 12, 13), 50  # seeds of the Flow-GRPO models, and of how many test prompts
-TUNE, TEST = range(0, PROMPTS, 2), range(1, PROMPTS, 2)  # rows of the prompts
+TUNED_RUNS = Path("runs/proofs/methods/flow_grpo")
+
+
+@dataclass(frozen=True)
+class PoolSource:
+    """What a pool is recorded of: ``count`` prompts of a ``suite``, and a model.
+
+    The model is the base, or with a ``seed`` the one that Flow-GRPO made of it with that seed.
+    """
+
+    suite: str
+    count: int
+    seed: int | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """One prompt of every task in turn."""
+        return drawn_in_turn(shapes.prompts(self.suite), self.count, seed=0)
+
+
+POOLS = {  # schedules are tuned on the first; the others are reported
+    "tuning": PoolSource("val", 60),
+    "base": PoolSource("comp", 100),
+    **{f"tuned-{seed}": PoolSource("comp", 50, seed) for seed in (11, 12, 13)},
+}
 
 
 @functools.lru_cache(1)
 def pipeline(seed: int | None = None) -> SD3:
     """The base model, as it is searched, or the model that Flow-GRPO made of it with a seed.
 
-    Exits where the tuned model is missing.
+    Exits where the training of the tuned model is missing, not finished, or of another base.
     """
+    run = TUNED_RUNS / f"seed-{seed}"
+    if seed is not None:
+        if not (run / "gain.json").exists():  # lora/ alone is written before a run has finished
+            raise SystemExit(f"{run} is missing or unfinished: train it first, by scripts/benchmarks/proofs.py methods")
+        require_base(TUNED_RUNS.parent, "shapes-sd3")
     model = SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
     if seed is not None:
-        folder = Path(f"runs/proofs/methods/flow_grpo/seed-{seed}/lora")
-        if not folder.is_dir():
-            raise SystemExit(f"{folder} is missing: train it first, by scripts/benchmarks/proofs.py methods")
-        model.load_lora(folder)
+        model.load_lora(run / "lora")
     return model
-
-
-def pools() -> dict[str, int | None]:
-    """The recorded pools, and the seed of the model of each."""
-    return {"base": None, **{f"tuned-{seed}": seed for seed in TUNED}}
 
 
 def selection(work: Path) -> NamedReward:
@@ -73,38 +95,34 @@ def scorer(work: Path, student: str) -> NoiseAware:
     return load_scorer(work / student / "scorer.safetensors", least_tau=-1.0)
 
 
-def prompts() -> list[Prompt]:
-    """Held-out compositions, as many of each task as there are, in turn."""
-    return drawn_in_turn(shapes.prompts("comp"), PROMPTS, seed=0)
-
-
 def record(work: Path) -> None:
-    """Record scores of the previews of all trajectories at LEVELS, and of their samples, of every model.
+    """Record scores of the previews of all trajectories at LEVELS, and of their samples, of every pool.
 
     Previews are scored by the selection reward, the verifier and all students, samples by the first two. Then samples
     of half as many steps and of a stochastic sampler follow. Prompts that are recorded already are skipped.
     """
-    for name, seed in pools().items():
-        rows = range(PROMPTS) if seed is None else list(TEST)[:TUNED_PROMPTS]
-        missing = [row for row in rows if not (work / "pool" / name / f"{row:03d}.safetensors").exists()]
+    for name, source in POOLS.items():
+        prompts = source.prompts
+        paths = [work / "pool" / name / f"{row:03d}.safetensors" for row in range(len(prompts))]
+        missing = [row for row, path in enumerate(paths) if not path.exists()]
         if missing:
-            model, students = pipeline(seed), {student: scorer(work, student) for student in STUDENTS}
+            model, students = pipeline(source.seed), {student: scorer(work, student) for student in STUDENTS}
         for row in missing:
-            tensors = _recorded(model, work, prompts()[row], row, students)
-            meta = {"prompt": prompts()[row].text, "task": prompts()[row].task}
-            save_state(work / "pool" / name / f"{row:03d}.safetensors", tensors, meta)
-            print(f"{name} {row + 1}/{PROMPTS}  {meta['prompt']}", flush=True)
+            tensors = _recorded(model, work, prompts[row], f"pool/{source.suite}/{row}", students)
+            meta = {"prompt": prompts[row].text, "task": prompts[row].task}
+            save_state(paths[row], tensors, meta)
+            print(f"{name} {row + 1}/{len(prompts)}  {meta['prompt']}", flush=True)
 
 
 @torch.no_grad()
 def _recorded(
-    model: SD3, work: Path, prompt: Prompt, row: int, students: Mapping[str, NoiseAware]
+    model: SD3, work: Path, prompt: Prompt, seed: str, students: Mapping[str, NoiseAware]
 ) -> dict[str, Tensor]:
     """All scores of one prompt, as ``RecordedPool`` has them."""
 
     def run_of(steps: int) -> SearchRun:
         both = [selection(work), judge()]
-        return SearchRun(model, [prompt], both, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{row}")
+        return SearchRun(model, [prompt], both, Sampling(steps).grid(model), 1.0, SEEDS, seed)
 
     run = run_of(STEPS)
     candidates, columns = run.start(SEEDS), []
@@ -151,9 +169,10 @@ class RecordedPool:
     tasks: tuple[str, ...]
 
     @classmethod
-    def load(cls, folder: Path, rows: Sequence[int]) -> RecordedPool:
-        """Load the prompts of these rows. Exits where some are missing."""
-        paths = [folder / f"{row:03d}.safetensors" for row in rows]
+    def load(cls, work: Path, name: str) -> RecordedPool:
+        """Load a pool of ``POOLS``. Exits where prompts are missing."""
+        folder = work / "pool" / name
+        paths = [folder / f"{row:03d}.safetensors" for row in range(len(POOLS[name].prompts))]
         if missing := [path.name for path in paths if not path.exists()]:
             raise SystemExit(f"{folder} lacks {len(missing)} of {len(paths)} prompts: run record first")
         records = [load_state(path) for path in paths]
@@ -179,7 +198,7 @@ class RecordedPool:
             scores = self.clean[:, None, :, :1].expand(-1, -1, -1, len(LEVELS))
         else:
             scores = self.look(way)[:, None]
-        return Trials(scores, self.clean, LEVELS, subsets)
+        return Trials(scores, self.clean, LEVELS, subsets, self.tasks)
 
     def stopped(self, level: int) -> Tensor:
         """The ends (P, N, 2) of samples that are stopped early: their previews at a level, as they are."""
@@ -208,24 +227,24 @@ def costs(work: Path, unit: str) -> Costs:
 
 
 def measure(work: Path) -> None:
-    """Measure what a forward, a decode, the selection reward and the students cost, and their gradients.
+    """Measure once what a forward, a decode, the selection reward and the students cost, and their gradients.
 
-    The machine should be quiet.
+    The machine should be quiet. The student of latents reads the same ones in every call, so that it has no price of a
+    gradient, which no search follows.
     """
-    model, prompts_to_time, reward = pipeline(), prompts()[:32], selection(work)
-    latents = model.initial_noise(list(range(len(prompts_to_time))))
-    decoded, latent = (
-        load_scorer(work / next(name for name in STUDENTS if name.startswith(kind)) / "scorer.safetensors").student(
-            [reward]
-        )
-        for kind in ("decoded", "latent")
-    )
-    calls: dict[str, Callable[[Tensor, Sequence[Prompt]], Tensor]] = {
-        "decoded": decoded,
-        "latent": lambda samples, texts: latent(latents, texts),
-    }
-    named = [reward, *(NamedReward(name, call) for name, call in calls.items())]
-    grid = Sampling(STEPS).grid(model)
-    measured = measure_prices(model, named, prompts_to_time, grid, repeats=15, gradients=True)
-    write_json(work / "prices.json", measured)
-    print(json.dumps(measured, indent=2))
+
+    def measured() -> dict[str, float]:
+        model, reward, texts = pipeline(), selection(work), POOLS["tuning"].prompts[:32]
+        latents = model.initial_noise(list(range(len(texts))))
+        kinds = {student.split("-")[0]: student for student in STUDENTS}
+        students = {
+            kind: scorer(work, student).student([reward]).requires_grad_(False) for kind, student in kinds.items()
+        }
+        calls: dict[str, Callable[[Tensor, Sequence[Prompt]], Tensor]] = {
+            "decoded": students["decoded"],
+            "latent": lambda samples, prompts: students["latent"](latents, prompts),
+        }
+        named = [reward, *(NamedReward(name, call) for name, call in calls.items())]
+        return measure_prices(model, named, texts, Sampling(STEPS).grid(model), repeats=15, gradients=True)
+
+    print(json.dumps(cached(work / "prices.json", measured), indent=2))

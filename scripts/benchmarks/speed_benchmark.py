@@ -4,20 +4,21 @@
     python scripts/benchmarks/benchmark.py compare batches    seconds of a round of the plain loop by micro-batch
     python scripts/benchmarks/benchmark.py compare rates      the plain loop by learning rate, on the tuning seed
     python scripts/benchmarks/benchmark.py compare target     the score to reach, from the curves of the tuning seed
-    python scripts/benchmarks/benchmark.py compare rounds     seconds of a round, with and without each part of ours
     python scripts/benchmarks/benchmark.py compare runs       five other seeds
+    python scripts/benchmarks/benchmark.py compare rounds     seconds of a round, with and without each part of ours
     python scripts/benchmarks/benchmark.py compare publish    docs/results/benchmark_compare.json
 
 Ours is ``genalign demo`` as it is shipped, without an end at which its learning rate would be zero; the plain loop has
 the micro-batch and the learning rate that are best for it. A run trains until the strict accuracy of fixed held-out
 images of the averaged weights has reached the target and stayed there for a minute; its time is that of sampling,
 scoring and learning, without these looks, interpolated between the two looks where it arrived. Runs of a seed take
-turns, round by round. Finished runs are saved in runs/compare_speed, one file for each seed and contender.
+turns, round by round. A seed is saved in runs/compare_speed when all its contenders have finished; where it was
+interrupted it begins anew, so that all of them use the machine at the same times. In the tuning each rate runs, and is
+saved, by itself.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -31,8 +32,6 @@ from typing import Any
 
 import torch
 
-from genalign.algorithms.recipe import Recipe
-from genalign.algorithms.step_schedules import AllSteps
 from genalign.cli import parsing
 from genalign.cli.context import named_rewards, prompt_set
 from genalign.cli.main import load_model
@@ -40,7 +39,6 @@ from genalign.cli.train_settings import Train
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.evaluation.evaluate import plan_samples
-from genalign.runtime.files import write_json
 from genalign.scoring.score import NamedReward
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, RewardFunction
@@ -64,21 +62,15 @@ LOOK_BATCH = 96
 LIMIT, PATIENCE = 1500.0, 6.0  # seconds of training at most, and times those of ours where it arrives
 TUNING_LIMIT = 480.0
 
-Curve = list[tuple[float, float]]  # seconds of training, strict accuracy
+Curve = Sequence[Sequence[float]]  # seconds of training, strict accuracy
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: the plain loop, or ours with these switches.
-
-    ``window`` is that of the plain loop. ``every_step`` trains all steps that have noise, and ``own_noise`` begins the
-    samples of a group from different noises.
-    """
+    """One way to train: the plain loop, or ours with these switches; ``window`` is that of the plain loop."""
 
     plain: bool = False
     window: int | None = None
-    every_step: bool = False
-    own_noise: bool = False
     overlap_scoring: bool = True
     cached: bool = True
 
@@ -87,8 +79,6 @@ WAYS = {
     "plain": Way(plain=True),
     "plain_window": Way(plain=True, window=WINDOW),
     "ours": Way(),
-    "ours_every_step": Way(every_step=True),
-    "ours_own_noise": Way(own_noise=True),
     "ours_no_overlap": Way(overlap_scoring=False),
     "ours_no_cache": Way(cached=False),
 }
@@ -101,16 +91,6 @@ def shipped() -> Train:
     """Read the settings of ``genalign demo``."""
     settings, _ = parsing.parse(Train, ["--config", str(files("genalign.assets") / "demo.yaml")], "train")
     return settings
-
-
-def recipe(way: Way) -> Recipe:
-    """Return the shipped recipe, but for the switches."""
-    own = shipped().recipe
-    return replace(
-        own,
-        schedule=AllSteps() if way.every_step else own.schedule,
-        shared_noise=own.shared_noise and not way.own_noise,
-    )
 
 
 def total_reward(rewards: Sequence[NamedReward]) -> RewardFunction:
@@ -178,7 +158,7 @@ class SpeedContender:
             overlap_scoring=settings.training.overlap_scoring and way.overlap_scoring,
         )
         rewards, prompts = named_rewards(settings.rewards), prompt_set(settings.prompts)
-        trainer = Trainer(self.pipeline, self.policy, rewards, prompts, recipe(way), training, settings.sampling)
+        trainer = Trainer(self.pipeline, self.policy, rewards, prompts, settings.recipe, training, settings.sampling)
         rounds = trainer.rounds()
         if way.cached:
             return lambda: next(rounds)
@@ -191,7 +171,7 @@ class SpeedContender:
 
     def strict(self) -> float:
         """The strict accuracy of held-out images."""
-        jobs, settings = plan_samples(shapes.prompts("val"), 96, 2), shipped()
+        jobs, settings = plan_samples(shapes.prompts("val"), 48, 1), shipped()  # small, as looks are frequent
         sampling = settings.evaluation or settings.sampling
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
         prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
@@ -220,9 +200,13 @@ class Workspace:
 
     def tuning(self, name: str) -> dict[str, Curve]:
         """The curves on the tuning seed: of the plain loop by learning rate, and of ours as it is."""
-        rates = RATES if WAYS[name].plain else (None,)
-        by_rate = {label(rate): partial(self.contender, name, TUNING_SEED, rate) for rate in rates}
-        return race(by_rate, self.folder / "tuning" / name, target=math.inf, limit=TUNING_LIMIT)
+
+        def run(rate: float | None) -> Curve:
+            makers = {label(rate): partial(self.contender, name, TUNING_SEED, rate)}
+            return race(makers, f"tuning {name}", target=math.inf, limit=TUNING_LIMIT)[label(rate)]
+
+        rates, folder = RATES if WAYS[name].plain else (None,), self.folder / "tuning" / name
+        return {label(rate): cached(folder / f"{label(rate)}.json", partial(run, rate)) for rate in rates}
 
     def target(self) -> float:
         """The score to reach: a share of the gain of whichever contender gains least, each at its best rate."""
@@ -245,7 +229,12 @@ class Workspace:
     def curves(self, seed: int) -> dict[str, Curve]:
         """The curves of the contenders on a seed."""
         makers = {name: partial(self.contender, name, seed) for name in CONTENDERS}
-        return race(makers, self.folder / "runs" / str(seed), self.target(), pace="ours")
+
+        def run() -> Mapping[str, Curve]:
+            return race(makers, str(seed), self.target(), pace="ours")
+
+        result: dict[str, Curve] = cached(self.folder / "runs" / f"{seed}.json", run)
+        return result
 
     def seconds(self, name: str, seed: int) -> float:
         """To the target, or to the last look where it was not reached."""
@@ -272,33 +261,26 @@ def label(rate: float | None) -> str:
 
 def race(
     makers: Mapping[str, Callable[[], SpeedContender]],
-    folder: Path,
+    title: str,
     target: float,
     limit: float = LIMIT,
     pace: str | None = None,
-) -> dict[str, Curve]:
+) -> Mapping[str, Curve]:
     """Train all contenders in turn, and return their curves.
 
     A contender stops once it has stayed at the target, after ``limit`` seconds, or after ``PATIENCE`` times the seconds
     of the contender ``pace``. The contender that has trained least runs the next round, so that all use the machine at
-    the same times. Finished ones are not run again.
+    the same times.
 
     Args:
         makers: What starts the contenders.
-        folder: Where each one's curve is saved when it is finished.
+        title: The name of the race, in front of each look that is printed.
         target: The score at which a contender has arrived.
         limit: Seconds of training.
         pace: The contender whose arrival limits the others.
     """
-    curves: dict[str, Curve] = {}
-    running: dict[str, SpeedContender] = {}
-    for name, make in makers.items():
-        file = folder / f"{name}.json"
-        if file.exists():
-            curves[name] = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            running[name] = make()
-            curves[name] = [(0.0, running[name].strict())]
+    running = {name: make() for name, make in makers.items()}
+    curves = {name: [(0.0, contender.strict())] for name, contender in running.items()}
     while running:
         arrived = arrival(curves[pace], target) if pace else math.inf
         name = min(running, key=lambda name: running[name].seconds)
@@ -307,13 +289,11 @@ def race(
             contender()
             if contender.seconds >= curve[-1][0] + LOOK:
                 curve.append((contender.seconds, contender.strict()))
-                print(folder.name, name, *(round(value, 3) for value in curve[-1]), flush=True)
+                print(title, name, *(round(value, 3) for value in curve[-1]), flush=True)
             if arrival(curve, target) == math.inf:
                 continue
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.json", curve)
         del running[name]
-    return {name: [(seconds, strict) for seconds, strict in curves[name]] for name in makers}
+    return curves
 
 
 def arrival(curve: Sequence[Sequence[float]], target: float) -> float:
@@ -440,4 +420,4 @@ def publish(work: Workspace) -> None:
     write_results(Path("docs/results"), "benchmark_compare", {**header, **extra}, measured)
 
 
-PARTS = {"batches": batches, "rates": rates, "target": target, "rounds": rounds, "runs": runs, "publish": publish}
+PARTS = {"batches": batches, "rates": rates, "target": target, "runs": runs, "rounds": rounds, "publish": publish}

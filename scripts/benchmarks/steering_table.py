@@ -24,12 +24,11 @@ from __future__ import annotations
 import argparse
 import bisect
 import functools
-import hashlib
 import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,9 @@ from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.clip import ClipReward
 from rewards.shapes import ShapesReward
+from scripts.benchmarks.base_weights import require_base
 from scripts.benchmarks.cached import cached
+from scripts.benchmarks.pruning_trials import task_mean
 from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.trained_runs import RESULTS, head
 
@@ -205,14 +206,9 @@ class Bench:
     def shapes(cls, work: Path) -> Bench:
         """The table's own: shapes-sd3, with prompts of val to choose on, and of comp.
 
-        Exits where the folder holds measurements of another model of that name.
+        Exits where the folder holds measurements of another base.
         """
-        weights = Path(assets.resolve("shapes-sd3")) / "transformer" / "diffusion_pytorch_model.safetensors"
-        digest = hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest()
-        if cached(work / "model.json", lambda: digest) != digest:
-            raise SystemExit(
-                f"{work} was measured on another shapes-sd3: move it away, or name another folder by --work"
-            )
+        require_base(work, "shapes-sd3")
         pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
         rewards = {name: make() for name, make in REWARDS.items()}
         tuning, prompts = (
@@ -321,7 +317,7 @@ class Bench:
             if len(ARMS[arm].settings) == 1:
                 return setting
             rows = self.unit(arm, reward, setting, budget, TUNING_SEED, tuning=True)
-            rewards[setting] = mean(row["scores"][reward] for row in rows)
+            rewards[setting] = _task_mean((row["task"], row["scores"][reward]) for row in rows)
         return max(rewards, key=rewards.__getitem__) if rewards else None
 
 
@@ -353,6 +349,12 @@ def batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return mean(row[key] for row in rows)
+
+
+def _task_mean(scores: Iterable[tuple[str, float]]) -> float:
+    """The mean over tasks of the means of scores, each with its task."""
+    tasks, values = zip(*scores, strict=True)
+    return float(task_mean(torch.tensor(values, dtype=torch.float64), tasks))
 
 
 def prices(bench: Bench) -> None:
@@ -445,11 +447,15 @@ def _cost(
 
 
 def level_of(records: Sequence[Any], cost: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The mean of each score that an arm of the table ends at, over the prompts and seeds of its records."""
+    """The mean of each score that an arm of the table ends at, over its seeds, with tasks weighed as in the rows."""
     reward = cost["reward"]
     name = f"{reward}.{cost['arm']}.at_{cost['budget']}"
     ends = {reward: name} | {judge: f"{name}.{judge}" for judge in JUDGES[reward]}
-    return {"scores": {metric: mean(r.after for r in records if r.name == row) for metric, row in ends.items()}}
+    return {
+        "scores": {
+            metric: _task_mean((r.task, r.after) for r in records if r.name == row) for metric, row in ends.items()
+        }
+    }
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {"prices": prices, "tune": tune, "measure": measure, "publish": publish}

@@ -11,16 +11,21 @@ import yaml
 from torch import Tensor
 
 from genalign import assets
+from genalign.algorithms.credit import GroupRelative
 from genalign.algorithms.losses import kl_penalty
-from genalign.cli.compare import Compare, own_settings
+from genalign.algorithms.step_credit import RewardGain
+from genalign.algorithms.step_schedules import AllSteps
+from genalign.cli.compare import Compare, own_settings, run_settings
 from genalign.cli.parsing import ConfigurationError, parse
 from genalign.cli.steer import Steer
 from genalign.cli.train_noise_aware import TrainNoiseAware
 from genalign.cli.train_settings import Train
+from genalign.diffusion.completion import Completion
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.transitions import transition
 from genalign.runtime.distributed import ProcessGroup
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
+from genalign.training.trust_region import TrustRegion
 from genalign.types import Grid, PromptSet
 from tests.packages import ROOT, folder_of
 from tests.rewards.tiny_clap import write_clap
@@ -136,7 +141,7 @@ def test_every_run_of_a_comparison_parses(
 @pytest.mark.parametrize("name", ["shapes_methods", "shapes_finalists", "shapes_finalists_20_steps"])
 def test_the_methods_have_equal_budgets_and_their_own_seeds(name: str) -> None:
     comparison, plain = parse(Compare, [str(CONFIGS / "compare" / f"{name}.yaml")], "compare", first="config")
-    assert 100 not in comparison.seeds and comparison.budgets == "equal" and not comparison.once
+    assert 100 not in comparison.seeds and comparison.budgets == "equal" and not comparison.first_seed_only
     base = yaml.safe_load((CONFIGS / "compare" / comparison.base).read_text())
     budgets = set()
     for own in own_settings(plain).values():
@@ -152,13 +157,40 @@ def test_every_arm_is_tuned_by_the_same_settings_beforehand() -> None:
     tuning, plain = parse(Compare, [*stage, "--config", str(TUNING)], "compare", first="config")
     runs, settings = own_settings(plain), list(plain["variants"].values())
     assert tuning.seeds == [100] and tuning.output != "runs/compare-methods" and len(runs) == 3 * len(arms)
-    rates = [variant["training"] for variant in settings]
-    for variant, rate in zip(settings, rates, strict=True):
-        assert variant.keys() == {"max_seconds", "before_after", "training"} and rate.keys() == {"learning_rate"}
+    for variant in settings:
+        assert variant.keys() == {"max_seconds", "before_after", "training"}
         assert variant["max_seconds"] == 240 and variant["before_after"]["prompts"] == "shapes:iid"  # comp stays unseen
+    rates = [variant["training"] for variant in settings]
+    far = {"trust_region": {"target": 2 * TrustRegion().target}}
+    assert rates == [{"learning_rate": "auto"}, {"learning_rate": "auto", **far}, {"learning_rate": 3e-3}]
     base = yaml.safe_load((CONFIGS / "compare" / tuning.base).read_text())
     for own in arms.values():
-        assert {**base["training"], **own.get("training", {})}["learning_rate"] in [r["learning_rate"] for r in rates]
+        training = {**base["training"], **own.get("training", {})}
+        assert {name: training[name] for name in ("learning_rate", "trust_region") if name in training} in rates
+
+
+@pytest.mark.usefixtures("any_clap")
+@pytest.mark.parametrize("name", ["flow_grpo", "adv_grpo", "guard_grpo", "mix_grpo", "ddpo"])
+def test_methods_differ_in_nothing_but_their_idea(name: str) -> None:
+    """All of them divide advantages by the global standard deviation."""
+    file = CONFIGS / "compare" / "shapes_methods.yaml"
+    comparison, plain = parse(Compare, [str(file)], "compare", first="config")
+    settings, _ = run_settings(str(file.parent / comparison.base), name, own_settings(plain)[name])
+    assert settings.recipe.credit == GroupRelative("global")
+
+
+@pytest.mark.parametrize("name", ["shapes_methods", "shapes_finalists"])
+def test_dense_credit_is_as_published(name: str) -> None:
+    file = CONFIGS / "compare" / f"{name}.yaml"
+    comparison, plain = parse(Compare, [str(file)], "compare", first="config")
+    settings, _ = run_settings(str(file.parent / comparison.base), "dense_grpo", own_settings(plain)["dense_grpo"])
+    recipe = settings.recipe
+    assert (recipe.schedule, recipe.completion, recipe.credit) == (AllSteps(), Completion(None), RewardGain(0.0))
+
+
+def test_runs_by_time_end_by_their_time_alone() -> None:
+    base = yaml.safe_load((CONFIGS / "compare" / "base_shapes_by_time.yaml").read_text())["training"]
+    assert base["max_rounds_without_credit"] is None and base["max_skipped_updates"] >= base["rounds"]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_what_moved_is_seen_and_published(run: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(proofs, "compared", lambda folder, name: {one: {71: run, 72: run} for one in NAMES})
     monkeypatch.setattr(proofs, "RESULTS", tmp_path)
     monkeypatch.setattr(proofs, "pruning_records", lambda work: [])  # test_audio_search.py
+    monkeypatch.setattr(proofs, "budget_shares", lambda work: {4: 0.97})
     proofs.audio(tmp_path)
     made = json.loads((tmp_path / "audio_tones.json").read_text())
     rows = {row["name"]: row for row in made["rows"]}
@@ -92,12 +93,13 @@ def test_the_runs_of_dragon_are_measured_by_other_clips_and_raters(
     proofs.audio_dragon(tmp_path)
     made = json.loads((tmp_path / "dragon_tones.json").read_text())
     rows = {row["name"]: row for row in made["rows"]}
-    assert set(rows) == {*names, *(f"{name}.strict" for name in names)}
+    assert set(rows) == {*names, *(f"{name}.strict" for name in names), "rating.taste"}
     assert rows["vae_fad_clip"]["mean"] != 0 and rows["rating"]["mean"] != 0
     lines = {line["name"]: line for line in made["win_rates"]}
     assert lines["vae_fad_clip"]["target"] == "less FAD by clip, by the VAE"
     taste = lines["rating"]["rewards"]["true rating"]
     assert 1 <= taste["before"] <= 5 and taste["before"] != taste["after"]
+    assert rows["rating.taste"]["mean"] == pytest.approx(taste["after"] - taste["before"])
 
 
 def test_a_run_of_other_prompts_after_than_before_is_refused(run: Path) -> None:

@@ -15,9 +15,12 @@ from genalign.search.noise_aware import NoiseAware, ScorerLevel
 from rewards.noise_aware import LatentClapDistilled, save_scorer
 from rewards.regressor import Regressor, RegressorReward
 from scripts.benchmarks import audio_pool, audio_search
+from scripts.benchmarks.base_weights import require_base
 from scripts.benchmarks.pruning_trials import best_of
 from scripts.pretrain.tones_models import TonesTextToAudio, assemble, build_vae
 from tests.rewards.tiny_clap import write_clap
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")  # diffusers' autoencoder
 
 
 @pytest.fixture
@@ -28,6 +31,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assemble(TonesTextToAudio(layers=1), build_vae(), folders["tones-audio"])
     monkeypatch.setattr(assets, "resolve", lambda name: str(folders.get(name, name)))
     clap = str(folders["tones-clap"])
+    require_base(tmp_path / "work", "tones-audio")
     (tmp_path / "work" / "selection").mkdir(parents=True)
     Regressor(clap, 8, 8000).save(tmp_path / "work" / "selection" / "reward.safetensors")
     reward = RegressorReward(tmp_path / "work" / "selection" / "reward.safetensors")
@@ -47,7 +51,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_pools_become_records_and_are_kept(work: Path) -> None:
     records = audio_search.pruning_records(work)
     stems = {"noise_aware_pruning_comp": 1, "noise_aware_pruning": 2}
@@ -60,13 +63,20 @@ def test_pools_become_records_and_are_kept(work: Path) -> None:
     assert pool[0][0]["previews"].shape[:2] == (4, 2)
     chosen = json.loads((work / "schedules.json").read_text())
     assert set(chosen) == {"2", "3"}
+    shares = audio_search.budget_shares(work)
+    assert shares.keys() == {2, 3} and all(0.5 < share <= 1 + 1e-6 for share in shares.values())
     (work / "pool" / "seed-2" / "002.safetensors").unlink()
     assert audio_search.pruning_records(work) == records  # what is missing is made anew, from the same noises
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_calls_are_priced_once(work: Path) -> None:
     (work / "prices.json").unlink()
     prices = audio_search.costs(work)
     assert prices == audio_search.costs(work) and prices.steps == 3
     assert min(prices.forward, prices.decode, prices.reward, prices.looks["noise-aware"]) > 0
+
+
+def test_pools_of_another_base_are_refused(work: Path) -> None:
+    (work / "base.json").unlink()
+    with pytest.raises(SystemExit, match="work was made with other weights of tones-audio"):
+        audio_search.pruning_records(work)

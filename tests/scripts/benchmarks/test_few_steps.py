@@ -14,6 +14,8 @@ from genalign.cli.parsing import parse
 from genalign.diffusion.transitions import CPS, ODE
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.worlds import shapes
+from rewards.regressor import Regressor
+from rewards.shapes import ShapesReward
 from scripts.benchmarks.few_steps import (
     KERNELS,
     STEPS,
@@ -21,7 +23,10 @@ from scripts.benchmarks.few_steps import (
     base_records,
     collect_pool,
     evaluation_arguments,
+    renders,
 )
+from scripts.benchmarks.learned_proxies import PROXIES
+from scripts.benchmarks.shapes_sampling import shapes_sampling
 from tests.packages import ROOT
 
 COMPARISONS = ROOT / "scripts" / "configs" / "compare"
@@ -55,14 +60,35 @@ def test_the_base_in_few_steps_is_compared_with_its_most(tmp_path: Path) -> None
     protocols = {load_evaluation(folder).protocol.kernel for folder in folders.values()}
     assert protocols == {"ODE()", "CPS(eta=1.0)"}
     records = base_records(folders)
-    assert {record.name for record in records} >= {"ode_1.partial", "cps_8.strict"}
-    assert all(record.before == record.after for record in records if record.name.startswith("ode_8."))
+    assert {record.name for record in records} >= {"ode_1.partial", "cps_8.strict", "cps_8.strict.level"}
+    best = {record.name: record for record in records if record.name.startswith("ode_8.")}
+    assert best.keys() == {f"ode_8.{score}{end}" for score in ("partial", "strict") for end in ("", ".level")}
+    assert best["ode_8.partial"].before == best["ode_8.partial"].after == best["ode_8.partial.level"].after
+    assert best["ode_8.partial.level"].before == 0
+
+
+def test_students_are_sampled_at_the_noise_levels_at_which_the_base_is_measured() -> None:
+    base = yaml.safe_load((COMPARISONS / "base_few_steps.yaml").read_text())
+    grids = [base["sampling"]]
+    for name in ("few_steps", "few_step_rewards"):
+        runs = yaml.safe_load((COMPARISONS / f"shapes_{name}.yaml").read_text())["runs"]
+        grids += [own["sampling"] for own in runs.values() if "sampling" in own]
+    assert {grid["num_steps"] for grid in grids} == {2, 4}
+    for grid in grids:
+        assert grid["sigmas"] == pytest.approx(list(shapes_sampling(grid["num_steps"]).sigmas or ()), abs=1e-4)
+
+
+def test_renders_show_what_the_prompts_of_an_evaluation_ask_for() -> None:
+    prompts = [prompt for task in shapes.prompts("comp").by_task().values() for prompt in task[:3]]
+    images = renders(prompts).load(range(len(prompts)))
+    assert float(ShapesReward("strict")(images, prompts).mean()) > 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["few_steps", "few_step_rewards"])
 def test_a_tiny_round_of_every_arm(name: str, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    Regressor("shapes-clip").save(PROXIES / "head-1.safetensors")
     pool = tmp_path / "pool"
     collect_pool(pool, ["--prompts", str(prompts), "--sampling.num_steps", "2", "--batch_size", "4"])
     for arm, own in yaml.safe_load((COMPARISONS / f"shapes_{name}.yaml").read_text())["runs"].items():

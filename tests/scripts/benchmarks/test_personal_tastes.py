@@ -25,4 +25,7 @@ def test_the_bench_runs_and_resumes(tmp_path: Path) -> None:
     for _ in range(2):  # the second time nothing is trained
         users_part(tmp_path / "work", (1,), size, tmp_path / "results")
     rows = json.loads((tmp_path / "results" / "users_shapes.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == [*(f"users.{user}" for user in TASTES), "users.unseen"]
+    between = [
+        f"users.{name}" for name in ("unseen_over_bright", "red_over_unseen", "unseen_over_red", "bright_over_unseen")
+    ]
+    assert [row["name"] for row in rows] == [*(f"users.{user}" for user in TASTES), "users.unseen", *between]

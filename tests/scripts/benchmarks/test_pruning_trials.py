@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from genalign.search.pruning import PruneSchedule
-from scripts.benchmarks.pruning_trials import Costs, ScorePool, Trials, best_of, maximum_probabilities, schedules
+from scripts.benchmarks.pruning_trials import (
+    Costs,
+    ScorePool,
+    Trials,
+    best_of,
+    maximum_probabilities,
+    schedules,
+    task_mean,
+)
 
 COSTS = Costs(10, 1.0, 2.0, 3.0, {"dear": 4.0, "free": 0.0})
 HALF = PruneSchedule((3,), (0.5,))
@@ -19,13 +27,15 @@ def test_costs_by_hand() -> None:
     assert COSTS.pruning(HALF, "free", 4) == 4 * 4 + 2 * 6 + 2 * 5  # four forwards of each, then six of the better half
     assert COSTS.pruning(HALF, "dear", 4) == 38 + 4 * 4
     assert COSTS.affordable(HALF, "free", 3, most=8) == 4 and COSTS.affordable(HALF, "dear", 3, most=8) == 2
-    assert COSTS.affordable(HALF, "free", 3, most=2) == 2 and COSTS.affordable(HALF, "dear", 0.1, most=8) == 0
+    assert COSTS.affordable(HALF, "free", 3, most=3) == 0  # could begin a fourth, which was not recorded
+    assert COSTS.affordable(HALF, "dear", 0.1, most=8) == 0
+    assert COSTS.share(HALF, "free", 3, most=8) == 38 / 45
 
 
 def test_previews_that_know_the_end_find_the_best_and_those_that_lie_the_worst() -> None:
     ends = torch.rand(3, 16, 2, generator=torch.Generator().manual_seed(0))
     for sign in (1, -1):
-        trials = Trials(sign * ends[:, None, :, :1], ends, (3,), subsets=600)
+        trials = Trials(sign * ends[:, None, :, :1], ends, (3,), 600, "aab")
         found = trials.pruned(PruneSchedule((3,), (0.25,)), 4)[:, 0]
         best = sign * best_of(sign * ends, 4)[:, 0]
         torch.testing.assert_close(found, best, rtol=0, atol=0.03)
@@ -34,10 +44,29 @@ def test_previews_that_know_the_end_find_the_best_and_those_that_lie_the_worst()
 def test_the_best_schedule_looks_where_the_previews_tell() -> None:
     ends = torch.rand(6, 16, 2, generator=torch.Generator().manual_seed(0))
     scores = torch.stack([-ends[:, :, 0], ends[:, :, 0]], dim=2)[:, None]
-    chosen = Trials(scores, ends, (2, 6), subsets=8).best("free", 3, COSTS)
+    chosen = Trials(scores, ends, (2, 6), 8, "aaabbb").best("free", 3, COSTS)
     assert chosen.steps == (6,) and len(schedules((2, 6))) == 9
-    with pytest.raises(ValueError, match="begins no candidate under any schedule"):
-        Trials(scores, ends, (2, 6), subsets=1).best("free", 0.1, COSTS)
+    with pytest.raises(ValueError, match="no schedule begins 1 to 16 candidates for the cost"):
+        Trials(scores, ends, (2, 6), 1, "aaabbb").best("free", 0.1, COSTS)
+
+
+def test_a_schedule_that_could_start_more_than_were_recorded_is_no_candidate() -> None:
+    """Early and sharp pruning would find the most, but spends its budget on candidates that are not there."""
+    ends = torch.rand(6, 8, 2, generator=torch.Generator().manual_seed(0))
+    previews = ends[:, None, :, :1].expand(-1, -1, -1, 2)  # they tell all
+    trials = Trials(previews, ends, (2, 6), 8, "aaabbb")
+    assert not COSTS.affordable(PruneSchedule((2,), (0.2,)), "free", 4, trials.most)
+    chosen = trials.best("free", 4, COSTS)
+    assert 0.95 < COSTS.share(chosen, "free", 4, trials.most) <= 1
+    with pytest.raises(ValueError, match="or record more candidates"):
+        trials.best("free", 40, COSTS)
+
+
+def test_tasks_count_alike() -> None:
+    values = torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 1.0]])
+    assert task_mean(values, ["a", "a", "b"]).tolist() == [5.0, 0.5]  # 2 of a, 8 of b
+    trials = Trials(torch.zeros(3, 1, 2, 1), torch.zeros(3, 2, 2), (2,), 1, ["a", "a", "b"])
+    assert trials.reward(values) == 5.0
 
 
 def test_best_of_more_than_there_are_is_the_best() -> None:

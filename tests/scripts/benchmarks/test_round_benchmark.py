@@ -124,8 +124,19 @@ def test_a_commit_is_written_to_a_folder_of_its_own() -> None:
 def test_rates_are_flops_over_seconds_with_and_without_attention() -> None:
     flops = {"now": {"all": 4 * 10**11, "attention": 10**11}, "before": {"all": 3 * 10**11, "attention": 10**11}}
     shares = {name: dict.fromkeys(GROUPS, 1 / 7) for name in flops}
-    rows = measurements(flops, {"now": [2.0, 4.0], "before": [4.0, 4.0]}, shares)
+    seconds = {"now": [2.0, 4.0], "before": [4.0, 4.0]}
+    rows = measurements({"now": "nft", "before": "nft"}, flops, seconds, shares)
     values = {name: [row.value for row in rows if row.name == name] for name in {row.name for row in rows}}
     assert values["now.rate"] == [200, 100] and values["now.rate_outside_attention"] == [150, 75]
     assert values["before.rate"] == [75, 75] and values["speedup"] == [2, 1]
+    assert values["speedup.rate"] == pytest.approx([200 / 75, 100 / 75])
     assert values["now.flops"] == [400] and values["now.matrix_products"] == [1 / 7]
+
+
+def test_rounds_of_different_recipes_are_compared_by_their_rates_alone() -> None:
+    flops = {"now": {"all": 4 * 10**11, "attention": 0}, "before": {"all": 10**11, "attention": 0}}
+    shares = {name: dict.fromkeys(GROUPS, 1 / 7) for name in flops}
+    rows = measurements({"now": "nft", "before": "flow_grpo"}, flops, {"now": [2.0], "before": [1.0]}, shares)
+    assert "speedup" not in {row.name for row in rows}
+    assert [row.value for row in rows if row.name == "speedup.rate"] == [2]
+    assert {row.metric for row in rows if row.name == "before.seconds"} == {"seconds of a round of flow_grpo"}

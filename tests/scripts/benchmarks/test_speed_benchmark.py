@@ -13,7 +13,6 @@ from typing import Any, cast
 import pytest
 import torch
 
-from genalign.algorithms.step_schedules import AllSteps
 from genalign.cli.generation_settings import RewardChoice
 from genalign.scoring.score import NamedReward
 from genalign.types import Prompt
@@ -35,7 +34,6 @@ from scripts.benchmarks.speed_benchmark import (
     arrival,
     level,
     race,
-    recipe,
     scaled_clip,
     shipped,
     total_reward,
@@ -63,9 +61,9 @@ def _maker(contender: _Scripted) -> Callable[[], SpeedContender]:
     return lambda: cast(SpeedContender, contender)
 
 
-def test_looks_are_as_far_apart_as_set_and_end_a_minute_after_the_target(tmp_path: Path) -> None:
+def test_looks_are_as_far_apart_as_set_and_end_a_minute_after_the_target() -> None:
     quick, slow = _Scripted(LOOK / 3, [0.3, 0.45, 0.55, 0.9]), _Scripted(2 * LOOK, [0.35, TARGET])
-    curves = race({"quick": _maker(quick), "slow": _maker(slow)}, tmp_path, TARGET)
+    curves = race({"quick": _maker(quick), "slow": _maker(slow)}, "1", TARGET)
     looks = [pytest.approx(number * LOOK) for number in range(5)]
     assert curves["quick"] == list(zip(looks, [0.3, 0.45, 0.55, 0.9, 0.9], strict=True))
     assert curves["slow"] == [(0.0, 0.35), (2 * LOOK, TARGET), (4 * LOOK, TARGET)]
@@ -80,35 +78,42 @@ def test_an_arrival_counts_only_where_every_look_of_a_minute_stays() -> None:
     assert arrival([*dip, (179.0, 0.49)], TARGET) == math.inf
 
 
-def test_the_pace_ends_the_race_and_the_limit_a_run(tmp_path: Path) -> None:
+def test_the_pace_ends_the_race_and_the_limit_a_run() -> None:
     quick, slow, never = _Scripted(LOOK, [0.3, TARGET]), _Scripted(LOOK / 2, [0.3]), _Scripted(100, [0.3])
-    curves = race({"quick": _maker(quick), "slow": _maker(slow)}, tmp_path / "a", TARGET, pace="quick")
+    curves = race({"quick": _maker(quick), "slow": _maker(slow)}, "1", TARGET, pace="quick")
     assert quick.rounds == 3 and slow.rounds == 2 * PATIENCE and arrival(curves["slow"], TARGET) == math.inf
-    race({"never": _maker(never)}, tmp_path / "b", TARGET, limit=400)
+    race({"never": _maker(never)}, "2", TARGET, limit=400)
     assert never.rounds == 4
 
 
-def test_a_finished_contender_is_not_run_again_and_still_sets_the_pace(tmp_path: Path) -> None:
-    first, second = _Scripted(LOOK, [0.3, TARGET]), _Scripted(LOOK, [0.3])
-
-    def interrupted() -> SpeedContender:
-        second.seconds, second.rounds = 0.0, 0
-        return cast(SpeedContender, second)
+def test_a_seed_is_saved_whole_and_begins_anew_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt ends in the fifth round of the only contender that is left then."""
+    started: list[tuple[str, int]] = []
 
     class _Fails(_Scripted):
         def __call__(self) -> None:
             super().__call__()
-            if self.rounds == 5:
+            if self.rounds == 5 and len(started) == len(CONTENDERS):
                 raise KeyboardInterrupt
 
-    makers = {"first": _maker(first), "second": _maker(_Fails(LOOK, [0.3]))}
+    def contender(_: Workspace, name: str, seed: int) -> SpeedContender:
+        started.append((name, seed))
+        looks = {"plain": [0.3, TARGET], "plain_window": [0.3], "ours": [0.3, 0.4, TARGET]}[name]
+        return cast(SpeedContender, (_Fails if name == "plain_window" else _Scripted)(LOOK, looks))
+
+    monkeypatch.setattr(Workspace, "contender", contender)
+    monkeypatch.setattr(Workspace, "target", lambda _: TARGET)
+    work = Workspace(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        race(makers, tmp_path, TARGET, pace="first")
-    assert [file.name for file in tmp_path.iterdir()] == ["first.json"]
-    curves = race({**makers, "second": interrupted}, tmp_path, TARGET, pace="first")
-    assert first.rounds == 3 and second.rounds == PATIENCE and arrival(curves["first"], TARGET) == LOOK
-    again = race(cast(Any, dict.fromkeys(("first", "second"))), tmp_path, TARGET)  # starts none
-    assert again == curves
+        work.curves(61)
+    assert not list(tmp_path.rglob("*.json"))
+    curves = work.curves(61)
+    assert started == [(name, 61) for name in CONTENDERS] * 2
+    assert arrival(curves["ours"], TARGET) == 2 * LOOK and arrival(curves["plain_window"], TARGET) == math.inf
+    assert work.curves(61) == curves and len(started) == 2 * len(CONTENDERS)
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.json")] == ["runs/61.json"]
 
 
 def _tuned(folder: Path, levels: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch) -> Workspace:
@@ -134,6 +139,8 @@ def test_the_target_is_below_the_level_of_every_contender(tmp_path: Path, monkey
     rows = {row.name: row.value for row in speed_benchmark.levels(work)}
     assert rows == pytest.approx({"level.plain": 0.42, "level.plain_window": 0.5, "level.ours": 0.7})
     assert json.loads((tmp_path / "target.json").read_text()) == work.target()
+    saved = {file.stem for file in (tmp_path / "tuning" / "plain").iterdir()}
+    assert saved == {f"{rate:g}" for rate in RATES} and (tmp_path / "tuning" / "ours" / "shipped.json").exists()
 
 
 def test_where_the_plain_loop_gains_nothing_there_is_no_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +149,7 @@ def test_where_the_plain_loop_gains_nothing_there_is_no_race(tmp_path: Path, mon
         _tuned(tmp_path, levels, monkeypatch).target()
 
 
-def test_ours_is_what_is_shipped_but_for_the_switches() -> None:
-    assert recipe(WAYS["ours"]) == shipped().recipe
-    assert recipe(WAYS["ours_every_step"]).schedule == AllSteps()
-    assert not recipe(WAYS["ours_own_noise"]).shared_noise
+def test_the_clip_range_is_scaled_to_the_latents() -> None:
     assert scaled_clip(16 * 64 * 64) == 1e-4 and scaled_clip(4 * 16 * 16) == pytest.approx(8e-4)
 
 
@@ -157,8 +161,8 @@ def test_the_plain_loop_is_given_the_weighted_sum_of_the_rewards() -> None:
     assert reward(torch.tensor([1.0, 2.0]), [Prompt("a")] * 2).tolist() == [1.5, 3.0]
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_a_contender_trains_and_its_looks_take_no_time(
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_trains_and_its_looks_take_no_time(
     name: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = shipped()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.evaluation.records import mean
+from genalign.evaluation.records import PromptRecord, mean
 from genalign.types import Prompt
 from pipelines import SD3
 from scripts.benchmarks import steering_table
@@ -146,3 +146,15 @@ def test_prices_of_gradients_and_the_spread_are_measured_once(bench: Bench) -> N
     assert prices.nfe["nfe"] == 1.0 and prices.nfe["nfe backward"] == steering_table.BACKWARD
     assert min(prices.spreads.values()) > 0
     assert Bench(bench.work, bench.pipeline, bench.rewards, bench.tuning, bench.prompts).prices == prices
+
+
+def test_tasks_count_alike_in_the_levels() -> None:
+    scores = {"p": ("counting", 1.0), "q": ("counting", 3.0), "r": ("position", 8.0)}
+    records = [
+        PromptRecord(f"clip.reno.at_8{end}", "clip", seed, task, prompt, 0.0, value * factor, 1)
+        for prompt, (task, value) in scores.items()
+        for end, factor in (("", 1.0), (".strict", 0.1))
+        for seed in (1, 2)
+    ]
+    levels = steering_table.level_of(records, {"reward": "clip", "arm": "reno", "budget": 8})
+    assert levels["scores"] == pytest.approx({"clip": 5.0, "strict": 0.5})
