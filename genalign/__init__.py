@@ -1,6 +1,6 @@
 """Align diffusion and flow generators with rewards: train, steer, evaluate.
 
-The public names below are imported when they are first used (PEP 562), so that ``import genalign`` stays quick.
+The public names below are imported when they are first used (PEP 562), so ``import genalign`` stays quick.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from genalign.algorithms.preference_recipes import rwr as rwr
     from genalign.algorithms.preference_recipes import sft as sft
     from genalign.algorithms.recipe import Recipe as Recipe
+    from genalign.algorithms.recipe_changes import with_adaptive_group_size as with_adaptive_group_size
     from genalign.algorithms.recipe_changes import with_chi_squared as with_chi_squared
     from genalign.algorithms.recipe_changes import with_credit as with_credit
+    from genalign.algorithms.recipe_changes import with_dynamic_sampling as with_dynamic_sampling
     from genalign.algorithms.recipe_changes import with_elastic_reset as with_elastic_reset
-    from genalign.algorithms.recipe_changes import with_further_prompts as with_further_prompts
     from genalign.algorithms.recipe_changes import with_gradient_balance as with_gradient_balance
-    from genalign.algorithms.recipe_changes import with_more_samples as with_more_samples
     from genalign.algorithms.recipe_changes import with_recalibration as with_recalibration
     from genalign.algorithms.recipes import adv_grpo as adv_grpo
     from genalign.algorithms.recipes import awm as awm
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from genalign.search import RewardGradient as RewardGradient
     from genalign.search import ZeroOrder as ZeroOrder
     from genalign.training.noise_calibration import calibrated as calibrated
-    from genalign.training.offline import recorded as recorded
+    from genalign.training.offline import stored_score as stored_score
     from genalign.training.python_api import train as train
     from genalign.training.round_result import RoundResult as RoundResult
     from genalign.training.settings import TrainerSettings as TrainerSettings
@@ -100,8 +100,8 @@ _PUBLIC = {
     " noise_hypernetwork refl",
     "genalign.algorithms.preference_recipes": "crd dgpo dp2o_sr dpo gdro kto rpo rwr sft",
     "genalign.algorithms.recipe": "Recipe",
-    "genalign.algorithms.recipe_changes": "with_chi_squared with_credit with_elastic_reset with_further_prompts"
-    " with_gradient_balance with_more_samples with_recalibration",
+    "genalign.algorithms.recipe_changes": "with_adaptive_group_size with_chi_squared with_credit with_dynamic_sampling"
+    " with_elastic_reset with_gradient_balance with_recalibration",
     "genalign.algorithms.recipes": "adv_grpo awm ddpo dense_grpo dragon dragon_set flow_dppo flow_grpo guard_grpo"
     " mix_grpo nft ngrpo prdp tempflow_grpo turning_point vgpo",
     "genalign.diffusion.hypernetwork": "Hypernetwork",
@@ -115,7 +115,7 @@ _PUBLIC = {
     "genalign.search": "DNO NRG Beam BestOfN DoobGuide Evolution FKSteering NoiseAwareGradient Prune ReNO"
     " RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
-    "genalign.training.offline": "recorded",
+    "genalign.training.offline": "stored_score",
     "genalign.training.python_api": "train",
     "genalign.training.round_result": "RoundResult",
     "genalign.training.settings": "TrainerSettings",

@@ -47,7 +47,7 @@ def split_held_out(prompts: PromptSet, fraction: float) -> tuple[PromptSet, Prom
 class PromptSampler:
     """A seeded order of prompts for training, ``count`` distinct ones per round.
 
-    The tasks take turns, so that small tasks come as often as large ones; within a task every prompt comes once before
+    The tasks take turns, so small tasks come as often as large ones; within a task every prompt comes once before
     any comes again.
     """
 

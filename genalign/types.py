@@ -26,7 +26,7 @@ reads a class that is given for a ``Callable[..., Tensor]`` as a factory of tens
 class Prompt(str):
     """A text and, where a reward or a verifier needs it, its GenEval metadata (tag, include, exclude, prompt).
 
-    It is a string, so that rewards that were written for strings take it; two prompts are equal if their texts are.
+    It is a string, so rewards that were written for strings take it; two prompts are equal if their texts are.
     ``Prompt(prompt)`` keeps the metadata of a prompt, unless others follow.
     """
 
@@ -264,7 +264,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class SaturatingReward(Protocol):
-    """A reward whose scores level off on purpose, as a log-sigmoid's do, so that good samples no longer differ.
+    """A reward whose scores level off on purpose, as a log-sigmoid's do, so good samples no longer differ.
 
     Use it with a credit in units of the score, such as ``LeaveOneOut``: dividing by the standard deviation would undo
     the saturation.

@@ -169,7 +169,7 @@ class Adapters:
         Raises ValueError for an adapter that is no plain LoRA.
         """
         if self._kind is not None:
-            raise ValueError(f"{self._kind} cannot be merged into the weights: export it with --form genalign")
+            raise ValueError(f"{self._kind} cannot be merged into the weights: export it with --format genalign")
         if self._is_loaded:
             for name in (self.denoiser_name, *self._on_encoders):
                 merge_lora(self.pipe.components[name])

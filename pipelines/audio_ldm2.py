@@ -139,7 +139,7 @@ class AudioLDM2(AudioPipeline, ScheduledPipeline):
 def _checkpointed(module: nn.Module | GatedBlock, *inputs: Any) -> Any:
     """Call a block of the network, whose activations are computed again in the backward pass.
 
-    The network itself leaves out an argument of its transformers, added_cond_kwargs, so that the mask of the text would
+    The network itself leaves out an argument of its transformers, added_cond_kwargs, so the mask of the text would
     be that of the samples; their own blocks are checkpointed.
     """
     if not isinstance(module.block if isinstance(module, GatedBlock) else module, Transformer2DModel):

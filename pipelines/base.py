@@ -73,7 +73,7 @@ class DiffusersPipeline(Family):
         self._place_networks()
         if self.device.type == "cpu":
             use_faster_attention_backward()
-        self.compiled = options.get("compiled", False)
+        self._compile = options.get("compile", False)
         self._blocks: CompiledBlocks | None = None
         self.users: Users | None = None
         if path := options.get("users"):
@@ -99,9 +99,9 @@ class DiffusersPipeline(Family):
                 f"{type(self).__name__} runs texts of each length apart, which users cannot follow: leave"
                 " model.users out"
             )
-        if self.compiled or self.memory.checkpointing or self.memory.quantization is not None:
+        if self._compile or self.memory.checkpointing or self.memory.quantization is not None:
             raise ValueError(
-                "the attention to users goes without model.compiled, model.memory.checkpointing and quantization: leave"
+                "the attention to users goes without model.compile, model.memory.checkpointing and quantization: leave"
                 " them out, or model.users"
             )
         self.users = Users.load(path)
@@ -357,12 +357,12 @@ class DiffusersPipeline(Family):
             return torch.cat([self.run_encoder(part).float() for part in torch.split(samples.to(self.device), size)])
 
     def compile_blocks(self, batch_sizes: Sequence[int] = ()) -> None:
-        """Compile the blocks of the denoiser, if ``compiled`` is on.
+        """Compile the blocks of the denoiser, if ``compile`` is on.
 
         ``genalign.train`` and the commands call this, after the adapter is on. Batches are padded to the next larger of
         ``batch_sizes``, or of the batches so far, since each batch size compiles graphs of its own.
         """
-        if self.compiled:
+        if self._compile:
             self._blocks = CompiledBlocks(self.denoiser) if self._blocks is None else self._blocks
             self._blocks.add_batch_sizes(batch_sizes)
 

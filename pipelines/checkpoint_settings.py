@@ -2,7 +2,7 @@
 
 ``SCHEDULERS`` names the schedulers of each pipeline, ``SCHEDULER_KEYS`` and ``SOLVER_KEYS`` their keys,
 ``COMPONENT_KEYS`` the keys of networks and autoencoders, and ``PIPELINE_KEYS`` the plain entries of model_index.json. A
-key of none of them is refused by name, unless it is off or at its default.
+key of none of them is refused with its name, unless it is off or at its default.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def check_settings(components: Mapping[str, Any], name: str) -> None:
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if key not in read and components["vae"].config.get(key) is not None:
             raise ValueError(
-                f"vae/config.json sets {key}, which {name} does not read, so that its samples do not fit this VAE:"
+                f"vae/config.json sets {key}, which {name} does not read, so its samples do not fit this VAE:"
                 " use the VAE of this family, or set the key to null"
             )
 

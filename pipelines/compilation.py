@@ -21,11 +21,11 @@ _GRAPHS = 8  # of one block: batch sizes times guidance times the adapter on or 
 
 def require_compiler(device: str, memory: Memory) -> None:
     """Raise ValueError where ``torch.compile`` cannot compile for ``device``, or not with the memory options."""
-    kind, advice = torch.device(device).type, "or leave model.compiled out"
+    kind, advice = torch.device(device).type, "or leave model.compile out"
     if "isolate_recompiles" not in signature(torch.compile).parameters:
-        raise ValueError(f"model.compiled needs a newer torch than {torch.__version__}: install 2.14, {advice}")
+        raise ValueError(f"model.compile needs a newer torch than {torch.__version__}: install 2.14, {advice}")
     if memory.quantization == "nf4":
-        raise ValueError(f"model.compiled does not go with quantization 'nf4': take 'int8' or 'fp8', {advice}")
+        raise ValueError(f"model.compile does not go with quantization 'nf4': take 'int8' or 'fp8', {advice}")
     if kind == "cpu":
         from torch._inductor import cpp_builder, exc  # takes seconds
 
@@ -33,7 +33,7 @@ def require_compiler(device: str, memory: Memory) -> None:
             cpp_builder.get_cpp_compiler()
         except (exc.InvalidCxxCompiler, RuntimeError, OSError):
             raise ValueError(
-                f"model.compiled needs a C++ compiler on the CPU: install g++ (on Windows, the cl of Visual Studio),"
+                f"model.compile needs a C++ compiler on the CPU: install g++ (on Windows, the cl of Visual Studio),"
                 f" {advice}"
             ) from None
     elif kind == "cuda":
@@ -41,18 +41,18 @@ def require_compiler(device: str, memory: Memory) -> None:
 
         if not has_triton_package():
             raise ValueError(
-                "model.compiled needs triton on a CUDA device: install it (Linux: pip install triton; Windows: pip"
+                "model.compile needs triton on a CUDA device: install it (Linux: pip install triton; Windows: pip"
                 f" install triton-windows), {advice}"
             )
     else:
-        raise ValueError(f"model.compiled works on the devices cpu and cuda, not on {device}: choose one, {advice}")
+        raise ValueError(f"model.compile works on the devices cpu and cuda, not on {device}: choose one, {advice}")
 
 
 class CompiledBlocks:
     """The blocks of ``network``, compiled in place for fixed batch sizes.
 
     Blocks of equal shapes share their graphs. Gradients are on while sampling, too, since without them a block would
-    have another graph, which rounds differently; its outputs are then detached, so that no activations stay. Compile
+    have another graph, which rounds differently; its outputs are then detached, so no activations stay. Compile
     after the adapter is on, and the network is sharded.
     """
 
@@ -85,7 +85,7 @@ class CompiledBlocks:
     def _run(self, compiled: Callable[..., Any], block: nn.Module, *inputs: Any, **named: Any) -> Any:
         """Run a compiled block, and detach its outputs where gradients were off before.
 
-        They become leaves that ask for a gradient, so that the graph of the next block is the same.
+        They become leaves that ask for a gradient, so the graph of the next block is the same.
         """
         outputs = compiled(block, *inputs, **named)
         if not self._detach:
@@ -116,8 +116,8 @@ class CompiledBlocks:
                 yield
         except FailOnRecompileLimitHit as error:
             raise ValueError(
-                f"model.compiled: a block has {_GRAPHS} graphs already, one for each batch size, with and without"
-                " guidance: use fewer different batch sizes and guidances, or leave model.compiled out"
+                f"model.compile: a block has {_GRAPHS} graphs already, one for each batch size, with and without"
+                " guidance: use fewer different batch sizes and guidances, or leave model.compile out"
             ) from error
         finally:
             self._detach = False

@@ -15,7 +15,7 @@ from pipelines.flows import PackedFlowPipeline, pack, unpack
 
 
 class Flux2Klein(PackedFlowPipeline):
-    """A ``Flux2KleinPipeline``, from texts alone.
+    """A ``Flux2KleinPipeline``, from texts only.
 
     The shift of training levels is that of 50 steps, diffusers' default. Base checkpoints take guidance and a negative
     prompt, checkpoints distilled to a few steps (``is_distilled`` in model_index.json) neither.

@@ -60,7 +60,7 @@ def load_diffusers(
     files = _file_arguments(path_or_id, options)
     memory, device = options.get("memory", Memory()), options.get("device", "cpu")
     require_quantization(memory, device)
-    if options.get("compiled"):
+    if options.get("compile"):
         require_compiler(device, memory)
 
     quantization = quantization_arguments(memory, denoiser_name, dtype)

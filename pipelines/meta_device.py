@@ -93,7 +93,7 @@ def outline_of(
     for network in networks.values():
         nn.Module.to(network, "meta", dtype)
     memory, autocast = options.get("memory", Memory()), options.get("autocast")
-    if options.get("text_cache") and memory.offload == "none":  # the encoders are on the device at the beginning alone
+    if options.get("text_cache") and memory.offload == "none":  # the encoders are on the device only at the beginning
         memory = replace(memory, offload="text")
     on_device = replace(memory, offload="none", quantization=None)
     on_meta: Options = {**options, "device": "meta", "autocast": autocast, "memory": on_device}

@@ -96,7 +96,7 @@ class VPSchedule(NoiseSchedule):
 
     @property
     def first_std(self) -> float:
-        """The standard deviation 1, or that of the noise alone where EulerDiscrete starts from it."""
+        """The standard deviation 1, or that of only the noise if EulerDiscrete starts from it."""
         if self.first_order is not EulerDiscreteScheduler or self.scheduler.config.timestep_spacing == "leading":
             return 1.0
         first = self.grid(2)  # every grid but one of a single step begins at the last training level
@@ -112,7 +112,7 @@ class VPSchedule(NoiseSchedule):
             close = (math.isclose(a, b, abs_tol=1e-7) for a, b in zip(sigmas, own, strict=True))  # records are rounded
             if len(sigmas) != len(own) or not all(close):
                 raise ValueError(
-                    "the network of this family takes integer timesteps alone, so that noise levels cannot be set"
+                    "the network of this family takes only integer timesteps, so noise levels cannot be set"
                     " freely: give sampling.num_steps without sampling.sigmas"
                 )
         return grid

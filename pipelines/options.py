@@ -18,13 +18,13 @@ class Options(TypedDict, total=False):
     checkpoint's own. ``negative_prompt`` is the text that guidance leads away from; "" is the family's default.
     ``max_sequence_length`` is the maximum number of text tokens, for families that let it be set. ``autocast`` runs the
     denoiser and the VAE under mixed precision of that dtype. ``distilled_guidance`` is the guidance scale that a
-    guidance-distilled network takes as an input. With ``compiled``, ``compile_blocks`` compiles the denoiser's blocks
+    guidance-distilled network takes as an input. With ``compile``, ``compile_blocks`` compiles the denoiser's blocks
     by ``torch.compile``. For ``memory`` see ``genalign.runtime.memory_options.Memory``.
 
     ``revision`` is a branch, tag or commit of a Hub id, and ``token`` the name of the environment variable that holds
     the Hub's token. ``variant`` is the variant of the weights, such as "fp16"; ``weights`` "bin" reads pickled weights
-    instead of safetensors. ``text_cache`` is a folder of text embeddings: the text encoders are then loaded by
-    ``encode_ahead`` alone, for texts that have none yet. ``users`` is a file of users' embeddings, which the denoiser
+    instead of safetensors. ``text_cache`` is a folder of text embeddings: the text encoders are then loaded only
+    by ``encode_ahead``, for texts that have none yet. ``users`` is a file of users' embeddings, which the denoiser
     then attends to (``genalign.diffusion.user_attention``).
     """
 
@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     negative_prompt: str
     max_sequence_length: int | None
     distilled_guidance: float | None
-    compiled: bool
+    compile: bool
     memory: Memory
     revision: str | None
     variant: str | None

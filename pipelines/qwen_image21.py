@@ -16,11 +16,11 @@ from pipelines.flows import FlowPipeline, by_text_length, even_sigmas
 
 
 class QwenImage21(FlowPipeline):
-    """A ``QwenImage21Pipeline``, from texts alone; it is meant to be sampled without guidance.
+    """A ``QwenImage21Pipeline``, from texts only; it is meant to be sampled without guidance.
 
     Its autoencoder decodes red, green, blue and opacity: samples are the picture on white. The place of the image's
     tokens depends on the length of the text: only samples with equally long texts go through the network together, so
-    that a sample is the same alone and in any batch, where diffusers pads the texts. Texts are not cut;
+    a sample is the same alone and in any batch, where diffusers pads the texts. Texts are not cut;
     ``max_sequence_length`` is the length that memory estimates take.
     """
 

@@ -27,7 +27,7 @@ class UNetPipeline(ScheduledPipeline):
         inputs, channels = self.denoiser.config.in_channels, self.pipe.vae.config.latent_channels
         if inputs != channels:
             raise ValueError(
-                f"the network has in_channels {inputs} for latents of {channels} channels, so that it takes more than a"
+                f"the network has in_channels {inputs} for latents of {channels} channels, so it takes more than a"
                 " prompt (inpainting, editing): use the text-to-image checkpoint"
             )
 

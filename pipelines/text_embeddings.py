@@ -33,7 +33,7 @@ class TextEmbeddings:
     def conditioning(self, prompts: Sequence[str], needed: Collection[str], encode: Encode) -> Conditioning:
         """Return the embeddings of prompts (P, ...) on the CPU, padded with zeros at the end of shorter texts.
 
-        ``needed`` are the prompts and what else must be at hand; ``encode`` encodes those that are not.
+        ``needed`` are the prompts and any other texts that must be available; ``encode`` encodes those that are not.
         """
         missing = sorted(text for text in needed if text not in self._embeddings)
         new = [text for text in missing if text not in self._batches]

@@ -45,6 +45,6 @@ def unclipped(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return 1 - clipped(require_waveforms(samples))
 
 
-def sounding(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def non_silent_fraction(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Compute the fraction (B,) of frames of 256 values at -60 dB of full scale or above; NaN where one has NaN."""
     return 1 - silent(require_waveforms(samples))

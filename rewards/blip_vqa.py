@@ -22,7 +22,7 @@ class BlipVqa:
 
     ``model`` is a folder or Hub id of transformers' BlipForQuestionAnswering and its processor. The original has the
     authors' own checkpoint of ViT-B at 480 pixels; "Salesforce/blip-vqa-base" is that of transformers. Questions of one
-    length form a batch, so that an answer does not depend on its batch. Loaded at the first call, with weights of
+    length form a batch, so an answer does not depend on its batch. Loaded at the first call, with weights of
     ``dtype``; then follows the images' device.
     """
 

@@ -3,7 +3,7 @@
 Combinations of single samples are rewards again and can be nested: ``WeightedSum``, ``Product``, ``HarmonicMean``,
 ``WorstCase``, ``MeanMinusVariance``, ``Standardized``, ``Gate``, ``DirectionalCorrection``, ``TextRelativeReward``. A
 sum or a minimum of rewards in different units is meaningless: put each into ``Standardized`` first, whose statistics
-are fixed, so that a score does not depend on its batch; bounded shapes of one reward are in ``rewards.shaped``.
+are fixed, so a score does not depend on its batch; bounded shapes of one reward are in ``rewards.shaped``.
 Combinations that need whole groups are credits of a recipe: ``EnsembleCredit`` and ``UncertaintyDiscount``; others are
 in ``genalign.algorithms.credit`` and ``genalign.algorithms.multi_reward_credit``.
 
@@ -410,7 +410,7 @@ def save_direction(path: str | Path, direction: Tensor) -> None:
 class EnsembleCredit:
     """Credit by an ensemble: each reward normalized within its group, all of them pooled, and normalized again.
 
-    Preference rewards are defined up to a constant per prompt, so that without the first normalization a minimum of
+    Preference rewards are defined up to a constant per prompt, so without the first normalization a minimum of
     them would mean nothing (arXiv 2312.09244). Of the weights only the signs count: a reward of negative weight is
     turned around. A sample that a reward could not score gets 0, and is left out of all statistics.
 

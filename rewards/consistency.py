@@ -2,7 +2,7 @@
 
 The paper compares pairs by a judge that answers whether both show one subject, such as a
 ``genalign.types.PairwiseReward`` of ``rewards.remote.vlm_judges``; ``FeatureCosine`` needs none. A reward that asks for
-consistency alone is best served by images that show nothing: train it beside one of the prompt, by
+consistency alone is maximized by blank images: train it beside one of the prompt, by
 ``genalign.algorithms.multi_reward_credit.LogTamed``.
 """
 

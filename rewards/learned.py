@@ -28,7 +28,7 @@ class LearnedReward:
     """A reward that was trained on preferences: RUN/reward.safetensors, or the folder RUN.
 
     It is opened at the first call, and the network then follows the samples' device. A file names classes of
-    ``rewards.learned_encoders`` and ``genalign.reward_learning.heads`` alone: no other code runs.
+    only ``rewards.learned_encoders`` and ``genalign.reward_learning.heads``: no other code runs.
 
     Args:
         path: The file or its folder.

@@ -343,7 +343,7 @@ class YesTokenLogits(RewardEncoder):
         return torch.stack(columns, dim=1)[:, None]
 
     def _log_odds(self, samples: Tensor, questions: Sequence[str]) -> Tensor:
-        """Compute log-odds (B,) of yes; questions of one length form a batch, so that nothing is padded."""
+        """Compute log-odds (B,) of yes; questions of one length form a batch, so nothing is padded."""
         texts, options = list[str](), {"add_generation_prompt": True, "tokenize": False}
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]

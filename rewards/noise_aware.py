@@ -53,7 +53,7 @@ class SelfDistilled(nn.Module):
                 f"{type(reward).__name__} has no network that could be trained into a student: give a reward by one"
                 " network, such as rewards.clip.ClipReward, or one of your own with a method network"
             )
-        # A network of its own with the same frozen weights, so that LoRA in one never shows in the other
+        # A network of its own with the same frozen weights, so LoRA in one never shows in the other
         frozen = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
         self.network = copy.deepcopy(network, frozen).requires_grad_(False)
         self.scale: float = alpha / lora_rank

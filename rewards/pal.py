@@ -35,7 +35,7 @@ from rewards.user_embeddings import HELD_OUT, dual_encoder, embedded_comparisons
 class PALReward:
     """The taste of each prompt's user, as a reward of single samples, from the file of ``genalign learn-users``.
 
-    A prompt without a user is scored for the mean of all users; a user who is not in the file is refused by name.
+    A prompt without a user is scored for the mean of all users; a user who is not in the file is refused with the name.
 
     Args:
         weights: The file, opened at the first call.
@@ -106,7 +106,8 @@ class PALLearner:
         Args:
             comparisons: The comparisons; their samples are read once, in order.
             path: The safetensors file for ``PALReward``.
-            known: A file of other users, to which these are added with everything else frozen; None learns all anew.
+            known: A file of other users, to which these are added with everything else frozen; None starts from
+                scratch.
 
         Raises:
             ValueError: There is no comparison, or the known file is of another encoder.

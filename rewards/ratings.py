@@ -72,7 +72,7 @@ class RatingReward:
     """The rating that people would give, by kernel ridge regression on features.
 
     DRAGON's model of musical aesthetics (arXiv 2504.15217) likewise is a regression on CLAP's embedding, of a kernel
-    that the paper's text at hand does not name; here it is Gaussian, so that a sample unlike all examples gets their
+    that the available text of the paper does not name; here it is Gaussian, so a sample unlike all examples gets their
     mean. Prompts are ignored.
 
     Attributes:

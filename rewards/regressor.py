@@ -21,7 +21,7 @@ from rewards.backbones.encoders import DualEncoder
 class Regressor(nn.Module):
     """A perceptron on [u, t, u t, |u - t|] of a sample's embedding u and its prompt's embedding t.
 
-    The encoder is that of its loader, frozen and shared; the perceptron ``head`` alone is trained and saved.
+    The encoder is that of its loader, frozen and shared; only the perceptron ``head`` is trained and saved.
 
     Args:
         model: The CLIP of ``load_clip`` for images; with a ``sample_rate``, the CLAP of ``load_clap``.

@@ -17,8 +17,8 @@ class SegmentReward:
     """The mean over segments of a clip of what a reward says of the frame in the middle of each.
 
     A clip is divided into ``frames``, and these into ``segments``. Frame i counts exp(-attenuation |i - frames / 2|)
-    times, so that the ends of a clip, which are the least reliable, count least. The published code draws a frame of
-    each segment; here it is the middle one, so that a clip has one score.
+    times, so the ends of a clip, which are the least reliable, count least. The published code draws a frame of
+    each segment; here it is the middle one, so a clip has one score.
 
     Args:
         reward: A reward of clips as long as a frame.

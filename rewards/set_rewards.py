@@ -41,8 +41,8 @@ class FrameFrechetReward(FrechetReward):
     """Minus the Frechet distance of all frames of a set of clips to a reference set of frames (m, d).
 
     This is FAD as its tools compute it. Features are (n, f d), the f frames of a clip in one row:
-    ``rewards.backbones.audio_features.FrameFeatures``. A frame counts as a sample, so that one clip has a distance,
-    too; frames of one clip are alike, so that many clips tell more than many frames. Raises ValueError for m or n f
+    ``rewards.backbones.audio_features.FrameFeatures``. A frame counts as a sample, so one clip has a distance,
+    too; frames of one clip are alike, so many clips tell more than many frames. Raises ValueError for m or n f
     below 2.
     """
 
@@ -60,7 +60,7 @@ class FrameFrechetReward(FrechetReward):
 class KIDReward:
     """Minus the kernel inception distance (arXiv 1801.01401) to a reference set of features (m, d).
 
-    The unbiased estimate of the whole sets, without subsets, so that a score may be above 0: memory for (m, m). Raises
+    The unbiased estimate of the whole sets, without subsets, so a score may be above 0: memory for (m, m). Raises
     ValueError for a set or m below 2.
     """
 
@@ -74,9 +74,9 @@ class KIDReward:
 class KADReward:
     """Minus the kernel audio distance (arXiv 2502.15602) to a reference set of features (m, d): memory for (m, m).
 
-    100 times the unbiased estimate of the squared maximum mean discrepancy, so that a score may be above 0, with a
+    100 times the unbiased estimate of the squared maximum mean discrepancy, so a score may be above 0, with a
     Gaussian kernel whose bandwidth is the median distance of two members of the reference set, as the paper says; the
-    code of the authors' tool takes that of the evaluated set, so that its figures differ. Raises ValueError for a set
+    code of the authors' tool takes that of the evaluated set, so its figures differ. Raises ValueError for a set
     or m below 2.
     """
 

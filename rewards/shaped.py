@@ -4,7 +4,7 @@
 prompt before training, which ``genalign reward references`` writes to a file, or ``reference_scores`` measures.
 
 Bounded rewards need a credit in units of the score, ``genalign.algorithms.credit.LeaveOneOut``: one that divides by a
-standard deviation stretches differences that have faded to full size again, so that nothing is bounded. Training warns
+standard deviation stretches differences that have faded to full size again, so nothing is bounded. Training warns
 of it.
 """
 
@@ -195,7 +195,7 @@ class Ceiling:
 class Residualized:
     """Score - slope (nuisance - mean): the score without what a nuisance explains of it before training.
 
-    Slope and mean are fixed, so that a score does not depend on its batch: given, or regressed on reference samples by
+    Slope and mean are fixed, so a score does not depend on its batch: given, or regressed on reference samples by
     ``measured``. ``genalign.algorithms.multi_reward_credit.Decorrelated`` regresses the credit of every round instead.
 
     Args:
@@ -231,7 +231,7 @@ class Residualized:
         return cls(reward, nuisance, slope, float(values.mean()))
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples as (B,); NaN where either has no score. Raises ValueError where one alone has a gradient."""
+        """Score samples as (B,); NaN where either has no score. Raises ValueError if only one has a gradient."""
         scores, nuisance = (
             require_gradient(function, samples, function(samples, prompts)) for function in (self.reward, self.nuisance)
         )

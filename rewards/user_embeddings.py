@@ -29,7 +29,7 @@ HELD_OUT = 0.2
 class MeanDifferenceLearner:
     """Embeddings of users for ``model.users``: preferred less rejected samples' features, on average.
 
-    An embedding is one token of length sqrt(width), so that its numbers are around 1.
+    An embedding is one token of length sqrt(width), so its numbers are around 1.
 
     Args:
         model: The CLIP whose embeddings are read, or with a ``sample_rate`` the CLAP.

@@ -37,7 +37,7 @@ class QuestionReward:
     Args:
         judge: The judge that answers questions, any ``genalign.evaluation.benchmarks.tifa.QuestionJudge``.
         question: The question, by default VQAScore's (arXiv 2404.01291). ``{prompt}`` in it is replaced by the prompt,
-            with double quotes turned into single ones, so that it cannot end the quotation. ``ARTIFACTS``, with the
+            with double quotes turned into single ones, so it cannot end the quotation. ``ARTIFACTS``, with the
             answer "no", looks at the image alone, against hacking of other rewards (arXiv 2601.03468).
         answer: The right answer, "yes" or "no".
     """
@@ -77,8 +77,8 @@ class VisionLanguageModel:
     """A local model that answers a question about each image with one token.
 
     ``model`` is a folder or Hub id that transformers' AutoModelForImageTextToText and AutoProcessor open, with a chat
-    template; the processor prepares the images from 8-bit pixels, so that there is no gradient. Questions of one length
-    form a batch, so that nothing is padded and an answer does not depend on its batch. Loaded at the first call; then
+    template; the processor prepares the images from 8-bit pixels, so there is no gradient. Questions of one length
+    form a batch, so nothing is padded and an answer does not depend on its batch. Loaded at the first call; then
     follows the images' device.
     """
 

@@ -55,7 +55,7 @@ FILES = {
     "zero.yaml": "prompts: 0123\n",
     "named.yaml": "rewards: {no: {function: mine.redness}}\n",
 }
-QUOTES = "put it in quotes, as YAML reads no, 0123 and 12:30 as a truth value and numbers"
+QUOTES = "put it in quotes, as YAML parses no, 0123 and 12:30 as a boolean and numbers"
 TRAIN, PLAN = ("train", "--config", "run.json"), ("plan", "--config", "run.json")
 REWARD = (*TRAIN, "--rewards.red.function")
 SHAPES = (*REWARD, "rewards.shapes.ShapesReward")
@@ -79,13 +79,13 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      'Problems parsing config: while parsing a flow node did not find expected node content in "<unicode string>",'
      " line 2, column 1"),
     ("no settings", ("train", "--config", "list.yaml"),
-     "the configuration must be settings by name, as in output: runs/mine"),
+     "the configuration must be a mapping of settings, as in output: runs/mine"),
     ("nothing", ("train",),
-     "output, model.path, prompts, recipe are missing: set them in the file of --config or as arguments, e.g."
+     "output, model.path, prompts, recipe are missing: set them in the --config file or as arguments, e.g."
      " --output runs/mine, --model.path shapes-sd3 or stabilityai/stable-diffusion-3.5-medium, --prompts"
      " prompts.txt or shapes:train, --recipe flow_grpo"),
     ("no model", ("plan", *NO_MODEL),
-     "model.path is missing: set it in the file of --config or as arguments, e.g. --model.path shapes-sd3 or"
+     "model.path is missing: set it in the --config file or as arguments, e.g. --model.path shapes-sd3 or"
      " stabilityai/stable-diffusion-3.5-medium"),
     ("held-out fraction", (*TRAIN, "--held_out_fraction", "1.5"),
      "held_out_fraction must be between 0 and 1, not 1.5"),
@@ -96,7 +96,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("no reward", ("reward",),
      "choose one of check, collect, label, train, evaluate, references, direction, as in genalign reward check"),
     ("no comparison", ("compare",),
-     "output, base, runs, seeds are missing: set them in the file of --config or as arguments, e.g. --output"
+     "output, base, runs, seeds are missing: set them in the --config file or as arguments, e.g. --output"
      " runs/mine, --base ..., --runs ..., --seeds ..."),
     # texts that YAML reads as something else
     ("no", (*TRAIN, "--config", "no.yaml"),
@@ -115,18 +115,18 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("recipe", (*TRAIN, "--recipe", "genalign.flow_grop"),
      "recipe: genalign has no flow_grop: did you mean 'flow_grpo'?"),
     ("short recipe", (*TRAIN, "--recipe", "flow_grop"),
-     "recipe: 'flow_grop' is no import path: did you mean 'flow_grpo'?"),
-    ("no path", (*TRAIN, "--recipe", "mine"), "recipe: 'mine' is no import path: write its module too"),
+     "recipe: 'flow_grop' is not an import path: did you mean 'flow_grpo'?"),
+    ("no path", (*TRAIN, "--recipe", "mine"), "recipe: 'mine' is not an import path: include its module"),
     ("kernel in place of a recipe", (*TRAIN, "--recipe", "genalign.FlowSDE"),
      "recipe: Import path genalign.FlowSDE does not correspond to a subclass of Recipe"),
     ("bare recipe", (*TRAIN, "--recipe", "genalign.dragon_set"),
-     "recipe: genalign.dragon_set needs reward, features: write them under init_args"),
+     "recipe: genalign.dragon_set needs reward, features: set them under init_args"),
     ("strategy", (*SEARCH, "genalign.search.BestOff"),
      "strategy: genalign.search has no BestOff: did you mean 'BestOfN'?"),
     ("choice", (*TRAIN, "--model.autocast", "bf16"),
-     "model.autocast: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?"),
-    ("form", ("export", "--run", "r", "--output", "e", "--form", "peft"),
-     "form: 'peft' is none of lora, comfy, kohya, genalign, merged, pipeline"),
+     "model.autocast: must be one of float32, bfloat16, float16, not 'bf16': did you mean 'bfloat16'?"),
+    ("format", ("export", "--run", "r", "--output", "e", "--format", "peft"),
+     "format: must be one of lora, comfy, kohya, genalign, merged, pipeline, not 'peft'"),
     # kinds and ranges
     ("no number", (*TRAIN, "--training.rounds", "many"), "training.rounds: expected int, not many"),
     ("no number or null", (*TRAIN, "--model.height", "tall"),
@@ -154,10 +154,10 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("decode batch", (*TRAIN, "--model.memory.decode_batch", "0"), "decode_batch must be at least 1 sample, not 0"),
     # what does not go together
     ("group of one", (*TRAIN, "--training.group_size", "1"),
-     "training.group_size is 1: a group needs at least 2 samples to compare, or 1 in a pool (training.data) for a"
-     " recipe that compares none"),
+     "training.group_size is 1: a group needs at least 2 samples to compare; 1 is only for a pool"
+     " (training.data) and a recipe that compares none"),
     ("divided groups", (*TRAIN, "--recipe", "genalign.prdp", "--training.batch_size", "3"),
-     "training.batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
+     "training.batch_size 3 must be a multiple of group_size 2, so groups stay whole: try 2"),
     ("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
      "training.prompts_per_round 3 does not divide into 2 updates: set training.updates_per_round to 1, or"
      " prompts_per_round to 2"),
@@ -180,20 +180,20 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("no rewards", (*TRAIN, "--rewards", "{{}}"),
      "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"),
     ("weight 0", (*TRAIN, "--rewards.red.weight", "0"),
-     "every reward has weight 0: nothing would be trained; give one a weight"),
+     "every reward has weight 0, so nothing would be trained: give at least one a weight"),
     ("no module", (*REWARD, "theirs.redness"),
-     "rewards.red.function: no module theirs: it must be installed, or be in the working directory"),
+     "rewards.red.function: no module theirs: it must be installed or in the working directory"),
     ("no function", (*REWARD, "mine.rednes"), "rewards.red.function: mine has no rednes: did you mean 'redness'?"),
     ("no callable", (*REWARD, "mine.number"),
      "rewards.red.function: Type <class 'collections.abc.Callable'> expects a function or a callable class: Unexpected"
      " import object 3. Got value: mine.number"),
     ("missing argument", (*REWARD, "mine.Needs"),
-     "rewards.red.function: mine.Needs needs folder: write it under init_args"),
+     "rewards.red.function: mine.Needs needs folder: set it under init_args"),
     ("no references", (*REWARD, "rewards.similarity.ReferenceSimilarity"),
-     "rewards.red.function: rewards.similarity.ReferenceSimilarity needs features, references: write them under"
+     "rewards.red.function: rewards.similarity.ReferenceSimilarity needs features, references: set them under"
      " init_args"),
     ("unknown score", (*SHAPES, "--rewards.red.function.score", "exact"),
-     "rewards.red.function.score: 'exact' is none of partial, strict, relaxed"),
+     "rewards.red.function.score: must be one of partial, strict, relaxed"),
     ("one score for all", (*REWARD, "mine.shapeless"),
      "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
     ("reward raises", (*REWARD, "mine.broken"), "reward 'red' failed on a first batch: KeyError: 'color' (mine.py:9)"),
@@ -253,7 +253,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "FlowSDE(noise_level=0.7): the kernel is not defined for this step: it needs a flow (alpha = 1 - sigma); on"
      " other paths use DDIM or DPMSDE"),
     ("sigmas of another family", (*PLAN, "--model.path", "{sd15}", "--sampling.sigmas", "[1.0,0.6,0.3]"),
-     "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely: give"
+     "the network of this family takes only integer timesteps, so noise levels cannot be set freely: give"
      " sampling.num_steps without sampling.sigmas"),
     ("guidance on a distilled model",
      (*PLAN, "--model.path", "{flux}", "--model.height", "16", "--model.width", "16", "--sampling.guidance",
@@ -265,7 +265,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.ddpo"),
      "the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast"),
     ("height", (*PLAN, "--model.height", "60"), "height and width must be multiples of 8 for this model, not 60"),
-    ("device", (*PLAN, "--model.device", "tpu0"), "model.device 'tpu0' is no device: give cpu, cuda, cuda:1 or mps"),
+    ("device", (*PLAN, "--model.device", "tpu0"), "model.device 'tpu0' is not a device: use cpu, cuda, cuda:1 or mps"),
     ("layers", (*TRAIN, "--lora.targets", "[nope]"), "this network has no layer named nope: change lora.targets"),
     ("no adapter", (*TRAIN, "--init_lora", "none"),
      "there is no adapter none: give a run's folder, a .safetensors file or a Hub id"),
@@ -402,7 +402,7 @@ def test_a_setting_of_0_1_0_is_refused_with_its_new_name(
     assert not (work / "runs").exists()
 
 
-SHADOWED = "{work}/rewards/__init__.py is imported as 'rewards' in place of genalign's package"
+SHADOWED = "{work}/rewards/__init__.py is imported as 'rewards' instead of genalign's package"
 HIDDEN = "rewards.red.function: rewards has no mine: 'rewards' was imported from {own}, genalign's"
 
 

@@ -26,11 +26,11 @@ _LARGEST_LOG_WEIGHT = math.log(1e6)  # of BNPO's 1 / f(p), as in its code
 
 
 class UnsuitableScoresError(ValueError):
-    """The scores of a round are outside the range that a credit takes, or too few in every group."""
+    """The scores of a round are outside a credit's range, or every group has too few of them."""
 
 
 class SmallGroupsError(UnsuitableScoresError):
-    """The groups of a round are too small for a credit, whatever their scores: training.group_size does not fit it."""
+    """The groups of a round are too small for a credit, whatever their scores: training.group_size must be larger."""
 
 
 def group_advantages(
@@ -45,7 +45,7 @@ def group_advantages(
     """GRPO's advantages A = (score - mean of its group) / (std + epsilon), clipped to +-clip.
 
     See arXiv 2402.03300, section 4.1.2, and Flow-GRPO, arXiv 2505.05470, section 3. A NaN score is left out of the
-    statistics and gets exactly 0, and so does every sample of a group with fewer than two scores or without spread.
+    statistics and gets exactly 0, and so does every sample of a group with zero variance or fewer than two scores.
 
     Args:
         scores: Scores (B,).
@@ -73,9 +73,9 @@ def group_advantages(
 def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip: float | None = 5.0) -> Tensor:
     """DenseGRPO's advantages: the gains of each step, normalized within the group (arXiv 2601.20218, eq. 8).
 
-    Two rules are not in the paper, where the noise of a late step that changes nothing is amplified to advantages of 1:
-    the floor, and exactly 0 for a group whose gains of a step differ by no more than rounding errors. NaN and groups
-    without spread are treated as in ``group_advantages``.
+    Two rules are ours: the floor, and exactly 0 for a group whose gains at a step differ only by rounding errors.
+    Without them the noise of a late step that changes nothing is amplified to advantages of 1. NaN and zero-variance
+    groups are treated as in ``group_advantages``.
 
     Args:
         gains: Gains (B, S).
@@ -102,8 +102,8 @@ def gdpo(scores_BK: Tensor, group: Tensor, weights: Sequence[float], epsilon: fl
     """GDPO's advantages (arXiv 2601.05242): each reward normalized within its group, summed and normalized again.
 
     The weighted sum is divided by its standard deviation over the batch, and clipped to +-5. A NaN adds nothing. A
-    sample without any score is not counted and gets 0; so does, exactly, a sample whose rewards all lack spread in its
-    group. A reward of weight 0 changes nothing.
+    sample without any score is not counted and gets 0; a sample whose rewards all have zero variance in its group gets
+    exactly 0. A reward of weight 0 changes nothing.
 
     Args:
         scores_BK: Scores (B, K).
@@ -125,7 +125,7 @@ def gdpo(scores_BK: Tensor, group: Tensor, weights: Sequence[float], epsilon: fl
 def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-6, clip: float | None = 5.0) -> Tensor:
     """NGRPO's advantages (arXiv 2509.18851): z-scores with a virtual sample of the best possible score in each group.
 
-    A group of G samples without spread below ``best`` gets -1 / sqrt(G + 1) instead of 0. NaN, and a group with fewer
+    A zero-variance group of G samples below ``best`` gets -1 / sqrt(G + 1) instead of 0. NaN, and a group with fewer
     than two scores, are treated as in ``group_advantages``.
 
     Args:
@@ -158,9 +158,9 @@ def beta_normalized(
 
     f is a Beta density that follows the distribution of the groups' means, of mean m and variance v: with
     c = m (1 - m) / v - 1 its parameters are alpha = 1 + c m / 3 and beta = 1 + c (1 - m) / 3, at least 1. So the
-    groups of a round depend on each other. For alpha = beta = 1, as where all groups have one mean, A = s - p.
+    groups of a round depend on each other. For alpha = beta = 1, as when all groups have the same mean, A = s - p.
 
-    NaN, and groups with fewer than two scores or without spread, are treated as in ``group_advantages``.
+    NaN, and groups with zero variance or fewer than two scores, are treated as in ``group_advantages``.
 
     Args:
         scores: Scores (B,).
@@ -205,10 +205,10 @@ def best_of_n(scores: Tensor, group: Tensor, n: int) -> Tensor:
 
     For a group of m with scores r_1 <= ... <= r_m it is the sum over j < i of C(j - 1, n - 2) (r_i - r_j), divided by
     C(m - 1, n - 1): exact over all subsets. n times the mean of credit times grad log p is an unbiased estimate of the
-    gradient of E[best of n]. The form is ours; InfAlign (arXiv 2412.19792) has the same aim by another way.
+    gradient of E[best of n]. The form is ours; InfAlign (arXiv 2412.19792) pursues the same aim differently.
 
-    It is in units of the score, 0 or more, and unclipped; 0 for a NaN, and in a group with fewer than n scores or
-    without spread.
+    It is in units of the score, 0 or more, and unclipped; 0 for a NaN, and in a group with zero variance or fewer than
+    n scores.
     """
     if n < 2:
         raise ValueError(f"n must be 2 or more, not {n}: the best of 1 is the sample itself")
@@ -226,11 +226,11 @@ def best_of_n(scores: Tensor, group: Tensor, n: int) -> Tensor:
 def gaussian_ranks(scores: Tensor, group: Tensor) -> Tensor:
     """G2RPO's advantages (B,) (arXiv 2604.08539): quantiles of the standard normal distribution by rank in the group.
 
-    The r-th lowest of m scores gets Phi^-1((r - 1/2) / m); tied scores share the mean of theirs. So an outlier and the
-    scale of the reward do not count. The published code then maps the advantages of all samples of a task once more,
-    which gives credit to groups without spread; this is left out.
+    The r-th lowest of m scores gets Phi^-1((r - 1/2) / m); tied scores share their mean. So outliers and the scale of
+    the reward have no influence. The published code then ranks the advantages of all samples of a task once more, which
+    gives credit to zero-variance groups; this is left out.
 
-    NaN, and groups with fewer than two scores or without spread, are treated as in ``group_advantages``.
+    NaN, and groups with zero variance or fewer than two scores, are treated as in ``group_advantages``.
     """
     groups = _group_statistics(scores, group, ddof=0)
     advantages = scores.new_zeros(len(scores), dtype=torch.float64)
@@ -249,9 +249,9 @@ def task_normalized(
     """GoLongRL's advantages (arXiv 2605.19577): (score - mean of its group) / (scale of its task + epsilon).
 
     The scale of a task is the root mean square of the standard deviations (ddof 1) of its groups with two scores or
-    more. So tasks of different scales count the same, while a group of little spread counts less than others of its
-    task. Groups of one task depend on each other. NaN, and groups with fewer than two scores or without spread, are
-    treated as in ``group_advantages``.
+    more. So tasks of different scales count equally, while a low-variance group counts less than others of its task.
+    Groups of one task depend on each other. NaN, and groups with zero variance or fewer than two scores, are treated as
+    in ``group_advantages``.
 
     Args:
         scores: Scores (B,).
@@ -278,15 +278,15 @@ def difficulty_weights(
     """GoLongRL's weights (arXiv 2605.19577) of positive and of negative credit, each (B,), by the group's success rate.
 
     A rare success and a rare failure count more: for a success rate p the weights are exp(strength (1/2 - p)) and
-    exp(strength (p - 1/2)). A success is a score above ``group_share`` of the group's mean and the rest of the mean of
-    the groups of its task; with scores of 0 and 1 it is a 1. NaN is left out; its weights are those of its group.
+    exp(strength (p - 1/2)). A success is a score above group_share (group mean) + (1 - group_share) (mean of the means
+    of the groups of its task); with scores of 0 and 1 it is a 1. NaN is left out; its weights are those of its group.
 
     Args:
         scores: Scores (B,).
         group: Prompt indices (B,).
         task: Task indices (B,) long; the samples of a group have the same.
         strength: How much the weights depend on the success rate; 0 for weights of 1.
-        group_share: The share of the group's own mean in what a success must exceed.
+        group_share: The weight of the group's own mean in the threshold of a success.
 
     Returns:
         The weights (B,) of positive and of negative credit, float32.
@@ -304,7 +304,7 @@ def difficulty_weights(
 
 
 def log_tamed(scores_BK: Tensor, threshold: float | Literal["mean", "median"] = "mean", epsilon: float = 0.0) -> Tensor:
-    """PaCo-GRPO's tamed rewards (B, K) (arXiv 2512.04784): log(1 + R) for rewards of a large relative spread.
+    """PaCo-GRPO's tamed rewards (B, K) (arXiv 2512.04784): log(1 + R) for rewards with a large relative spread.
 
     The relative spread h of a reward is std / (mean + ``epsilon``) over the batch. A reward is tamed if its h is above
     the ``threshold``: the mean or the median h of all rewards, or a number. A reward whose mean is not positive has
@@ -337,10 +337,10 @@ def correlation_weighted(
 ) -> Tensor:
     """CMO's advantages (arXiv 2603.18528): z-scores of K rewards summed with weights softmax((1 - b) / temperature).
 
-    b is the mean correlation of a reward with the others in the group (1 for a reward without spread), so that a reward
-    in conflict with the others counts more. Where a group lacks a score, its z-scores are summed without weights, and
-    missing ones count as 0. A single reward is only normalized. ``weights`` (K,) of one's own multiply the z-scores: a
-    negative one turns its reward around, in the correlations too. Returns (B,), not yet whitened over the batch.
+    b is the mean correlation of a reward with the others in the group (1 for a zero-variance reward), so a reward in
+    conflict with the others counts more. Where a group lacks a score, its z-scores are summed without weights, and
+    missing ones count as 0. A single reward is only normalized. The rewards' own ``weights`` (K,) multiply the
+    z-scores: a negative one flips its reward, in the correlations too. Returns (B,), not yet whitened over the batch.
     """
     _require_table(scores_BK)
     own = weights_of_columns(scores_BK, [1.0] * scores_BK.shape[1] if weights is None else weights)
@@ -367,8 +367,8 @@ def _normalized_columns(scores_BK: Tensor, group: Tensor, epsilon: float) -> Ten
 def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
     """RLOO's advantages (B,) (arXiv 2402.14740): a score minus the mean of the other scores of its group.
 
-    They are in units of the score and unclipped; 0 for a NaN, and in a group with fewer than two scores or without
-    spread.
+    They are in units of the score and unclipped; 0 for a NaN, and in a group with zero variance or fewer than two
+    scores.
     """
     groups = _group_statistics(scores, group, ddof=0)
     factor = groups.count / (groups.count - 1).clamp(min=1)
@@ -376,21 +376,21 @@ def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
 
 
 def global_std(scores: Tensor, ddof: int = 0) -> Tensor:
-    """Standard deviation () of all scores, in float64; NaN is left out, and no score at all has 0."""
+    """Standard deviation () of all scores, in float64; NaN is left out; 0 if there is no score."""
     values = scores[~scores.isnan()].double()
     variance = (values - values.mean()).square().sum() / max(len(values) - ddof, 1)
     return variance.sqrt()
 
 
 def zero_std_share(scores: Tensor, group: Tensor) -> float:
-    """Fraction of the groups that give no gradient: without spread, or with fewer than two scores."""
+    """Fraction of the groups that give no gradient: those with zero variance or fewer than two scores."""
     return 1.0 - float(_group_statistics(scores, group, ddof=0).live.double().mean())
 
 
 def group_spread(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Return the prompt indices (P,) of the groups, ascending, and the standard deviations (P,) of their scores.
 
-    These are float64, and exactly 0 for a group that gives no gradient: without spread, or with fewer than two scores.
+    These are float64, and exactly 0 for a group that gives no gradient, with zero variance or fewer than two scores.
     """
     groups = _group_statistics(scores, group, ddof=0)
     return torch.unique(group), torch.where(groups.live, groups.std, 0.0)
@@ -398,7 +398,7 @@ def group_spread(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _GroupStatistics:
-    """Statistics (P,) of the groups, ``live`` where a group has spread; ``index`` (B,) maps samples to groups."""
+    """Statistics (P,) of the groups, ``live`` where scores vary; ``index`` (B,) maps samples to groups."""
 
     count: Tensor
     mean: Tensor
@@ -425,7 +425,7 @@ def _group_statistics(scores: Tensor, group: Tensor, ddof: int) -> _GroupStatist
 
 
 def _where_live(advantages: Tensor, scores: Tensor, groups: _GroupStatistics, clip: float | None) -> Tensor:
-    """Set advantages (B,) to 0 for NaN scores and for groups without spread, and clip them to +-``clip``."""
+    """Set advantages (B,) to 0 for NaN scores and for zero-variance groups, and clip them to +-``clip``."""
     advantages = torch.where(groups.live[groups.index] & ~scores.isnan(), advantages, 0.0)
     return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
 

@@ -1,4 +1,4 @@
-"""What learns beside the policy of a few-step student: the fake score of distribution matching, a proxy of the rewards.
+"""Networks that learn beside the policy of a few-step student: distribution matching's fake score, a proxy reward.
 
 N counts samples. With several processes each learns from its own samples, and gradients are summed.
 """
@@ -37,10 +37,10 @@ def places(seeds: Sequence[int], low: float = LOWEST, high: float = HIGHEST) -> 
 
 @dataclass(frozen=True)
 class FakeScore:
-    """Settings of the score of the student's own samples, which follows it (DMD2, arXiv 2405.14867).
+    """Settings of a score network that tracks the student's own samples (DMD2, arXiv 2405.14867).
 
-    Its weights are a copy of the policy's first ones, put in their place while it predicts and learns: there is no
-    second network, and no second adapter.
+    Its weights are a copy of the policy's initial ones, swapped in while it predicts and learns: there is no second
+    network, and no second adapter.
 
     Args:
         steps: The number of its updates in a round.
@@ -58,7 +58,7 @@ class FakeScore:
             )
 
     def __call__(self, pipeline: Pipeline, policy: Policy, seed: int) -> LearnedFakeScore:
-        """Begin with the policy's weights."""
+        """Start from the policy's weights."""
         return LearnedFakeScore(self, policy)
 
 
@@ -108,9 +108,9 @@ class LearnedFakeScore:
 
 @dataclass(frozen=True)
 class LatentProxy:
-    """Settings of a reward of latents that follows the run's rewards (RG-LCD's latent proxy, arXiv 2403.11027).
+    """Settings of a latent reward that imitates the run's rewards (RG-LCD's latent proxy, arXiv 2403.11027).
 
-    The rewards need no gradient, and no decoder is differentiated: the proxy is.
+    Gradients come from the proxy, so neither the rewards nor the decoder need any.
 
     Args:
         network: Makes the network, which scores latents (N, ...) of N prompts as (N,).
@@ -123,7 +123,7 @@ class LatentProxy:
     learning_rate: float = 1e-4
 
     def __call__(self, pipeline: Pipeline, policy: Policy, seed: int) -> LearnedProxy:
-        """Make the network, with first weights from the seed."""
+        """Build the network, with initial weights drawn from the seed."""
         with seeded(seed):
             network = self.network()
         return LearnedProxy(self, network.to(policy.device).eval(), policy)
@@ -136,11 +136,11 @@ class LearnedProxy:
         self.settings, self.network, self.processes = settings, network, policy.processes
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if not self.parameters:
-            raise ValueError(f"the proxy {type(network).__name__} has no weights that could be trained")
+            raise ValueError(f"the proxy {type(network).__name__} has no trainable weights")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
 
     def update(self, context: UpdateContext, parts: Sequence[UpdateBatch], total: int, seed: int) -> None:
-        """Rank the student's estimate, its target's and the sample itself as the rewards do."""
+        """Learn to rank the student's estimate, its target's and the sample itself as the rewards do."""
         for step in range(self.settings.steps):
             for part in parts:
                 self._accumulate(context, part.to(context.policy.device), total, derived_seed(seed, step))

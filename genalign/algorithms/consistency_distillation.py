@@ -1,4 +1,4 @@
-"""Consistency distillation: a student whose clean estimate is the same from every level of its teacher's path.
+"""Consistency distillation: a student with the same clean estimate at every level of its teacher's path.
 
 N counts samples times draws, T the steps of the teacher's grid.
 """
@@ -68,13 +68,13 @@ class ConsistencyObjective:
 
     A sample is noised to a level of the teacher's grid; the teacher, which is the reference policy with guidance, moves
     it down by the ODE. The student's f at the first level regresses on the f of its target, the recipe's ``memory``, at
-    the second. At the end of the grid the target is the moved sample itself. The student is not told the guidance,
-    which the published models read from an embedding: it has one scale in its weights.
+    the second. At the end of the grid the target is the moved sample itself. The published models read the guidance
+    scale from an embedding; here the student learns a single scale.
 
     Attributes:
         steps: The number of steps T of the teacher's grid.
-        skip: The number of its steps that one move of the teacher spans.
-        guidance: The teacher's guidance scale; LCM's w is this less 1.
+        skip: The number of grid steps in one move of the teacher.
+        guidance: The teacher's guidance scale, LCM's w + 1.
         huber: The threshold c of the pseudo-Huber loss.
         draws: The number of levels per sample and update.
     """
@@ -117,7 +117,7 @@ class ConsistencyObjective:
             seed: The seed of levels and noises.
 
         Raises:
-            ValueError: The recipe keeps no memory, from which the target's weights would come.
+            ValueError: The recipe has no ``memory`` that would hold the target's weights.
         """
         if context.memory is None:
             raise ValueError("consistency needs the weights of a target: give the recipe a memory")

@@ -1,4 +1,4 @@
-"""Credits: rules from the scores of a round to the credit of each sample (B,); ``step_credit`` has those of steps."""
+"""Credits: rules from the scores of a round to the credit of each sample (B,); for steps see ``step_credit``."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class NormalizedSum:
 class LeaveOneOut:
     """RLOO's advantages (B,) times ``scale``, clipped to +-5: the weighted sum minus the mean of the group's others.
 
-    They are not divided by a standard deviation, which would undo a reward that is bounded or saturates, such as a
-    sigmoid, a ceiling or a log-sigmoid: where all samples of a group are near the bound, their advantages fade.
+    They are not divided by a standard deviation, which would undo the saturation of a bounded reward such as a sigmoid,
+    a ceiling or a log-sigmoid: where all samples of a group are near the bound, their advantages vanish.
 
     Args:
         scale: The factor from units of the score to advantages, before they are clipped.
@@ -105,8 +105,8 @@ class BestOfNCredit:
 class BetaNormalized:
     """BNPO's advantages (B,) of each reward, times its weight, summed: see ``advantages.beta_normalized``.
 
-    Made for rewards of 0 and 1: the less usual the success rate of a group in the round, the more the group counts. A
-    missing score adds nothing.
+    Made for rewards of 0 and 1: the more unusual the success rate of a group in the round, the more the group counts.
+    A missing score adds nothing.
 
     Args:
         low: The lowest possible score of every reward.
@@ -126,10 +126,10 @@ class BetaNormalized:
 
 @dataclass(frozen=True)
 class VirtualBest:
-    """NGRPO's advantages (B,): group advantages where each group has one more, virtual sample of the score ``best``.
+    """NGRPO's advantages (B,): group advantages with a virtual sample of the score ``best`` added to each group.
 
-    So a group whose samples all failed gets negative credit, where others get none. The recipe ``ngrpo`` adds the
-    unequal clipping of the paper.
+    So a group whose samples all failed gets negative credit, where other rules give none. The recipe ``ngrpo`` adds
+    the paper's asymmetric clipping.
 
     Args:
         best: The largest possible weighted sum of the rewards.
@@ -145,7 +145,7 @@ class VirtualBest:
 class GaussianRank:
     """G2RPO's advantages (B,): quantiles of the standard normal distribution by the rank of the weighted sum.
 
-    Outliers and the scale of a reward do not count, see ``advantages.gaussian_ranks``.
+    Outliers and the scale of a reward have no influence, see ``advantages.gaussian_ranks``.
     """
 
     def __call__(self, scores: RoundScores) -> Tensor:
@@ -160,8 +160,8 @@ class TaskNormalized:
 
     Args:
         center: "group" subtracts the mean of the group and divides by the scale of the task, as GoLongRL does, see
-            ``advantages.task_normalized``. "task" takes the mean and the standard deviation of all samples of the task,
-            in the form of QwenLong-L1.5: there a group without spread, or of one sample, gets credit too.
+            ``advantages.task_normalized``. "task" uses the mean and the standard deviation of all samples of the task,
+            like QwenLong-L1.5: there zero-variance groups and groups of one sample get credit, too.
     """
 
     center: Literal["group", "task"] = "group"
@@ -198,16 +198,16 @@ class DifficultyWeighted:
 
 @dataclass(frozen=True)
 class SpreadDiscounted:
-    """``credit`` times exp(-strength U): a prompt whose samples have very different scores teaches less.
+    """``credit`` times exp(-strength U): a prompt whose samples have very different scores counts less.
 
-    U is the standard deviation of the weighted sum within the group, over its root mean square among all groups with
-    spread; 0 where no group has any. It is the discount of Ctrl-U (arXiv 2410.11236) in our form, with the samples of
-    one prompt in place of two predictions. Use it where a reward is noisy for some prompts; where its spread is what
-    there is to learn, it takes that away.
+    U is the standard deviation of the weighted sum within the group, over its root mean square among all groups of
+    non-zero variance; 0 where there is no such group. It adapts the discount of Ctrl-U (arXiv 2410.11236), with the
+    samples of one prompt in place of two predictions. Use it where a reward is noisy for some prompts, not where large
+    differences within a prompt are the signal.
 
     Args:
         credit: The credit to discount, any ``genalign.algorithms.interfaces.Credit``.
-        strength: How fast the credit fades with U; 0 leaves it as it is.
+        strength: How fast the credit decays with U; 0 leaves it unchanged.
     """
 
     credit: AnyCallable
@@ -233,10 +233,10 @@ class PlainReward:
 
 @dataclass(frozen=True)
 class BestOnly:
-    """Credit (B,) for the best ``count`` samples of a prompt, as many times 1 / count in all: for fine-tuning on them.
+    """Credit (B,) for fine-tuning on the best ``count`` samples of each prompt, which share a total of 1 equally.
 
-    Samples that are equal to the last of them share its place. A group without a score has none. A sample that is alone
-    with its prompt, as in a pool of good samples, is the best.
+    Samples that tie with the last of these are included. A group without scores gets none. The only sample of a prompt,
+    as in a pool of good samples, is the best.
 
     Args:
         count: The number of samples of a prompt that get credit, 1 or more.
@@ -260,7 +260,7 @@ class ExponentialWeights:
     """Reward-weighted regression's credit (B,): exp(reward / temperature) over its mean in the group (2501.13918).
 
     Args:
-        temperature: In units of the reward: the lower, the more of a group's credit the best samples get.
+        temperature: In units of the reward: the lower it is, the more of a group's credit goes to the best samples.
     """
 
     temperature: float = 1.0
@@ -282,7 +282,7 @@ class Thresholded:
     """Credit (B,): +1 for a weighted sum of at least ``threshold``, -1 below, 0 without a score; for Diffusion-KTO.
 
     Args:
-        threshold: The lowest weighted sum of the rewards of a sample that is wanted.
+        threshold: The lowest weighted sum of the rewards of a desirable sample.
     """
 
     takes_single_samples: ClassVar[bool] = True
@@ -297,8 +297,8 @@ class Thresholded:
 class HierarchicalPairs:
     """DP2O-SR's credit (B,) (arXiv 2510.18851): the best ``count`` samples of a prompt against the worst.
 
-    The rewards are mapped to [0, 1] within the group, those of negative weight turned around, and averaged by the size
-    of their weights. Half the difference of the credits of a winner and a loser is the weight of their pair,
+    The rewards are mapped to [0, 1] within the group, flipped if their weight is negative, and averaged by the size of
+    their weights. Half the difference of the credits of a winner and a loser is the weight of their pair,
     w_intra w_inter: w_intra = their lead + 1 - the mean lead in the group, and w_inter = the group's standard deviation
     + 1 - its mean over all groups. For ``DPOLoss(pairs="all", weighted=True)``. A group with a missing score, or whose
     last winner is no better than its first loser, has none.
@@ -375,11 +375,11 @@ class BestAndWorst:
 
 @dataclass(frozen=True)
 class DrawnPreference:
-    """RPO's credit (B,) (arXiv 2407.12164): which of a reference image and a generated one is preferred, by a draw.
+    """RPO's credit (B,) (arXiv 2407.12164): a random preference between a reference image and a generated one.
 
-    The reference is preferred with the probability sigmoid(r_reference - r_generated) of the weighted sums of the
-    rewards, drawn anew in every round. The preferred sample gets +1 and the other -1, times 2 for the reference, which
-    ``ReferencePreferenceLoss`` knows it by. Groups that are not one of each, or lack a score, get 0.
+    The reference is preferred with probability sigmoid(r_reference - r_generated), with r the weighted sum of the
+    rewards; each round draws again. The preferred sample gets +1 and the other -1, times 2 for the reference, by which
+    ``ReferencePreferenceLoss`` recognizes it. Groups that are not one of each, or lack a score, get 0.
 
     Args:
         reference: The name of the score that is above 0.5 for references, of weight 0.
@@ -400,7 +400,7 @@ class DrawnPreference:
             credit[reference], credit[generated] = 2 * sign, -sign
         if not bool(credit.any()):
             raise UnsuitableScoresError(
-                f"no group of this round is a reference and a generated sample, by the score {self.reference!r}: set"
+                f"no group of this round has one reference and one generated sample by {self.reference!r}: set"
                 " training.group_size to 2, and collect pairs of one each"
             )
         return credit
@@ -443,5 +443,5 @@ class SetContrast:
 
 
 def _task(scores: RoundScores) -> Tensor:
-    """Return the task index (B,) of each sample's prompt; all are of one task where none is given."""
+    """Return the task index (B,) of each sample's prompt; without tasks all share one."""
     return torch.zeros_like(scores.group) if scores.task is None else scores.task

@@ -18,7 +18,7 @@ from genalign.algorithms.step_schedules import LastSteps, NoSteps
 from genalign.algorithms.tails import Chain, OneStepEstimate, RenoisedEstimate
 from genalign.diffusion.transitions import CPS, ODE
 
-_EQUALIZED, _PLAIN = Ascent(equalized=True, leash=1e-4), Ascent()
+_NORMALIZED, _PLAIN = Ascent(normalize_gradients=True, weight_distance=1e-4), Ascent()
 
 
 def consistency(
@@ -36,11 +36,11 @@ def consistency(
 
     Args:
         steps: The number of steps of the teacher's grid.
-        guidance: The guidance scale of the teacher, which the student has in its weights.
-        skip: The number of the teacher's steps that one of its moves spans.
+        guidance: The teacher's CFG scale, distilled into the student.
+        skip: The number of the teacher's steps in one of its moves.
         huber: The threshold of the pseudo-Huber loss.
-        draws: The number of levels per sample and update.
-        decay: How much of the target's weights is kept after a round.
+        draws: The number of noise levels per sample and update.
+        decay: The EMA decay of the target's weights, per round.
     """
     objective = ConsistencyObjective(steps, skip, guidance, huber, draws)
     memory = Lag(slope=0.0, limit=decay, first=decay)
@@ -57,21 +57,21 @@ def rg_lcd(
     decay: float = 0.95,
     ascent: Ascent = _PLAIN,
 ) -> Recipe:
-    """RG-LCD (arXiv 2403.11027): consistency distillation, and the rewards of the student's one-step estimates.
+    """RG-LCD (arXiv 2403.11027): consistency distillation plus the rewards of the student's one-step estimates.
 
-    Without a proxy the rewards must be differentiable, and their gradients run through the decoder. A proxy is a reward
-    of latents that is trained along, on the order of the rewards: these then need no gradient. Here the estimates are
-    of other levels and noises than those of the consistency loss.
+    Without a proxy the rewards must be differentiable, and their gradients run through the decoder. A proxy is a latent
+    reward that is trained along to rank samples as the rewards do, which then need no gradient. Here the estimates are
+    at other noise levels and noises than those of the consistency loss.
 
     Args:
         scale: The weight of the rewards.
-        proxy: Makes the network of a proxy, such as ``rewards.noise_aware.LatentImageDistilled``; None for none.
+        proxy: Builds the network of a proxy, such as ``rewards.noise_aware.LatentImageDistilled``; None for none.
         steps: The number of steps of the teacher's grid.
-        guidance: The guidance scale of the teacher, which the student has in its weights.
-        skip: The number of the teacher's steps that one of its moves spans.
+        guidance: The teacher's CFG scale, distilled into the student.
+        skip: The number of the teacher's steps in one of its moves.
         huber: The threshold of the pseudo-Huber loss.
-        decay: How much of the target's weights is kept after a round.
-        ascent: How estimates are moved along the rewards' gradients, and what holds the policy back.
+        decay: The EMA decay of the target's weights, per round.
+        ascent: How estimates follow the rewards' gradients, and what keeps the policy near the reference.
     """
     base = consistency(steps, guidance, skip, huber, decay=decay)
     reward = PathwiseObjective(RenoisedEstimate(), ascent, toward=ProxyAscent() if proxy else None)
@@ -79,17 +79,17 @@ def rg_lcd(
     return replace(base, objective=SumObjective(parts), companion=LatentProxy(proxy) if proxy else None)
 
 
-def reward_instruct(intermediate: bool = True, ascent: Ascent = _EQUALIZED) -> Recipe:
-    """Reward-Instruct, or R0 (arXiv 2503.13070): a few-step generator from rewards alone, held by its weights.
+def reward_instruct(intermediate: bool = True, ascent: Ascent = _NORMALIZED) -> Recipe:
+    """Reward-Instruct, or R0 (arXiv 2503.13070): a few-step generator trained only on rewards, near its first weights.
 
-    Set ``sampling`` to about four steps, with the kernel ``CPS(1.0)`` for evaluations. Each reward's gradient has a
-    length of 1 at the image, and ``ascent.leash`` holds the weights near the first ones: without it the paper reports
-    collapse, and with it a worse FID. Left out: the stochasticity of a step that is drawn anew each time.
+    Set ``sampling`` to about four steps, with the kernel ``CPS(1.0)`` for evaluations. Each reward's gradient is
+    scaled to length 1 at the image, and ``ascent.weight_distance`` keeps the weights near the first ones: without it
+    the paper reports collapse, and with it a worse FID. Left out: a random stochasticity for each step.
 
     Args:
-        intermediate: Whether the reward is that of the clean estimate at a drawn step, without gradients before it
+        intermediate: Whether the reward is that of the clean estimate at a random step, without gradients before it
             (R0+); else that of the sample, with gradients through all steps.
-        ascent: How samples are moved, and what holds the policy back.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(OneStepEstimate() if intermediate else Chain(), LastSteps(None), ascent, CPS(1.0))
 
@@ -103,15 +103,16 @@ def distribution_matching(
 ) -> Recipe:
     """Distribution matching of a few-step generator, with or without rewards (DMD2, arXiv 2405.14867); experimental.
 
-    The generator's clean estimates, at a drawn step of its own sampling, move from a score of its own samples to that
-    of its teacher, the model that training starts from. Left out: the adversarial loss of DMD2.
+    The generator's clean estimates, at a random step of its own sampling, are moved by the difference of two scores:
+    the teacher's, which is the model that training starts from, minus that of the generator's own samples. Left out:
+    the adversarial loss of DMD2.
 
     Args:
-        guidance: The guidance scale of the teacher, which the student has in its weights.
+        guidance: The teacher's CFG scale, distilled into the student.
         reward: The weight of the rewards' gradients; 0 only reports the rewards.
-        fake_steps: The number of updates of the generator's own score in a round.
+        fake_steps: The number of updates of the generator's own score per round.
         fake_learning_rate: Their learning rate.
-        ascent: How the rewards' gradients move samples, and what holds the policy back.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     further = (WeightedAscent(ascent, reward),) if reward else ()
     objective = PathwiseObjective(OneStepEstimate(), ascent, further, DistributionMatching(guidance))

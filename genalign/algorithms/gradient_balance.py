@@ -1,7 +1,7 @@
-"""The balance of several rewards by their gradients: MARBLE (arXiv 2605.06507), in the form of its public reports.
+"""Balancing several rewards by their gradients: MARBLE (arXiv 2605.06507), as its public reports describe it.
 
-K rewards. Each has a gradient of its own, and the step is taken in the direction in which the least improved of them
-improves most: the shortest convex combination of their unit gradients.
+Each of K rewards has a gradient of its own, and the step is taken in the direction that maximizes the improvement of
+the least improved reward: the shortest convex combination of their unit gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MOST_REWARDS = 8
-"""The most rewards whose weights are found exactly, by trying every set of them."""
+"""The largest number of rewards whose weights are found exactly, by trying every subset."""
 _NEGLIGIBLE = 1e-8  # a shorter gradient, relative to the longest, is rounding
 _STATIONARY = 1e-12  # the squared length of a combination of unit vectors that counts as 0
 _TIE = 1e-12
@@ -22,11 +22,11 @@ _TIE = 1e-12
 
 @dataclass(frozen=True)
 class GradientBalance:
-    """Weights of the rewards that balance their gradients, found at intervals and averaged in between.
+    """Weights of the rewards that balance their gradients, recomputed at intervals and averaged.
 
     Args:
-        every: Number of updates between two in which every reward's own gradient is computed.
-        decay: Fraction of the averaged weights that such an update keeps.
+        every: The number of updates from one computation of every reward's own gradient to the next.
+        decay: The decay of the averaged weights at such an update.
     """
 
     every: int = 10
@@ -34,7 +34,7 @@ class GradientBalance:
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.decay < 1:
-            raise ValueError(f"a balance needs every of 1 or more and a decay in [0, 1), not {self}")
+            raise ValueError(f"a balance needs every of at least 1 and a decay in [0, 1), not {self}")
 
     def times(self, first: int, count: int) -> int:
         """Return in how many of ``count`` updates from ``first`` on every reward's own gradient is computed."""
@@ -44,8 +44,8 @@ class GradientBalance:
 def min_norm_weights(gram: Tensor) -> Tensor:
     """Return the weights a of the simplex that minimize |sum_k a_k v_k|^2, exactly, (K,) float64.
 
-    For every set of vectors the stationary point of the quadratic program is computed, and the best one with weights
-    of 0 or more is taken; of equal ones the one that spreads its weights most, so that equal vectors share.
+    For every subset of the vectors the stationary point of the quadratic program is computed, and the best one with
+    non-negative weights is taken; ties go to the one with the most even weights, so equal vectors share.
 
     Args:
         gram: The products (K, K) of the vectors, v_k . v_l.

@@ -18,24 +18,24 @@ from genalign.algorithms.matching_losses import dpo_loss, normalized_error, sign
 
 
 @dataclass(frozen=True)
-class CentredRewardLoss:
-    """Centred reward distillation (CRD, arXiv 2603.14128): gains regress on advantages, both less their group's mean.
+class CenteredRewardLoss:
+    """Centered reward distillation (CRD, arXiv 2603.14128): gains regressed on advantages, both centered in the group.
 
     With r = e~_old - e~ for errors e~, each divided by its own mean absolute value, and a the advantage mapped to
-    [0, 1], the loss is (5 / beta) (beta (r - mean r) - (a - mean a))^2; the mean of r has no gradient. The centre is
+    [0, 1], the loss is (5 / beta) (beta (r - mean r) - (a - mean a))^2; the mean of r has no gradient. The center is
     that of a prompt; the public code takes that of a gathered micro-batch.
 
     Args:
         beta: The scale of the gains.
-        temperature: With one, half the sum of two such losses, centred by weights softmax(+-a / temperature) in place
-            of equal ones; None is the plain mean.
-        centred: Whether the gains lose their group's mean; without that they are regressed on advantages as they are.
+        temperature: If set, the loss is half the sum of two such losses, whose centers have weights
+            softmax(+-a / temperature) instead of equal ones; None takes the plain mean.
+        centered: Whether the gains are centered in the group before the regression.
     """
 
     unit: ClassVar[Unit] = "group"
     beta: float = 1.0
     temperature: float | None = None
-    centred: bool = True
+    centered: bool = True
 
     def __post_init__(self) -> None:
         if not self.beta > 0 or (self.temperature is not None and not self.temperature > 0):
@@ -57,16 +57,16 @@ class CentredRewardLoss:
             exponents = [sign * aim / float(self.temperature) for sign in (1.0, -1.0)]
         same = noised.on_device(group[:, None] == group[None])  # (N, N)
         losses = []
-        for exponent in exponents:  # each loss (N,) is about the centres of the groups by its own weights (N, N)
+        for exponent in exponents:  # each loss (N,) is about the centers of the groups by its own weights (N, N)
             weights = torch.softmax(torch.where(same, exponent, -torch.inf), dim=1)
-            own = gain - (weights @ gain).detach() if self.centred else gain
+            own = gain - (weights @ gain).detach() if self.centered else gain
             losses.append(5 / self.beta * (self.beta * own - (aim - weights @ aim)).square())
         return torch.stack(losses).mean(0)
 
 
 @dataclass(frozen=True)
 class RankedPreferenceLoss:
-    """GDRO (arXiv 2601.02036): a Plackett-Luce likelihood of the ranking of a prompt's samples, without a sampler.
+    """GDRO (arXiv 2601.02036): a Plackett-Luce likelihood of the ranking of a prompt's samples.
 
     With implicit rewards s = -beta (e - e_ref) and the samples sorted by reward, it is the sum over i of
     logsumexp of s_i, s_{i+1}, ... minus their mean under softmax(r / temperature). Temperature 0 is the plain ranking;
@@ -75,7 +75,7 @@ class RankedPreferenceLoss:
 
     Args:
         beta: The strength. The published values are of another convention for the error.
-        temperature: In units of the reward: how much more the best of the samples left counts than the others.
+        temperature: In units of the reward: the lower it is, the more the best of the remaining samples counts.
         sft: The weight of the error of the best sample.
     """
 
@@ -128,7 +128,7 @@ def ranking_loss(implicit: Tensor, rewards: Tensor, temperature: float) -> Tenso
 
 @dataclass(frozen=True)
 class GroupPreferenceLoss:
-    """DGPO (arXiv 2510.08425): errors weighted by advantages and by how little the group is ranked yet.
+    """DGPO (arXiv 2510.08425): errors weighted by advantages and by how poorly the group is ranked so far.
 
     The weight of a group of K is sigmoid(beta / K sum A (e - e_ref)), without gradient, and the loss of a sample
     w A e. A sample stops, without gradient, once exp(e_old - e) has left 1 +- ``clip_range`` in its direction: without
@@ -137,7 +137,7 @@ class GroupPreferenceLoss:
 
     Args:
         beta: The strength.
-        clip_range: The clip range of the ratio to the policy that is compared with.
+        clip_range: The clip range of the ratio to the policy that the loss compares with.
     """
 
     unit: ClassVar[Unit] = "group"

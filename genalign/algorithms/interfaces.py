@@ -36,7 +36,7 @@ class RoundScores:
         features: Features (B, d) of the samples; None without ``features`` of the recipe.
         task: The task index (B,) long of each sample's prompt; None counts all prompts as one task.
         names: The names (K,) of the rewards, for credit that treats some of them differently.
-        seed: The name of the round that random numbers of a credit are derived from, the same on every rank.
+        seed: The name of the round, from which a credit derives random numbers; the same on every rank.
     """
 
     scores: Tensor
@@ -55,7 +55,7 @@ class RoundScores:
 
     @property
     def combined_stepwise(self) -> Tensor:
-        """Weighted sums (B, S + 1) of the rewards of the completions. Raises ValueError if there are none."""
+        """Weighted sums (B, S + 1) of the completions' rewards. Raises ValueError if there are none."""
         if self.stepwise is None:
             raise ValueError("credit per step needs scores of every stored state: give the recipe a completion")
         samples, states, rewards = self.stepwise.shape
@@ -77,7 +77,7 @@ class Credit(Protocol):
 
 @runtime_checkable
 class SingleSampleCredit(Protocol):
-    """A credit that compares no samples of a prompt: there may be one of each, as in a pool of single samples."""
+    """A credit that does not compare the samples of a prompt, so groups of one are allowed."""
 
     takes_single_samples: ClassVar[bool]
 
@@ -86,8 +86,8 @@ class SingleSampleCredit(Protocol):
 class UpdateBatch:
     """The samples of one update: whole groups, with their credit (B,) or (B, S) and prompt index ``group`` (B,).
 
-    ``on_policy`` says that the current weights sampled them. ``by_reward`` is the credit by each of K rewards alone,
-    (B, K) or (B, S, K), of a recipe that balances rewards.
+    ``on_policy`` says that the current weights sampled them. ``by_reward`` is the credit by each of K rewards
+    separately, (B, K) or (B, S, K), for a recipe that balances rewards.
     """
 
     rollout: Rollout
@@ -121,7 +121,7 @@ class UpdateBatch:
 
     @property
     def step_credit(self) -> Tensor:
-        """Credit (B, S) of every stored step; a sample's own credit holds for all of its steps."""
+        """Credit (B, S) of every stored step; the credit of a sample applies to all of its steps."""
         return self.credit if self.credit.ndim == 2 else self.credit[:, None].expand(-1, len(self.rollout.steps))
 
 
@@ -140,13 +140,13 @@ class MetricSums:
     _unread: list[tuple[str, Tensor]] = field(default_factory=list)  # on the device, which is not waited for
 
     def add(self, name: str, values: Tensor, size: int | None = None) -> None:
-        """Add every element of ``values`` to the sum of ``name``, and count them as ``size`` ones; None as they are."""
+        """Add the elements of ``values`` to the sum of ``name``, counted as ``size`` elements (None: their number)."""
         values = values.detach()
         self.sizes[name] = self.sizes.get(name, 0) + (values.numel() if size is None else size)
         self._unread.append((name, values.sum()))
 
     def measures(self, name: str) -> bool:
-        """Whether ``name`` has an element already."""
+        """Whether ``name`` has any element yet."""
         return bool(self.sizes.get(name))
 
     def add_log_ratios(self, log_ratios: Tensor) -> None:
@@ -154,7 +154,7 @@ class MetricSums:
         self._unread.append(("log_ratio_max", log_ratios.detach().abs().max()))
 
     def read(self) -> MetricSums:
-        """Wait for the device, and complete ``values`` and ``log_ratio_max`` by what was added."""
+        """Wait for the device, and add what is pending to ``values`` and ``log_ratio_max``."""
         names, tensors = zip(*self._unread, strict=True) if self._unread else ((), ())
         for name, value in zip(names, torch.stack(promote(*tensors)).tolist() if tensors else (), strict=True):
             if name == "log_ratio_max":
@@ -197,15 +197,15 @@ class MetricSums:
 
 
 class PartMetrics(MetricSums):
-    """The metrics of a part of a sum of objectives, written into those of the whole as ``part/metric``.
+    """The metrics of one part of a sum of objectives, written into the sum's metrics as ``part/metric``.
 
-    The loss is also added to the whole's, times ``share``, and the distance ``kl`` to the whole's mean.
+    The loss, times ``share``, is also added to the sum's loss, and the distance ``kl`` to the sum's mean.
 
     Args:
         whole: The metrics of the sum.
         part: The name of the part.
-        share: The factor of an element of its loss in the whole's sum.
-        counted: Whether its elements count in the size of the whole's loss: those of one part do.
+        share: The factor of an element of its loss in the sum's loss.
+        counted: Whether its elements count in the size of the sum's loss, as those of exactly one part do.
     """
 
     def __init__(self, whole: MetricSums, part: str, share: float, counted: bool) -> None:
@@ -230,9 +230,9 @@ class PartMetrics(MetricSums):
 class UpdateContext:
     """The model, the sampler, the rewards, the metrics of an update, and the recipe's companion, if it has one.
 
-    ``old`` holds the sampling weights of a recipe with a lag, and is None without one; ``memory`` the weights of its
-    memory. ``prompts`` are those of the round, which ``UpdateBatch.group`` indexes. ``kernel`` is that of stored steps,
-    ``elsewhere`` that of the others.
+    ``old`` holds the sampling weights of a recipe with a lag (None without one), ``memory`` the weights of its memory.
+    ``prompts`` are those of the round, which ``UpdateBatch.group`` indexes. ``kernel`` samples the stored steps and
+    ``elsewhere`` the others.
     """
 
     pipeline: Pipeline
@@ -273,7 +273,7 @@ class UpdateContext:
 
 
 class Companion(Stateful, Protocol):
-    """What learns beside the policy, once a round from its samples, and is part of checkpoints."""
+    """A network that learns beside the policy, once per round from its samples, and is part of checkpoints."""
 
     def update(self, context: UpdateContext, parts: Sequence[UpdateBatch], total: int, seed: int) -> None:
         """Learn from a round before the policy does, and add metrics to ``context.metrics``.
@@ -290,9 +290,9 @@ class Companion(Stateful, Protocol):
 
 @dataclass(frozen=True)
 class TermCounts:
-    """The numbers of terms of an update's two means: of the losses, and of the distances from the reference policy.
+    """The numbers of terms of an update's two means: the losses, and the distances from the reference policy.
 
-    ``parts`` are those of the objectives of a sum, each of which takes means of its own.
+    ``parts`` are the counts of the objectives in a sum, each of which takes its own means.
     """
 
     losses: int
@@ -373,14 +373,14 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class ObjectiveTraits:
-    """What the training loop must know of an objective.
+    """What the training loop must know about an objective.
 
     Attributes:
         through_sampler: Whether its gradient runs through the sampler that made the samples. These must then be the
             current policy's, and the graph of one sample may span all of its stored steps.
         reward_gradients: Whether it differentiates the rewards that count.
-        student_guidance: The scale of classifier-free guidance that the policy learns to have in its weights, as a
-            few-step student of a guided teacher: it samples at guidance 1. None for none.
+        student_guidance: The CFG scale that is distilled into the policy, a few-step student of a guided teacher that
+            samples at guidance 1; None for none.
     """
 
     through_sampler: bool = False
@@ -390,15 +390,15 @@ class ObjectiveTraits:
 
 @runtime_checkable
 class HasTraits(Protocol):
-    """An objective that is unlike a loss on stored steps or final samples alone."""
+    """An objective with traits other than those of a loss on stored steps or final samples."""
 
     @property
     def traits(self) -> ObjectiveTraits:
-        """What the training loop must know of it."""
+        """What the training loop must know about it."""
 
 
 def traits_of(objective: Objective) -> ObjectiveTraits:
-    """Return the traits of an objective; the defaults for one that names none."""
+    """Return the traits of an objective, or the defaults if it declares none."""
     return objective.traits if isinstance(objective, HasTraits) else ObjectiveTraits()
 
 
@@ -425,7 +425,7 @@ def with_stronger_kl(objective: Objective, minimum: float) -> Objective:
 
 
 def half_micro_batch(size: int, unit: Unit, group_size: int) -> int | None:
-    """Return the largest size of at most half a micro-batch that separates no ``unit``; None if there is none."""
+    """Return the largest size up to half a micro-batch that splits no ``unit``; None if there is none."""
     if unit == "batch":
         return None
     multiple = group_size if unit == "group" else 1

@@ -106,7 +106,7 @@ class ProxyAscent:
     def __call__(
         self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> Tensor:
-        """Return the gradient (N, ...); 0 where it is not finite. Raises ValueError if the recipe has no proxy."""
+        """Return the gradient (N, ...), 0 where it is not finite. Raises ValueError if the recipe has no proxy."""
         if not isinstance(context.companion, LearnedProxy):
             raise ValueError("the gradient of a proxy needs one: give the recipe the companion LatentProxy")
         leaf = latents.detach().requires_grad_()

@@ -32,7 +32,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: ClipRan
     Args:
         log_ratio: Log r (N,) of new to old density.
         advantages: A (N,).
-        clip_range: The range e, or (low, high) for different ranges below and above 1, as NGRPO has them.
+        clip_range: The range e, or (low, high) for different ranges below and above 1, as in NGRPO.
 
     Returns:
         The loss (N,).
@@ -52,8 +52,8 @@ def clip_fraction(log_ratio: Tensor, clip_range: ClipRange) -> Tensor:
 def guarded_log_ratio(new: Transition, old: Transition, x_next: Tensor) -> Tensor:
     """GRPO-Guard's normalized log-ratio std (log r + KL), (N,) (arXiv 2510.22319, eq. 8).
 
-    Log r and KL are means over dimensions, so that this is mean(noise (m_new - m_old)) for the means m. Unlike log r it
-    has no bias below 0 and the same scale at every step, so that one clip range suits all steps and both signs of the
+    Log r and KL are means over dimensions, so this is mean(noise (m_new - m_old)) for the means m. Unlike log r it
+    has no bias below 0 and the same scale at every step, so one clip range suits all steps and both signs of the
     advantage. GRPO-Guard divides the loss on it by D, which equalizes the steps.
     """
     ratio = new.log_ratio(old, x_next) + new.kl(old)
@@ -63,7 +63,7 @@ def guarded_log_ratio(new: Transition, old: Transition, x_next: Tensor) -> Tenso
 def dppo_mask(log_ratio: Tensor, kl: Tensor, advantages: Tensor, limit: float) -> Tensor:
     """Flow-DPPO's mask (N,) bool of the transitions to train (arXiv 2606.11025).
 
-    It is False where a transition is further than ``limit`` in KL from the sampling policy and its gradient would move
+    It is False where a transition is further than ``limit`` in KL from the sampling policy and its gradient would push
     it further away: r > 1 with A > 0, or r < 1 with A < 0.
 
     Args:
@@ -121,9 +121,9 @@ def chi_squared(kl: Tensor, sharpness: float) -> Tensor:
     """Chi-squared penalty (N,) of a divergence: expm1(2 k KL) / (2 k), and the KL itself for k = 0.
 
     The chi-squared divergence of two Gaussians of equal std, the regularizer of arXiv 2403.03185, is expm1(2 KL) with
-    the KL summed over dimensions. The KL here is a mean over D dimensions, so that k = D is that divergence over 2 D;
-    smaller k lie between it and the KL (ours). The penalty grows fastest where a transition is far from the reference
-    policy: choose k so that 2 k KL is about 1 at the largest KL that is acceptable.
+    the KL summed over dimensions. The KL here is a mean over D dimensions, so k = D gives that divergence over 2 D;
+    smaller k interpolate between it and the KL (our choice). The penalty grows fastest where a transition is far from
+    the reference policy: choose k so that 2 k KL is about 1 at the largest acceptable KL.
 
     Args:
         kl: KL divergences (N,), means over dimensions.

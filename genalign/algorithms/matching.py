@@ -1,4 +1,4 @@
-"""The objective of the matching family: losses on the errors of final samples that are noised to random levels.
+"""The objective of the matching family: losses on the prediction errors of final samples noised to random levels.
 
 An error is a mean squared difference of a network's prediction from its target, over all dimensions; N counts the
 terms of a loss and B the samples of a batch.
@@ -33,7 +33,7 @@ class NoisedSamples:
         prediction: The current policy's prediction, with a gradient.
         reference: The reference policy's prediction.
         old: The prediction of the policy to compare with; without one, the current policy's, detached.
-        memory: The prediction of the recipe's memory; None where none is needed.
+        memory: The prediction of the recipe's memory; None if not needed.
     """
 
     path: Path
@@ -92,7 +92,7 @@ def noised_samples(pipeline: Pipeline, batch: UpdateBatch, rows: Tensor, u: Tens
         pipeline: The model.
         batch: B samples.
         rows: The samples (N,) to noise, on the CPU.
-        u: The places (N,) of their levels in the path's range, in [0, 1].
+        u: The positions (N,) of their levels in the path's range, in [0, 1].
         seeds: The seeds (N) of their noises.
     """
     x0 = batch.rollout.final[rows.to(batch.rollout.final.device, non_blocking=True)]
@@ -115,7 +115,7 @@ class MatchingLoss(Protocol):
         """Mask (B,) bool of the samples that are part of the loss."""
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """Count the N terms, from the credit and the prompt index alone."""
+        """Count the N terms, from only the credit and the prompt index."""
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor: ...
 
@@ -125,8 +125,8 @@ class MatchingObjective:
     """The mean of a matching loss over its terms and several noise levels, plus the mean distance of all samples.
 
     The noise levels of an update are stratified over [low, high], as fractions of the path's range. All samples of a
-    prompt share the level and the noise of a draw, so that they are compared under equal conditions. The network
-    predicts without guidance, as when it is trained.
+    prompt share the level and the noise of a draw, so they are compared under equal conditions. The network predicts
+    without guidance, as in its pretraining.
 
     Attributes:
         loss: The loss of noised samples.
@@ -135,11 +135,11 @@ class MatchingObjective:
         high: The upper end of the noise levels.
         anchor: The weight of the mean squared distance from the reference policy's prediction, a mean over all samples,
             which is added to the loss; 0 for none.
-        old: The policy that the loss compares with: "sampling" for the lagging weights that the recipe's ``lag`` keeps,
+        old: The policy that the loss compares with: "sampling" for the lagging weights of the recipe's ``lag``,
             "memory" for those of its ``memory``; None for none.
-        anchor_guidance: The guidance scale of the reference policy that the anchor holds to; 1 is none.
-        anchor_least: The weight of the anchor for a sample of the worst credit, in [0, 1], where one of the best has
-            weight 1; None weighs all alike.
+        anchor_guidance: The guidance scale of the reference policy in the anchor; 1 is none.
+        anchor_least: The weight of the anchor for a sample of the worst credit, in [0, 1], where a sample of the best
+            credit has weight 1; None weighs all equally.
         trail: The weight of a second anchor, the distance from the recipe's ``memory``.
     """
 
@@ -233,7 +233,7 @@ class MatchingObjective:
     @staticmethod
     @torch.no_grad()
     def _earlier(context: UpdateContext, weights: WeightSnapshot | None, noising: Noising, name: str) -> Tensor:
-        """Predict with earlier weights. Raises ValueError if the recipe keeps none."""
+        """Predict with earlier weights. Raises ValueError if the recipe has none."""
         if weights is None:
             raise ValueError(f"this objective compares with earlier weights: give the recipe {name}")
         with context.policy.using(weights):

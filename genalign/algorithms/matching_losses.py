@@ -30,13 +30,13 @@ Link = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ChiSquaredLink:
-    """chi-PO's link z + log z of the ratio z to the reference policy (arXiv 2407.13399), for gains g, in our form.
+    """chi-PO's link z + log z of the ratio z to the reference policy (arXiv 2407.13399), adapted to gains g.
 
-    It is (g + expm1(k g) / k) / 2, with k g for log z: a gain of the better sample counts more the larger it is,
-    and a loss of the worse one less. The paper's clipping is left out.
+    It is (g + expm1(k g) / k) / 2, with k g for log z: the larger the gain of the better sample, the more it counts,
+    and the larger the loss of the worse one, the less. The paper's clipping is left out.
 
     Args:
-        sharpness: The factor k, above 0; towards 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
+        sharpness: The factor k, above 0; as k -> 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
     """
 
     sharpness: float
@@ -50,12 +50,13 @@ class ChiSquaredLink:
 
 @dataclass(frozen=True)
 class AlphaLink:
-    """AlphaPO's reward shape (1 - z^-a) / a (arXiv 2501.03884), for gains g in place of log z (our form).
+    """AlphaPO's reward shape (1 - z^-a) / a (arXiv 2501.03884), adapted to gains g in place of log z.
 
-    It is -expm1(-a g) / a: a loss of the worse sample counts more the larger it is, and a gain of the better one less.
+    It is -expm1(-a g) / a: the larger the loss of the worse sample, the more it counts, and the larger the gain of the
+    better one, the less.
 
     Args:
-        alpha: The exponent a, above 0; towards 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
+        alpha: The exponent a, above 0; as a -> 0 the link becomes the gain itself, and the loss Diffusion-DPO's.
     """
 
     alpha: float
@@ -89,8 +90,8 @@ def dpo_loss(
         better_reference: Errors e_ref (N,) of the reference policy on the preferred samples.
         worse: Errors (N,) of the current policy on the other samples.
         worse_reference: Errors (N,) of the reference policy on the other samples.
-        beta: The strength, as in the public code. On flows a constant works, where the beta (1 - t)^2 of the derivation
-            does not (arXiv 2501.13918, section 4).
+        beta: The strength, as in the public code. On flows a constant works, unlike the derivation's beta (1 - t)^2
+            (arXiv 2501.13918, section 4).
         link: The link f; None compares the gains themselves.
 
     Returns:
@@ -168,7 +169,7 @@ def awm_log_probability(errors: Tensor, sigma: Tensor, power: float = 0.25) -> T
 
 @dataclass(frozen=True)
 class _CreditedSamples:
-    """The default parts of a matching loss: every sample with credit is a term of its own."""
+    """The defaults of a matching loss: every sample with credit is one term."""
 
     unit: ClassVar[Unit] = "sample"
 
@@ -188,7 +189,7 @@ class DPOLoss(_CreditedSamples):
         link: The link of the gains; None compares the gains themselves.
         pairs: "matched" pairs the k-th winner of a prompt with its k-th loser, "all" each winner with each loser.
         weighted: Whether a pair counts by half the difference of its credits, as in DP2O-SR (arXiv 2510.18851).
-        sft: The weight of the winner's error, which keeps the policy near what won (arXiv 2405.16436).
+        sft: The weight of the winner's error, which keeps the policy near the winners (arXiv 2405.16436).
     """
 
     unit: ClassVar[Unit] = "group"
@@ -232,7 +233,7 @@ class NFTLoss(_CreditedSamples):
     """DiffusionNFT, see ``nft_loss``, with r rising linearly from 0 to 1 over +-``largest_advantage``.
 
     The policy moves towards samples of positive advantage and away from samples of negative advantage, relative to the
-    policy that sampled them; samples without advantage hold it in place.
+    sampling policy; zero-advantage samples pull it toward the sampling policy.
     """
 
     beta: float = 1.0

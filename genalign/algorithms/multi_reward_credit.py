@@ -1,8 +1,9 @@
-"""Credits over several rewards: what each of them contributes to the advantages, and what must not.
+"""Credits over several rewards, which control what each of them contributes to the advantages.
 
 Rewards are the columns of ``RoundScores.scores``. A reward of weight 0 contributes nothing, and a sample that lacks the
 score of any other gets exactly 0 and is left out of all statistics, as in ``credit.GroupRelative``. A credit that
-treats one reward differently names it; ``NormalizedSum`` (GDPO) is in ``credit``, ensembles in ``rewards.combine``.
+treats one reward differently takes its name; ``NormalizedSum`` (GDPO) is in ``credit``, ensembles in
+``rewards.combine``.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class CorrelationWeighted:
     about 0.4.
 
     Args:
-        temperature: The temperature of the softmax of 1 minus a reward's mean correlation with the others: the lower,
-            the larger the share of a reward in conflict.
+        temperature: The temperature of the softmax of 1 minus a reward's mean correlation with the others: the lower it
+            is, the larger the share of a conflicting reward.
     """
 
     temperature: float = 0.5
@@ -55,7 +56,7 @@ class CorrelationWeighted:
 
 @dataclass(frozen=True)
 class LogTamed:
-    """PaCo-GRPO's advantages (B,) (arXiv 2512.04784): rewards of a large relative spread are tamed by log(1 + R).
+    """PaCo-GRPO's advantages (B,) (arXiv 2512.04784): rewards with a large relative spread are tamed by log(1 + R).
 
     The weighted sum of the tamed rewards, see ``advantages.log_tamed``, is normalized within the group.
 
@@ -76,17 +77,17 @@ class LogTamed:
 
 
 @dataclass(frozen=True)
-class AmongRight:
-    """Advantages (B,) of a rule, where right samples compete in the other rewards as well: DRPO's idea in our form.
+class AmongCorrect:
+    """Advantages (B,) of a rule, plus those of the other rewards among the correct samples (adapted from DRPO).
 
     The z-score of the reward ``rule`` in the group, plus ``weight`` times the z-score of the weighted sum of the other
-    rewards among the right samples of the group. A right sample gets at least 0, so that style never counts against
-    being right; wrong samples compete in the rule alone.
+    rewards among the correct samples of the group. A correct sample gets at least 0, so style never counts against
+    correctness; incorrect samples are compared only by the rule.
 
     Args:
-        rule: The name of the reward that says which samples are right.
+        rule: The name of the reward that says which samples are correct.
         weight: The factor of the other rewards' z-score; 0 ignores them.
-        threshold: The lowest score by the rule of a right sample.
+        threshold: The lowest score by the rule of a correct sample.
     """
 
     rule: str
@@ -106,10 +107,10 @@ class AmongRight:
 
 @dataclass(frozen=True)
 class GatedBySuccess:
-    """Advantages (B,) by the reward ``rule`` alone where a group succeeds too rarely, else by the sum of all rewards.
+    """Advantages (B,) from only the reward ``rule`` where a group succeeds too rarely, else from all rewards' sum.
 
-    So an easier reward cannot lead away from a goal that is not yet reached. This is our form of GRPO-lambda's penalty,
-    which is off in groups of low accuracy; ``rewards.combine.Gate`` switches a reward for each sample instead.
+    So an easier reward cannot distract from a goal that is not yet reached. It adapts GRPO-lambda's penalty, which is
+    off in groups of low accuracy; ``rewards.combine.Gate`` switches a reward for each sample instead.
 
     Args:
         rule: The name of the reward that says which samples succeed.
@@ -143,12 +144,12 @@ class GatedBySuccess:
 
 @dataclass(frozen=True)
 class Decorrelated:
-    """``credit`` without what the ``nuisances`` explain of it linearly, within groups: (B,) or (B, S).
+    """``credit`` minus the part that the ``nuisances`` explain linearly within groups: (B,) or (B, S).
 
-    The credit, centered in its group, is regressed on the nuisances, centered in theirs, over all groups of the round,
-    and the residual remains (the post-hoc form of ODIN, arXiv 2402.07319, derived by Frisch and Waugh's theorem). What
-    a prompt asks for stays, since it is the same in a group; what depends on a nuisance not linearly stays, too. A
-    sample without a nuisance's score gets 0, and so does a group without credit.
+    The credit and the nuisances, centered in their groups, enter one regression over all groups of the round, whose
+    residual is returned (a post-hoc form of ODIN, arXiv 2402.07319, by the Frisch-Waugh theorem). What a prompt asks
+    for is kept, as it is the same within a group; nonlinear dependence on a nuisance is kept, too. A sample without a
+    nuisance's score gets 0, and so does a group without credit.
 
     Args:
         credit: The credit to correct, any ``genalign.algorithms.interfaces.Credit``.
@@ -167,7 +168,7 @@ class Decorrelated:
         for name, place in zip(self.nuisances, places, strict=True):
             if scores.weights[place]:
                 raise ValueError(
-                    f"the nuisance {name!r} has weight {scores.weights[place]:g}, so that the credit contains it: give"
+                    f"the nuisance {name!r} has weight {scores.weights[place]:g}, so the credit contains it: give"
                     " it weight 0"
                 )
         credit: Tensor = self.credit(scores)
@@ -181,13 +182,13 @@ class Decorrelated:
 
 
 def decorrelated(credit: Tensor, nuisances: Tensor, group: Tensor, counted: Tensor) -> Tensor:
-    """Take from a credit what nuisances explain of it within groups, by least squares over all groups.
+    """Subtract from a credit what nuisances explain of it within groups, by least squares over all groups.
 
     Args:
         credit: Credit (B,).
         nuisances: Nuisances (B, N), of any units.
         group: Prompt indices (B,).
-        counted: Which samples (B,) bool count; the others get 0, and so does a group whose credit has no spread.
+        counted: Which samples (B,) bool count; the others get 0, and so does a group with credit of zero variance.
 
     Returns:
         The residual (B,) of the credit, centered in its group.
@@ -218,7 +219,7 @@ def _centered(values: Tensor, group: Tensor) -> Tensor:
 
 
 def _of_complete_samples(scores: RoundScores, rule: Callable[[Tensor, Sequence[float], Tensor], Tensor]) -> Tensor:
-    """Compute advantages (B,) by a rule from the rewards of non-zero weight of the n samples that have all of them.
+    """Compute advantages (B,) by a rule from the n samples that have all scores of rewards of non-zero weight.
 
     Args:
         scores: The scores of a round.

@@ -1,4 +1,4 @@
-"""Weighted sums of objectives, each a mean of its own over the samples of an update."""
+"""Weighted sums of objectives, each of which is a mean over the samples of an update."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ObjectivePart:
 class SumObjective:
     """The sum of the losses of several objectives, each times its weight.
 
-    A part takes its means over its own terms, however many of them a sample has, so that weights compare means. The
+    Each part takes means over its own terms, however many of them a sample has, so the weights apply to means. The
     logged loss is that of the sum, and ``kl`` is the mean of the distances that any part measures.
 
     Args:
@@ -45,7 +45,7 @@ class SumObjective:
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
         if len(set(names)) < max(len(names), 1):
-            raise ValueError(f"the parts of a sum of objectives need names of their own, not {names}")
+            raise ValueError(f"the parts of a sum of objectives need different names, not {names}")
 
     @property
     def unit(self) -> Unit:

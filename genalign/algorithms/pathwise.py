@@ -1,7 +1,7 @@
-"""The pathwise family: the gradient of differentiable rewards, through the decoder and the sampler, into the weights.
+"""The pathwise family: backpropagates differentiable rewards through the decoder and the sampler into the weights.
 
 A *tail* says where the sampler carries a gradient: it yields clean latents that depend on the weights. A *direction*
-says where these latents are moved: along the gradient of the rewards.
+says where these latents are moved, such as along the gradient of the rewards.
 
 N counts the clean latents of a tail, B the samples of a batch.
 """
@@ -57,8 +57,8 @@ class Endpoints:
     Attributes:
         x0: The latents (N, ...), with a gradient.
         rows: The sample (N,) long of each, on the CPU.
-        weights: By how much each counts (N,), on the CPU; negative to move away from the direction. Over all endpoints
-            of a sample the absolute values add up to 1.
+        weights: The weight (N,) of each, on the CPU; negative to move away from the direction. Over all endpoints of a
+            sample the absolute values add up to 1.
         predictions: The calls of the network that carry the gradient.
     """
 
@@ -72,7 +72,7 @@ class Tail(Protocol):
     """Where the sampler carries a gradient."""
 
     def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
-        """Yield the endpoints of the samples ``rows`` (N,), one after the other: memory holds the graph of one.
+        """Yield the endpoints of the samples ``rows`` (N,) one by one, so only one graph is in memory.
 
         Args:
             context: The model and the sampler.
@@ -96,33 +96,36 @@ class LatentDirection(Protocol):
 
 @dataclass(frozen=True)
 class Ascent:
-    """How samples are moved along the rewards' gradients, and what holds the policy back.
+    """How samples follow the rewards' gradients, and what keeps the policy near the reference.
 
     Args:
-        ceiling: The weighted sum of rewards from which on a sample is moved no further (ImageReward's hinge, arXiv
+        ceiling: The weighted sum of rewards above which a sample has no gradient (ImageReward's hinge, arXiv
             2304.05977); None for none.
-        equalized: Whether every reward's gradient has length 1 at each decoded sample, so that the weights alone say
-            what counts (arXiv 2503.13070).
-        limit: The greatest length of a sample's gradient at its latents; None for none.
+        normalize_gradients: Whether every reward's gradient is scaled to length 1 at each decoded sample, so only the
+            weights of the rewards set their influence (arXiv 2503.13070).
+        limit: The largest norm of a sample's gradient at its latents; None for none.
         batch_size: The number of samples that are decoded and scored with a gradient at once; None for all.
         anchor: The weight of the mean squared distance of the tail's predictions from the reference policy's (DRaFT+).
-        leash: The weight of the squared distance of the weights from the reference policy's.
+        weight_distance: The weight of the squared distance of the weights from the reference policy's.
     """
 
     ceiling: float | None = None
-    equalized: bool = False
+    normalize_gradients: bool = False
     limit: float | None = None
     batch_size: int | None = None
     anchor: float = 0.0
-    leash: float = 0.0
+    weight_distance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"ascent.limit must be positive, not {self.limit}; null sets no limit")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"ascent.batch_size must be at least 1 sample, not {self.batch_size}; null takes all")
-        if not self.anchor >= 0 or not self.leash >= 0:
-            raise ValueError(f"ascent.anchor and ascent.leash must be at least 0, not {self.anchor} and {self.leash}")
+        if not self.anchor >= 0 or not self.weight_distance >= 0:
+            raise ValueError(
+                "ascent.anchor and ascent.weight_distance must be at least 0, not"
+                f" {self.anchor} and {self.weight_distance}"
+            )
 
     def __call__(
         self, context: UpdateContext, latents: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int]
@@ -131,7 +134,12 @@ class Ascent:
         rewards, size = [reward for reward in context.rewards if reward.weight], self.batch_size or len(latents)
         parts = [
             latent_gradient(
-                context.pipeline, rewards, part, prompts[i * size : (i + 1) * size], self.ceiling, self.equalized
+                context.pipeline,
+                rewards,
+                part,
+                prompts[i * size : (i + 1) * size],
+                self.ceiling,
+                self.normalize_gradients,
             )
             for i, part in enumerate(torch.split(latents, size))
         ]
@@ -153,7 +161,7 @@ class Ascent:
 
 @dataclass(frozen=True)
 class EqualCredit:
-    """Credit 1 for every sample that could be scored: the rewards' gradients say the rest."""
+    """Credit 1 for every sample that could be scored: the training signal is the rewards' gradients."""
 
     takes_single_samples: ClassVar[bool] = True
 
@@ -167,9 +175,9 @@ class PathwiseObjective:
 
     Attributes:
         tail: Where the sampler carries a gradient.
-        ascent: How the endpoints are moved along the rewards' gradients, and what holds the policy back.
+        ascent: How the endpoints follow the rewards' gradients, and what keeps the policy near the reference.
         further: Other directions, which are added.
-        toward: The direction in place of the rewards' gradients; None takes these.
+        toward: A direction that replaces the rewards' gradients; None takes these.
     """
 
     unit: ClassVar[Unit] = "sample"
@@ -207,10 +215,10 @@ class PathwiseObjective:
             return
         for ends in self.tail(context, batch, rows, seed):
             self._backward_from(context, batch, ends, scales, seed)
-        if self.ascent.leash:
+        if self.ascent.weight_distance:
             drift = context.policy.drift()
             context.metrics.add("drift", drift.reshape(1))
-            torch.autograd.backward(self.ascent.leash * scales.losses * len(rows) * drift)
+            torch.autograd.backward(self.ascent.weight_distance * scales.losses * len(rows) * drift)
 
     def _backward_from(
         self, context: UpdateContext, batch: UpdateBatch, ends: Endpoints, scales: TermScales, seed: int

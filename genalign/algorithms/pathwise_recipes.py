@@ -1,7 +1,7 @@
-"""Recipes of the pathwise family: differentiable rewards, followed through the sampler into the weights.
+"""Recipes of the pathwise family, which backpropagate differentiable rewards through the sampler into the weights.
 
-They differ in the tail, where the sampler carries a gradient, and are otherwise alike: samples of different noises,
-each moved along its own reward's gradient. Every reward that counts must be differentiable.
+They differ in the tail, where the sampler carries a gradient, and are otherwise alike: every sample has its own noise
+and follows the gradient of its own reward. Every reward of non-zero weight must be differentiable.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def pathwise(tail: Tail, schedule: StepSchedule, ascent: Ascent = _PLAIN, kernel
     Args:
         tail: Where the sampler carries a gradient.
         schedule: The steps that the tail needs stored.
-        ascent: How samples are moved, and what holds the policy back.
-        kernel: The sampler at the stored steps; the ODE elsewhere.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
+        kernel: The sampler at the stored steps; all others use the ODE.
     """
     return Recipe(kernel, schedule, shared_noise=False, credit=EqualCredit(), objective=PathwiseObjective(tail, ascent))
 
@@ -40,12 +40,12 @@ def pathwise(tail: Tail, schedule: StepSchedule, ascent: Ascent = _PLAIN, kernel
 def draft(steps: int | None = 1, ascent: Ascent = _PLAIN) -> Recipe:
     """DRaFT-K (arXiv 2309.17400): the gradient through the last ``steps`` moves; through all of them for None.
 
-    Its length grows with every move, by orders of magnitude beyond about ten: keep ``steps`` small, or set
-    ``ascent.limit``. ``ascent.anchor`` is DRaFT+'s.
+    The gradient norm grows with each step, by orders of magnitude beyond about ten steps: keep ``steps`` small, or set
+    ``ascent.limit``. ``ascent.anchor`` gives DRaFT+.
 
     Args:
         steps: The number of moves K with a gradient; None for all.
-        ascent: How samples are moved, and what holds the policy back.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(Chain(), LastSteps(steps), ascent)
 
@@ -55,7 +55,7 @@ def draft_lv(copies: int = 2, ascent: Ascent = _PLAIN) -> Recipe:
 
     Args:
         copies: The number of copies.
-        ascent: How samples are moved, and what holds the policy back.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(RenoisedCopies(copies), LastSteps(1), ascent)
 
@@ -68,13 +68,13 @@ def align_prop(
 ) -> Recipe:
     """AlignProp (arXiv 2310.03739): the gradient through a random number of last moves, by DDIM.
 
-    Left out: noise before the tail, where moves are the ODE here, and a number for each batch: it is one for a round.
+    Differences: before the tail, sampling is the ODE without noise, and the number is drawn per round, not per batch.
 
     Args:
-        mean: The mean fraction of the steps that carry a gradient; 8 of 50 is the published one.
+        mean: The mean fraction of the steps that carry a gradient; 8/50 is published.
         std: Its standard deviation.
         eta: The stochasticity of DDIM.
-        ascent: How samples are moved, and what holds the policy back.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(Chain(), RandomLastSteps(mean, std), ascent, DDIM(eta))
 
@@ -85,8 +85,8 @@ def refl(last: float = 0.25, ascent: Ascent = _PLAIN) -> Recipe:
     Its hinge is ``ascent.ceiling``.
 
     Args:
-        last: The fraction of last steps, one of which is drawn for each sample.
-        ascent: How samples are moved, and what holds the policy back.
+        last: The fraction of the steps, at the end, of which one is drawn for each sample.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(OneStepEstimate(), LastSteps(last), ascent)
 
@@ -101,9 +101,9 @@ def flow_bp(
 
     Args:
         active: The number of steps that carry a gradient.
-        late_bias: How much more often late steps are drawn.
-        rescale: By how much the active steps stand for the others.
-        ascent: How samples are moved, and what holds the policy back.
+        late_bias: How strongly late steps are preferred in the draw; 0 draws uniformly.
+        rescale: How far the active steps are scaled up to stand in for the others: 1 fully, 0 not at all.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(SparseSteps(active, late_bias, rescale), LastSteps(least=active), ascent)
 
@@ -115,12 +115,12 @@ def drtune(
 ) -> Recipe:
     """DRTune (arXiv 2405.00760): equally spaced steps with detached inputs, up to a step drawn from the last ones.
 
-    What the last of them implies as the clean latent is what is scored.
+    The clean latent that the last of them implies is scored.
 
     Args:
         active: The number of steps that carry a gradient.
-        early_stop: The fraction of last steps, one of which is drawn as the end.
-        ascent: How samples are moved, and what holds the policy back.
+        early_stop: The fraction of the steps, at the end, of which one is drawn as the last.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     tail = SparseSteps(active, rescale=0.0, even=True, early_stop=early_stop)
     return pathwise(tail, LastSteps(least=active), ascent)
@@ -133,16 +133,16 @@ def direct_align(
     inversion: float = 0.0,
     ascent: Ascent = _PLAIN,
 ) -> Recipe:
-    """Direct-Align, the idea of SRPO (arXiv 2509.06942): one move from any level, with noise that is known.
+    """Direct-Align, the idea of SRPO (arXiv 2509.06942): one move from any level, with known noise.
 
     Its text-relative reward is ``rewards.combine.TextRelativeReward``.
 
     Args:
         low: The lowest level from which a sample moves, as a fraction of the path's range.
         high: The highest level.
-        gap: The move, in levels.
+        gap: The size of the move, in levels.
         inversion: The fraction of samples that move up, away from the rewards' gradient.
-        ascent: How samples are moved, and what holds the policy back.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(DirectAlign(low, high, gap, inversion), NoSteps(), ascent)
 
@@ -156,8 +156,8 @@ def instruct_video(
 
     Args:
         strength: The level to which a sample is noised, sigma / (alpha + sigma).
-        moves: The number of steps of the whole grid, of which those below ``strength`` are made.
-        ascent: How samples are moved, and what holds the policy back.
+        moves: The number of steps of the whole grid, of which only those below ``strength`` run.
+        ascent: How samples follow the rewards' gradients, and what keeps the policy near the reference.
     """
     return pathwise(PartialChain(strength, 1, moves), NoSteps(), ascent)
 
@@ -166,10 +166,10 @@ def noise_hypernetwork(ascent: Ascent = _NEAR_NOISE) -> Recipe:
     """Noise hypernetworks (arXiv 2508.09968): the adapter shifts the initial noise, and the base model samples from it.
 
     The loss is minus the rewards plus ``ascent.anchor`` times the mean square of the shift; 0.5 is the paper's. The
-    shift is the network's own prediction with the adapter less that without it, at the first level, in place of a
-    network beside it. It is for models of one or a few steps: the gradient goes through all of them.
+    shift is the network's own prediction with the adapter minus that without it, at the first level, so no separate
+    network is needed. It is for models of one or a few steps, as the gradient goes through all of them.
 
     Args:
-        ascent: How samples are moved, and what holds the shift back.
+        ascent: How samples follow the rewards' gradients, and what keeps the shift small.
     """
     return replace(pathwise(ShiftedNoise(), NoSteps(), ascent), shifts_noise=True)

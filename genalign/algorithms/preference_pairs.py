@@ -1,6 +1,6 @@
 """Positive and negative demonstrations from on-policy samples (DRAGON, arXiv 2504.15217).
 
-A reward of single samples compares two samples of a prompt. A reward of whole sets does not: there, two sets of samples
+A reward of single samples compares two samples of a prompt. A reward of whole sets cannot: there, two sets of samples
 with the same prompts swap members as long as a swap improves one of them.
 """
 
@@ -42,7 +42,7 @@ class PreferencePairs:
 def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: int = 1) -> PreferencePairs:
     """Pair the best with the worst sample of every prompt, the second best with the second worst, and so on.
 
-    NaN scores are left out, so that there may be no pair. Among equal scores the first counts.
+    NaN scores are left out, so there may be no pair. Ties go to the first sample.
 
     Args:
         scores: Scores (B,).
@@ -83,14 +83,14 @@ def paired_halves(group: Tensor) -> tuple[Tensor, Tensor]:
 def greedy_swap(
     first: Tensor, second: Tensor, set_reward: SetReward, criterion: Criterion = "plus", seed: int = 0
 ) -> Tensor:
-    """Divide n pairs of samples into a set D+ of high and a set D- of low ``set_reward``.
+    """Divide n pairs of samples into a set D+ with a high ``set_reward`` and a set D- with a low one.
 
     Start with the better of the two sets as D+, visit the pairs once, in random order, and swap the two samples of a
     pair where that raises the reward of D+ ("plus") or its lead over D- ("gap"), but not at a tie. Both sets keep one
-    sample of every pair. The available account of DRAGON does not state its criterion; this greedy rule gives the order
-    of its Table 5.
+    sample of every pair. DRAGON's paper does not state its criterion; this greedy rule reproduces the order of its
+    Table 5.
 
-    This scores n whole sets, or 2 n with "gap".
+    It scores n whole sets, or 2 n with "gap".
 
     Args:
         first: Features (n, d) of one sample of every pair.
@@ -100,7 +100,7 @@ def greedy_swap(
         seed: The seed of the order of the visits.
 
     Returns:
-        Whether the sample in D+ is the second of its pair, (n,) bool.
+        Whether D+ contains the second sample of each pair, (n,) bool.
 
     Raises:
         ValueError: There are fewer than 2 pairs, or the reward of one of the two sets is not finite.

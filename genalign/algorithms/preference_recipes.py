@@ -1,6 +1,6 @@
-"""Recipes that learn from final samples and their scores alone: regression, preferences, rankings and groups.
+"""Recipes that learn only from final samples and their scores: regression, preferences, rankings and groups.
 
-They sample by the ODE, and need nothing of the sampler. The module ``recipes`` has the other matching methods, such as
+They sample with the ODE, and store none of its steps. The module ``recipes`` has the other matching methods, such as
 ``dragon`` and ``nft``.
 """
 
@@ -19,7 +19,7 @@ from genalign.algorithms.credit import (
     Thresholded,
 )
 from genalign.algorithms.group_losses import (
-    CentredRewardLoss,
+    CenteredRewardLoss,
     GroupPreferenceLoss,
     RankedPreferenceLoss,
     ReferencePreferenceLoss,
@@ -44,7 +44,7 @@ def sft(count: int = 1, draws: int = 2, anchor: float = 0.0) -> Recipe:
 def rwr(temperature: float = 1.0, draws: int = 2, anchor: float = 0.0) -> Recipe:
     """Flow-RWR (arXiv 2501.13918): reward-weighted regression, with weights exp(reward / temperature) in the group.
 
-    The paper normalizes the weights so; a public code takes the reward itself, which may be negative.
+    The paper normalizes the weights this way; a public implementation uses the reward itself, which may be negative.
 
     Args:
         temperature: In units of the reward.
@@ -70,7 +70,7 @@ def dpo(
         draws: The number of noise levels per sample and update.
         tolerance: The largest reward difference at which a pair counts as tied and is left out.
         pairs: The number of pairs per prompt: the best and the worst, the second best and the second worst, ...
-        sft: The weight of the winner's error, which keeps the policy near what won (arXiv 2405.16436).
+        sft: The weight of the winner's error, which keeps the policy near the winners (arXiv 2405.16436).
         anchor: The weight of the distance from the reference policy.
         low: The lowest noise level, as a fraction of the path's range.
     """
@@ -79,10 +79,10 @@ def dpo(
 
 
 def kto(threshold: float, beta: float = 100.0, draws: int = 2, anchor: float = 0.0) -> Recipe:
-    """Diffusion-KTO (arXiv 2404.04465): samples of a score of at least ``threshold`` against the others, without pairs.
+    """Diffusion-KTO (arXiv 2404.04465): samples that score at least ``threshold`` against the others, without pairs.
 
     Args:
-        threshold: The least weighted sum of the rewards of a desirable sample.
+        threshold: The lowest weighted sum of the rewards of a desirable sample.
         beta: The strength.
         draws: The number of noise levels per sample and update.
         anchor: The weight of the distance from the reference policy.
@@ -95,11 +95,11 @@ def gdro(
 ) -> Recipe:
     """GDRO (arXiv 2601.02036): a likelihood of the ranking of all samples of a prompt.
 
-    Rewards should vary by about 1: put them into ``rewards.combine.Standardized`` otherwise.
+    Rewards should vary by about 1: otherwise wrap them in ``rewards.combine.Standardized``.
 
     Args:
-        beta: The strength; of another convention than the published values, and to be tuned.
-        temperature: In units of the reward: how much more the best of the samples left counts than the others.
+        beta: The strength; its convention differs from the published values, so tune it.
+        temperature: In units of the reward: the lower it is, the more the best of the remaining samples counts.
         sft: The weight of the error of the best sample, without which the policy collapses.
         draws: The number of noise levels per sample and update.
         anchor: The weight of the distance from the reference policy.
@@ -112,8 +112,8 @@ def gdro(
 def dp2o_sr(count: int = 4, beta: float = 100.0, draws: int = 2, anchor: float = 0.0) -> Recipe:
     """DP2O-SR's weighted pairs (arXiv 2510.18851): each of the best samples of a prompt against each of the worst.
 
-    Pairs count by their lead, and prompts by the spread of their samples. The conditioning on an image that the paper
-    trains is that of its pipeline, and not part of the method.
+    Pairs are weighted by their lead, and prompts by the spread of their scores. The paper's conditioning on an image
+    belongs to its pipeline and not to the method.
 
     Args:
         count: The number of best, and of worst, samples of a prompt.
@@ -130,8 +130,8 @@ def rpo(
 ) -> Recipe:
     """RPO (arXiv 2407.12164): subject-driven tuning on pairs of a reference image and a generated one.
 
-    Which of the two is preferred is drawn anew in every round, by their reward. Its regularizer is to stop early, by
-    the similarity to the references on held-out prompts: the best weights of a run are kept so.
+    Each round draws which of the two is preferred, by their rewards. The method is regularized by early stopping on the
+    similarity to the references on held-out prompts, by which the best weights of a run are kept.
 
     Args:
         reference: The name of the score that is 1 for reference images, of weight 0; as ``genalign collect`` names it.
@@ -150,24 +150,24 @@ def crd(
     anchor: float = 0.1,
     anchor_guidance: float = 1.0,
     temperature: float | None = None,
-    centred: bool = True,
+    centered: bool = True,
 ) -> Recipe:
-    """Centred reward distillation (CRD, arXiv 2603.14128): gains regress on advantages, both less their group's mean.
+    """Centered reward distillation (CRD, arXiv 2603.14128): regresses gains on advantages, both centered in the group.
 
-    The gains are over a copy of the weights that trails by a quarter and more; from round 75 on the sampling weights
-    lag, too. The anchor to the (guided) reference policy is weaker for samples of low reward.
+    The gains are over a copy of the weights that keeps a quarter or more of its old value each round; from round 75 on
+    the sampling weights lag, too. The anchor to the (guided) reference policy is weaker for samples of low reward.
 
     Args:
         beta: The scale of the gains.
         draws: The number of noise levels per sample and update.
         anchor: The weight of the distance from the reference policy.
-        anchor_guidance: The guidance scale of that policy; the published one is 4.5, the model's own.
-        temperature: With one, centres are weighted towards good and towards bad samples; None is the plain mean.
-        centred: Whether gains lose their group's mean; without that it is a plain regression, the method's ablation.
+        anchor_guidance: The guidance scale of that policy; 4.5, the default of the model, is published.
+        temperature: If set, the centers are weighted towards good and towards bad samples; None takes the plain mean.
+        centered: Whether gains are centered in the group; without it, a plain regression, which is the ablation.
     """
     least = min(1.0, 1e-4 / anchor) if anchor else None
     objective = MatchingObjective(
-        CentredRewardLoss(beta, temperature, centred),
+        CenteredRewardLoss(beta, temperature, centered),
         draws,
         anchor=anchor,
         old="memory",
@@ -179,7 +179,7 @@ def crd(
 
 
 def dgpo(beta: float = 100.0, clip_range: float = 1e-2, draws: int = 2, anchor: float = 0.02) -> Recipe:
-    """DGPO (arXiv 2510.08425): errors weighted by advantages, and by how little the group is ranked yet.
+    """DGPO (arXiv 2510.08425): errors weighted by advantages, and by how poorly the group is ranked so far.
 
     Args:
         beta: The strength.

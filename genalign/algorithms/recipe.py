@@ -1,4 +1,4 @@
-"""What a recipe is: a kernel, a step schedule, a credit and an objective, and what may change during training."""
+"""Recipes: a kernel, a step schedule, a credit and an objective, and what may change during training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from genalign.types import FeatureFunction, Grid, Path, Pipeline
 
 @dataclass(frozen=True)
 class Lag:
-    """Exponential averaging of weights: after round i they keep a fraction min(first + slope (i - start), limit).
+    """An exponential moving average of weights, whose decay after round i is min(first + slope (i - start), limit).
 
     Args:
-        slope: Growth of the retained fraction per round.
-        limit: Largest retained fraction.
-        start: The round from which on anything is retained; before, the weights follow without a lag.
-        first: The fraction that is retained after that round.
+        slope: The growth of the decay per round.
+        limit: The largest decay.
+        start: The first round with a decay; until then the average equals the trained weights.
+        first: The decay after that round.
     """
 
     slope: float = 0.001
@@ -32,7 +32,7 @@ class Lag:
     first: float = 0.0
 
     def decay(self, round_index: int) -> float:
-        """Return the fraction of the old weights that is kept after a round."""
+        """Return the decay after a round: the fraction of the old weights that is kept."""
         if round_index < self.start:
             return 0.0
         return min(self.first + self.slope * (round_index - self.start), self.limit)
@@ -40,15 +40,15 @@ class Lag:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """Noise levels that move as the policy does: DenseGRPO's calibration (arXiv 2601.20218, algorithm 1) in training.
+    """Recalibration of the noise levels during training (DenseGRPO's calibration, arXiv 2601.20218, algorithm 1).
 
-    After every ``every``-th round the levels move by the gains of that round's samples, which the credit per step has
-    scored already, see ``genalign.training.noise_calibration.moved_levels``. The paper calibrates; when to do so again
-    is our choice.
+    After every ``every``-th round the levels move according to the gains of that round's samples, which the credit per
+    step has already scored, see ``genalign.training.noise_calibration.moved_levels``. The paper calibrates before
+    training; the schedule is our choice.
 
     Args:
-        every: Number of rounds between two moves.
-        step: Move of a level, as a fraction of its first value.
+        every: The number of rounds between two recalibrations.
+        step: The change of a level, as a fraction of its initial value.
     """
 
     every: int = 1
@@ -56,21 +56,21 @@ class Recalibration:
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 < self.step < 1:
-            raise ValueError(f"a recalibration needs every of 1 or more and a step in (0, 1), not {self}")
+            raise ValueError(f"a recalibration needs every of at least 1 and a step in (0, 1), not {self}")
 
 
 @dataclass(frozen=True)
 class ElasticReset:
-    """Elastic Reset (arXiv 2312.07551): the policy returns to an average of its weights, and the average to the start.
+    """Elastic Reset (arXiv 2312.07551): the policy is reset to an average of its weights, and the average to the start.
 
-    Every ``every`` rounds the weights become an exponential moving average of themselves, apart from the one that is
-    evaluated and saved, and the average starts again from the first weights. The optimizer's moments stay, as in the
-    published code. That resets once in about 1.3 time constants of an average with decay 0.995; the defaults have the
+    Every ``every`` rounds the weights are set to an exponential moving average of themselves (not the one that is
+    evaluated and saved), and that average is set to the initial weights. The optimizer's moments are kept, as in the
+    published code, which resets about every 1.3 time constants of an average with decay 0.995; the defaults have the
     same ratio for runs of about a hundred updates, which is our choice.
 
     Args:
-        every: Number of rounds between two resets.
-        decay: Decay of the average, per optimizer step.
+        every: The number of rounds between two resets.
+        decay: The decay of the average, per optimizer step.
     """
 
     every: int = 15
@@ -78,7 +78,7 @@ class ElasticReset:
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.decay < 1:
-            raise ValueError(f"an elastic reset needs every of 1 or more and a decay in [0, 1), not {self}")
+            raise ValueError(f"an elastic reset needs every of at least 1 and a decay in [0, 1), not {self}")
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,14 @@ class Recipe:
         completion: How stored states are completed to clean samples and scored, for credit per step; None for no
             scores per step.
         features: The feature function of the samples, for credit from set rewards; None for no features.
-        lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
-        memory: The lag of one more copy of the weights, which does not sample: a loss compares with it, or an anchor
-            holds the policy near it. None keeps none.
-        recalibration: When the kernel's noise levels move during training; None leaves the kernel as it is.
-        reset: When the weights return to their average; None never resets them.
+        lag: The averaging of the sampling weights; None samples with the trained weights.
+        memory: The averaging of another copy of the weights, which does not sample: a loss compares with it, or an
+            anchor keeps the policy near it. None for no copy.
+        recalibration: When the kernel's noise levels are recalibrated; None never changes them.
+        reset: When the weights are reset to their average; None never resets them.
         balance: How rewards are weighted by their gradients; None weighs them as the credit does.
-        redraw: What is drawn in place of groups without spread; None trains a round as it was drawn.
-        companion: Makes what learns beside the policy, from the model, the policy and the seed of its first weights;
-            None for nothing.
+        redraw: What is drawn in place of zero-variance groups; None trains a round as it was drawn.
+        companion: Builds a network that learns beside the policy, from the model, the policy and a seed; None for none.
         shifts_noise: Whether the adapter shifts the initial noise, and is off in all later steps (noise hypernetworks).
     """
 
@@ -132,8 +131,8 @@ class Recipe:
             )
         if self.redraw and not self.redraw.whole_groups and self.objective.unit != "sample":
             raise ValueError(
-                f"the loss of this recipe ties a whole {self.objective.unit} together, which unequal groups do not"
-                " allow: choose with_further_prompts, or a recipe such as flow_grpo"
+                f"the loss of this recipe couples all samples of a {self.objective.unit}, which unequal groups do not"
+                " allow: choose with_dynamic_sampling, or a recipe such as flow_grpo"
             )
 
     def kernel_on(self, path: Path) -> Kernel:

@@ -1,9 +1,9 @@
 """Recipes: named training methods, each a short composition of a kernel, a step schedule, a credit and an objective.
 
 First come the recipes of the trajectory family, which learn from stored sampling steps, then those of the matching
-family, which learn from final samples that any sampler may have drawn. To read Flow-GRPO down to its formula, follow
-``flow_grpo`` in this module, ``PolicyGradient`` in ``trajectory``, ``clipped_surrogate`` in ``losses`` and ``FlowSDE``
-in ``diffusion.transitions``.
+family, which learn from final samples of any sampler. To read Flow-GRPO down to its formula, follow ``flow_grpo`` in
+this module, ``PolicyGradient`` in ``trajectory``, ``clipped_surrogate`` in ``losses`` and ``FlowSDE`` in
+``diffusion.transitions``.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def dense_grpo(
 ) -> Recipe:
     """DenseGRPO (arXiv 2601.20218, section 4): Flow-GRPO with an advantage for each step.
 
-    The gain of a step is the reward of the ODE's sample from the latent after the step minus the reward of its sample
-    from the latent before. Use it where the reward is cheap compared with the network, and one score per trajectory
-    learns slowly. The paper's calibrated noise is the kernel ``genalign.training.noise_calibration.calibrated``.
+    The gain of a step is the reward of the ODE completion of the latent after the step minus that of the latent before.
+    Use it where the reward is cheap compared with the network, and one score per trajectory learns too slowly. The
+    paper's calibrated noise is the kernel ``genalign.training.noise_calibration.calibrated``.
 
     Args:
         kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
@@ -114,9 +114,9 @@ def ngrpo(
 ) -> Recipe:
     """NGRPO (arXiv 2509.18851): Flow-GRPO that also learns from groups whose samples all failed.
 
-    Each group has one more, virtual sample of the best possible score, and ratios are clipped to
-    [1 - 0.8 clip_range, 1 + 1.2 clip_range]. Use it with rewards of few levels, under which many groups have equal
-    scores. All samples of a failed group are pushed away from, so watch the variety of samples, or set ``kl``.
+    Each group has an additional virtual sample with the best possible score, and ratios are clipped to
+    [1 - 0.8 clip_range, 1 + 1.2 clip_range]. Use it with rewards that have few levels, for which many groups have equal
+    scores. All samples of a failed group are pushed away, so watch the diversity of samples, or set ``kl``.
 
     Args:
         kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
@@ -141,10 +141,11 @@ def vgpo(
     anchor: float = 0.0,
     reduction: Reduction = "sum",
 ) -> Recipe:
-    """VGPO (arXiv 2512.12387, eq. 10-13, in our form): advantages from the values of steps, by one-step completions.
+    """VGPO (arXiv 2512.12387, eq. 10-13): advantages from the values of steps, by one-step completions.
 
-    The value of a step is the discounted sum of the rewards of what follows it. Use it with rewards of 0 or more that
-    read blurry samples well; it costs no NFE beyond Flow-GRPO's.
+    This is our reimplementation without access to the paper: the weighting, discount and anchor may differ. The value
+    of a step is the discounted sum of the rewards that follow it. Use it with non-negative rewards that score blurry
+    samples well; it needs no NFE beyond Flow-GRPO's.
 
     Args:
         kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
@@ -153,7 +154,7 @@ def vgpo(
         clip_range: The clip range of the ratio of new to old density.
         kl: The weight of the distance from the reference policy.
         discount: The discount of later rewards, see ``step_credit.ValueAnchored``.
-        anchor: The weight of the absolute term, off by default: it has no expected gradient, as ``ValueAnchored`` says.
+        anchor: The weight of the absolute term, off by default: it has no expected gradient, see ``ValueAnchored``.
         reduction: "sum" for the discounted sum, "min" for the lowest of the rewards that follow.
     """
     base = flow_grpo(kernel, window, window_reach, clip_range, kl)
@@ -172,8 +173,9 @@ def turning_point(
 ) -> Recipe:
     """TurningPoint-GRPO (arXiv 2602.06422), as its launch script runs it: DenseGRPO that credits turning points.
 
-    A step after which the reward turns to where it ends is credited with the gain of the rest of the trajectory, all
-    others with their own gain. Use it where a step's worth shows later than in the next completion.
+    A step at which the reward's trend switches to its final direction is credited with the gain of the rest of the
+    trajectory, all others with their own gain. Use it where the effect of a step shows later than in the next
+    completion.
 
     Args:
         kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
@@ -184,7 +186,7 @@ def turning_point(
         completion_steps: ODE steps from each latent to its sample; None takes all remaining steps of the grid.
         floor: The lower bound of the standard deviation of a step's gains (not in the paper), see
             ``advantages.stepwise_advantages``.
-        balanced: Whether as many turning points of samples that gained as of samples that lost count, see
+        balanced: Whether equally many turning points of samples that gained and of samples that lost count, see
             ``step_credit.turning_gains``.
     """
     base = dense_grpo(kernel, window, window_reach, clip_range, kl, completion_steps, floor)
@@ -201,8 +203,8 @@ def flow_dppo(
 ) -> Recipe:
     """Flow-DPPO (arXiv 2606.11025): Flow-GRPO with a trust region in KL in place of the clip range.
 
-    A transition further than the limit from the sampling policy is left out where its gradient would move it further
-    away. Use it with several updates a round (``training.updates_per_round`` or ``training.epochs``): in the first
+    A transition further than the limit from the sampling policy is left out where its gradient would push it further
+    away. Use it with several updates per round (``training.updates_per_round`` or ``training.epochs``): in the first
     update nothing has moved yet. The metric ``clip_fraction`` is the fraction of transitions beyond the limit.
 
     Args:
@@ -249,14 +251,14 @@ def mix_grpo(
 ) -> Recipe:
     """MixGRPO (arXiv 2507.21802, section 3.3): Flow-GRPO with a window that slides from the first steps to the last.
 
-    Use it to train few steps per round, and the early steps, which decide the composition, first.
+    Use it to train few steps per round, starting with the early steps, which decide the composition.
 
     Args:
         kernel: The stochastic sampler within the window; None takes that of the model's path, see ``Recipe``.
         window: The number of consecutive steps to train per round.
         rounds_each: The number of rounds at each position of the window.
         stride: The number of steps between two positions.
-        pace: How long the window stays: "progressive", "decay" or "exp_decay", as ``SlidingWindow`` says.
+        pace: How long the window stays: "progressive", "decay" or "exp_decay", see ``SlidingWindow``.
         clip_range: The clip range of the ratio of new to old density.
     """
     return replace(flow_grpo(kernel, clip_range=clip_range), schedule=SlidingWindow(window, rounds_each, stride, pace))
@@ -272,20 +274,20 @@ def tempflow_grpo(
 
     The weights (section 4.2, eq. 8) are a step's noise over the mean of all trainable steps: late steps, which change
     little, count less. Without ``branching`` every step is trained, with DenseGRPO's advantages. With it (section 4.1)
-    the samples of a group share an ODE trajectory up to the one step of the round, drawn anew each round, where each
-    draws its own noise; the ODE completes them, and the reward of the sample is the credit of that step. Then a round's
-    weight scales its whole update, which a learning rate of "auto" undoes: set ``training.learning_rate`` to a number.
+    each round draws one step: the samples of a group share an ODE trajectory up to it, where each draws its own noise;
+    the ODE completes them, and the reward of the sample is the credit of that step. Then a round's weight scales its
+    whole update, which a learning rate of "auto" undoes: set ``training.learning_rate`` to a number.
 
     Args:
         kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
         clip_range: The clip range of the ratio of new to old density.
-        completion_steps: The number of steps by which a stored state is completed to a sample; None takes all that are
-            left, as branches always do.
-        branching: Whether to branch at one step a round instead of completing a state for every step.
+        completion_steps: The number of steps by which a stored state is completed to a sample; None takes all remaining
+            ones, as branches always do.
+        branching: Whether to branch at one step per round instead of completing a state for every step.
     """
     if branching and completion_steps is not None:
         raise ValueError(
-            "recipe.completion_steps is for stored states, of which branching completes none: leave it out"
+            "recipe.completion_steps has no effect with branching, which completes no stored states: leave it out"
         )
     base = (
         flow_grpo(kernel, window=1, window_reach=1.0, clip_range=clip_range)
@@ -296,7 +298,7 @@ def tempflow_grpo(
 
 
 def ddpo(eta: float = 1.0, clip_range: float = 1e-4, window: int | None = None, window_reach: float = 0.5) -> Recipe:
-    """DDPO (arXiv 2305.13301, section 4.3): the clipped surrogate on DDIM steps, with its own noise for each sample.
+    """DDPO (arXiv 2305.13301, section 4.3): the clipped surrogate on DDIM steps, with separate noise for each sample.
 
     For diffusion models such as SD 1.5 and SDXL: it works with any path and prediction type.
 
@@ -318,7 +320,7 @@ def adv_grpo(
 ) -> Recipe:
     """Adv-GRPO (arXiv 2511.20256): Flow-GRPO of the generator, on two CPS steps per round.
 
-    Use it with a discriminator from ``rewards.adversarial`` as the reward, which is trained after every round.
+    Use it with a discriminator from ``rewards.adversarial`` as a reward, which is trained after every round.
 
     Args:
         kernel: The stochastic sampler within the window.
@@ -385,8 +387,8 @@ def dragon(
         anchor: The weight of the distance from the reference policy.
         low: The lowest noise level, as a fraction of the path's range. High levels decide the content of a sample.
         link: The function of the gains that the loss "dpo" compares, for example
-            ``genalign.algorithms.matching_losses.ChiSquaredLink`` of chi-PO or ``AlphaLink`` of AlphaPO beside it; None
-            compares the gains themselves.
+            ``genalign.algorithms.matching_losses.ChiSquaredLink`` of chi-PO, or ``AlphaLink`` of AlphaPO; None compares
+            the gains themselves.
     """
     if link is not None and loss != "dpo":
         raise ValueError(f'recipe.link belongs to the loss "dpo", not to {loss!r}: leave one of them out')
@@ -448,14 +450,14 @@ def nft(
 def awm(draws: int = 2, anchor: float = 1e-3, std: Std = "global", trail: float = 0.0) -> Recipe:
     """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss weighted by advantages.
 
-    Use it as the simplest policy gradient without densities. The ratio is to the weights that sampled the round, as in
+    Use it as the simplest likelihood-free policy gradient. The ratio is to the weights that sampled the round, as in
     the paper's on-policy mode.
 
     Args:
         draws: The number of noise levels per sample and update.
         anchor: The weight of the distance from the reference policy.
         std: Whether advantages are divided by the "group" or the "global" standard deviation.
-        trail: The weight of the paper's second anchor, the distance from an average of the weights; 0 keeps none.
+        trail: The weight of the paper's second anchor, the distance from an average of the weights; 0 for none.
     """
     objective = MatchingObjective(AWMLoss(), draws, anchor=anchor, old="sampling", trail=trail)
     recipe = matching(GroupRelative(std), objective, Lag(slope=0.0))  # the weights that the round began with

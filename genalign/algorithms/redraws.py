@@ -1,4 +1,4 @@
-"""Rules that draw other samples in place of groups without spread, which give no gradient.
+"""Rules that draw other samples in place of zero-variance groups, which give no gradient.
 
 B samples of a round, P prompts. A round keeps its size: each further sample takes the place of one that is dropped.
 """
@@ -27,7 +27,7 @@ class Redraw:
 
     Attributes:
         prompts: The prompts of the round so far, and then any further ones.
-        members: For each of the round's B samples the one that takes its place; None where it stays.
+        members: For each of the round's B samples the one that replaces it; None keeps it.
     """
 
     prompts: tuple[Prompt, ...]
@@ -35,20 +35,20 @@ class Redraw:
 
     @property
     def rows(self) -> Tensor:
-        """Mask (B,) bool of the samples that are drawn."""
+        """Mask (B,) bool of the samples that are replaced."""
         return torch.tensor([member is not None for member in self.members])
 
     def group(self, group: Tensor) -> Tensor:
-        """Return the prompt index (B,) of each sample after the redraw, from that before it."""
+        """Return the prompt index (B,) of each sample after the redraw, from the index before it."""
         drawn = torch.tensor([-1 if member is None else member[0] for member in self.members])
         return torch.where(drawn < 0, group, drawn)
 
 
 class RedrawRule(Protocol):
-    """A rule for what to draw after a round was scored; it is asked again until it returns None.
+    """A rule for what to draw after a round was scored; it is called again until it returns None.
 
-    ``whole_groups`` says that the samples of a group stay as many, one after the other. ``extra`` is the largest number
-    of further samples, as a multiple of the round's.
+    ``whole_groups`` says that groups keep their size and order. ``extra`` is the largest number of further samples, as
+    a multiple of the round's size.
     """
 
     @property
@@ -71,11 +71,11 @@ class RedrawRule(Protocol):
 
 
 @dataclass(frozen=True)
-class FurtherPrompts:
-    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): further prompts in place of groups without spread.
+class DynamicSampling:
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): further prompts in place of zero-variance groups.
 
-    The published rule samples until a batch is full. Here a round draws at most ``extra`` times its samples again;
-    groups without spread that are left by then stay, and give no gradient.
+    The published rule samples until a batch is full. Here a round draws at most ``extra`` times its size again;
+    zero-variance groups that remain then are kept, and give no gradient.
     """
 
     whole_groups: ClassVar[bool] = True
@@ -89,23 +89,23 @@ class FurtherPrompts:
     ) -> Redraw | None:
         keys, std = group_spread(scores.combined, scores.group)
         size = len(scores.group) // len(keys)
-        silent = keys[std == 0].tolist()[: min(len(further), limit // size)]
-        if not silent:
+        zero_variance = keys[std == 0].tolist()[: min(len(further), limit // size)]
+        if not zero_variance:
             return None
-        place = {group: len(prompts) + number for number, group in enumerate(silent)}
+        place = {group: len(prompts) + number for number, group in enumerate(zero_variance)}
         members = [
             (place[group], row % size) if group in place else None for row, group in enumerate(scores.group.tolist())
         ]
-        return Redraw((*prompts, *further[: len(silent)]), tuple(members))
+        return Redraw((*prompts, *further[: len(zero_variance)]), tuple(members))
 
 
 @dataclass(frozen=True)
-class MoreSamples:
-    """Further samples of groups with spread in place of groups without, after the idea of Knapsack RL.
+class AdaptiveGroupSize:
+    """More samples of groups whose scores vary, in place of zero-variance groups, after the idea of Knapsack RL.
 
-    That paper divides a budget of samples among prompts by their success rates in earlier rounds. Here a round divides
-    the places of its own groups without spread, by Neyman's allocation (``allocation``), which needs no rates and takes
-    scores of any scale. Groups become unequal, so that the loss must not tie their samples together.
+    That paper divides a budget of samples among prompts by their success rates in earlier rounds. Here the places of
+    the round's own zero-variance groups are divided by Neyman's allocation (``allocation``), which needs no rates and
+    takes scores of any scale. Groups become unequal, so the loss must not couple their samples.
     """
 
     whole_groups: ClassVar[bool] = False
@@ -136,7 +136,7 @@ class MoreSamples:
 def allocation(std: Tensor, counts: Tensor, extra: int) -> Tensor:
     """Divide ``extra`` samples among groups so that the sum of std^2 / count is least (Neyman, 1934), (P,) long.
 
-    Each goes where it lowers the sum most, by std^2 / (n (n + 1)) for a group of n; of equal groups to the first.
+    Each goes where it lowers the sum most, by std^2 / (n (n + 1)) for a group of n; ties go to the first group.
 
     Args:
         std: The standard deviations (P,) of the groups' scores.
@@ -157,4 +157,4 @@ def allocation(std: Tensor, counts: Tensor, extra: int) -> Tensor:
 
 def _require_extra(extra: float) -> None:
     if not 0 < extra < float("inf"):
-        raise ValueError(f"extra must be positive and finite, a multiple of a round's samples, not {extra}")
+        raise ValueError(f"extra must be a positive, finite multiple of a round's size, not {extra}")

@@ -1,8 +1,7 @@
 """The gradient of rewards at clean latents, through the decoder.
 
-The decoder and the rewards are differentiated one after the other: the rewards at the decoded samples, and then the
-decoder, whose cotangent is brought near 1 by a power of two. The scale is exact, and a float16 decoder, in which small
-gradients would be zeros, gets numbers that it can hold.
+The rewards are differentiated first, at the decoded samples, and then the decoder, whose cotangent is scaled near 1 by
+a power of two. That is exact, and keeps small gradients from underflowing in a float16 decoder.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from genalign.types import Pipeline, Prompt
 
 @dataclass(frozen=True)
 class LatentGradient:
-    """What N clean latents are worth, and where that rises.
+    """The rewards of N clean latents, and their gradient.
 
     Attributes:
         samples: The decoded samples (N, ...).
@@ -45,7 +44,7 @@ def latent_gradient(
     latents: Tensor,
     prompts: Sequence[Prompt],
     ceiling: float | None = None,
-    equalized: bool = False,
+    normalize_gradients: bool = False,
 ) -> LatentGradient:
     """Differentiate the weighted sum of rewards at clean latents.
 
@@ -56,12 +55,12 @@ def latent_gradient(
         rewards: K rewards.
         latents: Clean latents (N, ...), which need no gradient.
         prompts: Their prompts (N).
-        ceiling: The weighted sum from which on a sample has no gradient: that of min(reward, ceiling).
-        equalized: Divide the gradient of each reward at each decoded sample by its length, so that the weights alone
-            say what counts (Reward-Instruct, arXiv 2503.13070).
+        ceiling: The weighted sum above which a sample has no gradient, as for min(reward, ceiling).
+        normalize_gradients: Divide the gradient of each reward at each decoded sample by its length, so only the
+            weights of the rewards set their influence (Reward-Instruct, arXiv 2503.13070).
 
     Raises:
-        ValueError: A reward that counts has no gradient; it is named.
+        ValueError: A reward of non-zero weight has no gradient; the message names it.
     """
     leaf = latents.detach().requires_grad_()
     with torch.enable_grad():
@@ -69,7 +68,7 @@ def latent_gradient(
     samples = decoded.detach()
     finite = rows_are_finite(samples)
     scores, gradient = _at_samples(
-        rewards, torch.where(_rows(finite, samples), samples, 0), prompts, ceiling, equalized
+        rewards, torch.where(_rows(finite, samples), samples, 0), prompts, ceiling, normalize_gradients
     )
     gradient = torch.where(_rows(finite & rows_are_finite(gradient), gradient), gradient, 0)
     largest = gradient.abs().max() if gradient.numel() else gradient.new_zeros(())  # a run that only counts has none
@@ -81,12 +80,16 @@ def latent_gradient(
 
 
 def _rows(rows: Tensor, tensor: Tensor) -> Tensor:
-    """Shape a number of each row (N,) to go with a tensor (N, ...)."""
+    """Reshape one number per row (N,) to broadcast with a tensor (N, ...)."""
     return rows.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def _at_samples(
-    rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt], ceiling: float | None, equalized: bool
+    rewards: Sequence[NamedReward],
+    samples: Tensor,
+    prompts: Sequence[Prompt],
+    ceiling: float | None,
+    normalize_gradients: bool,
 ) -> tuple[Tensor, Tensor]:
     """Score samples as (N, K), and differentiate the weighted sum at them, (N, ...)."""
     leaf = samples.requires_grad_()
@@ -98,7 +101,7 @@ def _at_samples(
             continue
         values = _differentiable_scores(reward, leaf, prompts)
         (gradient,) = torch.autograd.grad(values.sum(), leaf, materialize_grads=True)
-        if equalized:
+        if normalize_gradients:
             length = gradient.flatten(1).norm(dim=1)
             gradient = gradient / _rows(torch.where(length > 0, length, 1), gradient)
         total += reward.weight * gradient
@@ -109,7 +112,7 @@ def _at_samples(
 
 
 def _differentiable_scores(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Score samples (N, ...) that require a gradient, as (N,). Raises ValueError, by name, for a reward without one."""
+    """Score samples (N, ...) that require a gradient, as (N,). Raises ValueError for a reward without one."""
     with torch.enable_grad():
         scores = reward(samples, prompts)
     if not scores.requires_grad:
@@ -121,11 +124,11 @@ def _differentiable_scores(reward: NamedReward, samples: Tensor, prompts: Sequen
 
 
 def require_gradients(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> None:
-    """Call every reward that counts on samples (N, ...), to find one without a gradient before training starts.
+    """Call every reward of non-zero weight on samples (N, ...), to find one without a gradient before training starts.
 
     Raises:
-        ValueError: A reward that counts has no gradient; it is named.
-        RewardError: A reward takes no samples that require a gradient.
+        ValueError: A reward of non-zero weight has no gradient; the message names it.
+        RewardError: A reward does not accept samples that require a gradient.
     """
     for reward in rewards:
         if reward.weight:

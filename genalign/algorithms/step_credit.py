@@ -2,7 +2,7 @@
 
 B counts samples and S stored steps. R_0, ..., R_S are the weighted sums of the rewards of the completions of the states
 before the first stored step, between stored steps, and after the last, which is the final sample. Credit that needs a
-missing score is 0, and changes no other.
+missing score is 0, and does not affect other credit.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class RewardGain:
 class TurningPoint:
     """TurningPoint-GRPO's advantages (B, S): ``turning_gains``, normalized per step in the group (arXiv 2602.06422).
 
-    This is the method as its published launch script runs it; the published configuration file describes another one.
+    This is the method as its published launch script runs it; the published configuration file differs.
 
     Args:
         bonus: The factor of the gain at turning points.
-        balanced: Whether as many turning points of trajectories that gained as of those that lost count, see
+        balanced: Whether equally many turning points of trajectories that gained and of those that lost count, see
             ``turning_gains``.
         floor: The lower bound of the standard deviation of a step's gains, see ``advantages.stepwise_advantages``.
     """
@@ -71,13 +71,13 @@ def turning_gains(scores: Tensor, bonus: float = 1.0, balanced: bool = True) -> 
     """TurningPoint-GRPO's gains of steps: a turning point has the gain of the rest of the trajectory.
 
     The gain of step i is R_{i+1} - R_i, and ``bonus`` (R_S - R_i) at a turning point. Step i > 0 is one if it moves the
-    score the way of R_S - R_0 while step i - 1 moved it the other way, and R_S lies further that way than R_{i+1}; step
-    0 if R_S lies further the way it moved the score. The last step never is. Differences below 1e-5 of the standard
-    deviation of all scores count as 0.
+    score in the direction of R_S - R_0 while step i - 1 moved it in the opposite one, and R_S lies further in that
+    direction than R_{i+1}; step 0 is one if R_S lies further in the direction in which it moved the score. The last
+    step never is. Differences below 1e-5 of the standard deviation of all scores count as 0.
 
-    ``balanced`` selects as many turning points of trajectories that gained as of those that lost, with the largest
-    |R_S - R_0|; the first of equal ones. It keeps all where one kind has none. It ties the samples of a round together,
-    whatever their groups.
+    ``balanced`` selects equally many turning points of trajectories that gained and of those that lost, with the
+    largest |R_S - R_0|; ties go to the first. If there are none of one kind, all are kept. This couples the samples of
+    a round across groups.
 
     Args:
         scores: R_0, ..., R_S, (B, S + 1). A row with a NaN has gains of NaN.
@@ -121,30 +121,30 @@ def _balanced(turning: Tensor, total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ValueAnchored:
-    """VGPO's advantages (B, S), from values of steps instead of gains (arXiv 2512.12387, eq. 10-13, in our form).
+    """VGPO's advantages (B, S), from values of steps instead of gains (arXiv 2512.12387, eq. 10-13).
 
     Let Q_i be the value of stored step i: the discounted sum of the scores R_{i+1}, ..., R_S that follow it. Then
 
         A_i = w_i ((Q_i - mean Q_i) / (std Q_i + 1e-4) + anchor Q_i 1[i < anchored_steps]),   w_i = Q_i / mean_j Q_j
 
-    with mean and std of Q_i over the group, and clipped to +-5. The paper's text was not at hand: which terms w
-    multiplies, and the published discount and anchor, are ours.
+    with mean and std of Q_i over the group, and clipped to +-5. We had no access to the paper: which terms w
+    multiplies, the discount and the anchor are our choices and may differ.
 
-    The anchor is off by default. Its absolute term is to teach where a group has no spread, but there it is a constant
-    c that does not depend on x', and E[c grad log p(x' | x)] = 0: it adds variance and no expected gradient. Set it, to
-    0.1 for example, only to reproduce the paper.
+    The anchor is off by default. Its absolute term is meant to give credit in zero-variance groups, but there it is a
+    constant c that does not depend on x', and E[c grad log p(x' | x)] = 0: it adds variance and no expected gradient.
+    Set it, to 0.1 for example, only to reproduce the paper.
 
     Args:
-        discount: The factor in [0, 1] by which a score counts less for each step that it is further away; 0 takes the
-            score after the step alone.
+        discount: The factor in [0, 1] by which a score counts less for each further step; 0 takes only the score right
+            after the step.
         anchor: The weight of the absolute term, 0 or more.
         anchored_steps: The number of stored steps, from the first, that have the absolute term.
         reduction: "sum" as above; "min" takes the lowest of the scores that follow, after PURE's min-form (arXiv
             2504.15275): a high score on the way is worth nothing if a later one is low. It ignores ``discount``.
 
     Raises:
-        ValueError: An argument is out of its range; or, on the scores of a round, one is negative, of which w could be
-            no share.
+        ValueError: An argument is out of range; or, on the scores of a round, one is negative, for which the share w is
+            undefined.
     """
 
     discount: float = 0.9

@@ -29,7 +29,7 @@ class StepSchedule(Protocol):
 
 @dataclass(frozen=True)
 class NoSteps:
-    """No step: the method learns from final samples alone, and sampling is deterministic."""
+    """No step: the method learns only from final samples, and sampling is deterministic."""
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         return ()
@@ -49,7 +49,7 @@ class LastSteps:
 
     Args:
         size: The number of steps, or the fraction of the grid's in (0, 1), rounded up; None takes all steps.
-        least: The least number of steps that the grid must have.
+        least: The smallest number of steps that the grid must have.
     """
 
     size: int | float | None = None
@@ -57,22 +57,22 @@ class LastSteps:
 
     def __post_init__(self) -> None:
         if self.size is not None and not (0 < self.size < 1 or (self.size >= 1 and self.size == int(self.size))):
-            raise ValueError(f"the last steps are a number of at least 1, or a fraction in (0, 1), not {self.size}")
+            raise ValueError(f"the last steps must be a number of at least 1, or a fraction in (0, 1), not {self.size}")
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         size = total if self.size is None else math.ceil(self.size * total) if self.size < 1 else int(self.size)
         if max(size, self.least) > total:
-            needed = f"trains the last {size} steps" if size > total else f"needs {self.least} active steps"
+            needed = f"trains the last {size} steps" if size > total else f"needs {self.least} active steps or more"
             raise ValueError(f"the recipe {needed}, but there are only {total}: lower its steps, or raise num_steps")
         return tuple(range(total - size, total))
 
 
 @dataclass(frozen=True)
 class RandomLastSteps:
-    """A random number of last steps, drawn once a round: AlignProp's (arXiv 2310.03739).
+    """A random number of last steps, drawn once per round, as in AlignProp (arXiv 2310.03739).
 
-    The fraction of the grid's steps is normal. It is rounded up to a number of steps, as in the published code, and
-    drawn again until that is at least one and not all.
+    The fraction of the grid's steps is normally distributed. It is rounded up to a number of steps, as in the published
+    code, and drawn again until that is at least one and fewer than all.
 
     Args:
         mean: The mean of the fraction.
@@ -84,7 +84,7 @@ class RandomLastSteps:
 
     def __post_init__(self) -> None:
         if not 0 < self.mean < 1 or not 0 < self.std <= 1:
-            raise ValueError(f"mean and std are fractions of the steps in (0, 1), not {self.mean} and {self.std}")
+            raise ValueError(f"mean and std must be fractions of the steps in (0, 1), not {self.mean} and {self.std}")
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         if total < 2:
@@ -109,7 +109,7 @@ class RandomWindow:
         if self.size < 1:
             raise ValueError(f"recipe.window must be at least 1 step, not {self.size}; null trains every step")
         if not 0 < self.reach <= 1:
-            raise ValueError(f"recipe.window_reach is a fraction of the steps in (0, 1], not {self.reach}")
+            raise ValueError(f"recipe.window_reach must be a fraction of the steps in (0, 1], not {self.reach}")
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         limit = max(1, round(self.reach * total))
@@ -132,19 +132,19 @@ class SlidingWindow:
     decay        falls linearly in t from rounds_each to a quarter of it, at step T - 2
     exp_decay    ceil(rounds_each exp(-decay_rate max(0, t - decay_after)))
 
-    At the end of the grid the window starts over, as with the published ``roll_back``; there it first shrinks step by
-    step to nothing, here it stays whole.
+    At the end of the grid the window starts over, as with the published ``roll_back``, where it first shrinks step by
+    step to nothing; here it keeps its size.
 
     Args:
         size: The number of steps.
         rounds_each: The rounds at the first position.
         stride: The number of steps by which the window moves.
         pace: How the number of rounds depends on the position.
-        decay_rate: Of "exp_decay", per step.
-        decay_after: Of "exp_decay", the first step from which the rounds fall.
+        decay_rate: The decay per step, for "exp_decay".
+        decay_after: The first step from which the number of rounds falls, for "exp_decay".
 
     Raises:
-        ValueError: A number is out of its range, or the pace is unknown.
+        ValueError: A number is out of range, or the pace is unknown.
     """
 
     size: int
@@ -157,10 +157,10 @@ class SlidingWindow:
     def __post_init__(self) -> None:
         if min(self.size, self.rounds_each, self.stride) < 1 or self.decay_rate < 0:
             raise ValueError(
-                "a sliding window needs size, rounds_each and stride of at least 1, and decay_rate of at least 0"
+                "a sliding window needs size, rounds_each and stride of at least 1, and a decay_rate of at least 0"
             )
         if self.pace not in get_args(Pace):
-            raise ValueError(f"recipe.pace is one of {', '.join(get_args(Pace))}, not {self.pace!r}")
+            raise ValueError(f"recipe.pace must be one of {', '.join(get_args(Pace))}, not {self.pace!r}")
 
     def rounds_at(self, step: int, total: int) -> int:
         """Return the number of rounds in which the window begins at ``step`` of ``total`` steps."""

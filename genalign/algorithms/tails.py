@@ -2,8 +2,8 @@
 
 T is the number of sampling steps, N that of the samples to train. The moves of a tail are those of the rollout: the
 kernel at stored steps, with the same noise, and that of the sampling settings elsewhere. Where several calls of the
-network carry a gradient, each is made again in the backward pass, so that memory holds the latents of all and the graph
-of one.
+network carry a gradient, each is recomputed in the backward pass, so memory holds the latents of all of them but the
+graph of only one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Mover:
     def predict(self, x: Tensor, level: NoiseLevel, recompute: bool = False) -> Prediction:
         """Call the network for latents (N, ...) at a level, with the run's guidance.
 
-        With ``recompute`` it is called again in the backward pass, and memory holds its input alone until then.
+        With ``recompute`` it is called again in the backward pass, and memory holds only its input until then.
         """
 
         def run(x: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ class Chain:
 
 @dataclass(frozen=True)
 class OneStepEstimate:
-    """The clean latent that one prediction implies, at a stored step that is drawn for each sample (ReFL, 2304.05977).
+    """The clean latent that one prediction implies, at a random stored step of each sample (ReFL, 2304.05977).
 
-    The published code draws one step for a whole batch: the same mean, with more variance.
+    The published code draws one step for a whole batch, which has the same mean but more variance.
     """
 
     def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:
@@ -147,7 +147,7 @@ class OneStepEstimate:
 class RenoisedCopies:
     """The last move, and that move from copies of the sample that are noised again to its level (DRaFT-LV, 2309.17400).
 
-    The mean over the moves has less variance than the last move alone, for no further sampling. The copies start from
+    The mean over the moves has less variance than only the last move, without further sampling. The copies start from
     the path's marginal around the sample and not from the sampler's latents, which is a small bias.
 
     Args:
@@ -177,17 +177,18 @@ class RenoisedCopies:
 class SparseSteps:
     """Some steps of the whole chain, each with detached inputs: no gradient flows from step to step.
 
-    A move is linear in the latents and the prediction, x' = p x + q prediction, so that a prediction at step i enters
-    the sample with the weight q_i times the product of the later p. The endpoint equals the sample, and the cost is
-    that of the active steps (FlowBP-sparse, arXiv 2606.11075; DRTune). Every step must be stored.
+    A move is linear in the latents and the prediction, x' = p x + q prediction, so a prediction at step i enters
+    the sample with the weight q_i times the product of the later p. The endpoint equals the sample, and only the active
+    steps are computed again (FlowBP-sparse, arXiv 2606.11075; DRTune). Every step must be stored.
 
     Args:
-        active: The number of steps that carry a gradient, drawn for each batch; at most as many as there are.
+        active: The number of steps that carry a gradient, drawn for each batch; at most all.
         late_bias: Steps are drawn with weights (i + 1) ** late_bias, without replacement.
-        rescale: By how much the active steps stand for the others: 1 restores the sum of all weights, 0 leaves theirs.
-        even: Equally spaced steps in place of drawn ones, as DRTune's.
-        early_stop: The fraction of last steps, one of which is drawn as the end: the clean latent that its prediction
-            implies is the endpoint. 0 takes the sample itself.
+        rescale: How far the active steps are scaled up to stand in for the others: 1 restores the sum of all weights, 0
+            keeps their own.
+        even: Whether steps are equally spaced, as in DRTune, instead of drawn.
+        early_stop: The fraction of the steps, at the end, of which one is drawn as the last: the clean latent that its
+            prediction implies is the endpoint. 0 takes the sample itself.
     """
 
     active: int = 4
@@ -254,7 +255,7 @@ class SparseSteps:
 class RenoisedEstimate:
     """The clean latent that one prediction implies, from the sample noised to a random level.
 
-    It is what a few-step student makes in one step. No stored state is needed, so that samples on disk serve, too.
+    It is what a few-step student makes in one step. No stored state is needed, so samples on disk work, too.
 
     Args:
         low: The lowest level, as a fraction of the path's range.
@@ -276,17 +277,17 @@ class RenoisedEstimate:
 
 @dataclass(frozen=True)
 class DirectAlign:
-    """One move of the sample noised by noise that is known, and then the clean latent that it implies.
+    """One move of the sample after adding known noise, and then the clean latent that it implies.
 
-    It is the idea of Direct-Align (SRPO, arXiv 2509.06942): since the noise is known, a prediction without error gives
-    back the sample from any level, so that early levels can be trained. Levels are fractions of the path's range, and
-    the noise is the one that the sample began with.
+    It is the idea of Direct-Align (SRPO, arXiv 2509.06942): since the noise is known, an exact prediction recovers the
+    sample from any level, so early levels can be trained. Levels are fractions of the path's range, and the noise is
+    the sample's own initial noise.
 
     Args:
         low: The lowest level from which a sample moves.
         high: The highest level.
-        gap: The move, in levels.
-        inversion: The fraction of samples that move up by ``gap`` in place of down, and away from the direction.
+        gap: The size of the move, in levels.
+        inversion: The fraction of samples that move up by ``gap`` instead of down, and away from the direction.
     """
 
     low: float = 0.2
@@ -327,12 +328,12 @@ class DirectAlign:
 class PartialChain:
     """The sample, noised and denoised again, as in editing; the last moves carry a gradient.
 
-    InstructVideo (arXiv 2312.12490) trains so, on given samples: sampling from pure noise is not needed.
+    InstructVideo (arXiv 2312.12490) trains this way on given samples: sampling from pure noise is not needed.
 
     Args:
         strength: The level to which a sample is noised, sigma / (alpha + sigma).
         last: The number of moves with a gradient.
-        moves: The number of steps of the whole grid, of which those below ``strength`` are made.
+        moves: The number of steps of the whole grid, of which only those below ``strength`` run.
     """
 
     strength: float = 0.6
@@ -365,7 +366,7 @@ class ShiftedNoise:
     """The whole chain under the reference policy, from initial noise that the policy shifts (arXiv 2508.09968).
 
     The anchor is the weight of the mean square of the shift. The gradient at the shift is taken first, with the adapter
-    off, and then that of the weights, with the adapter on: what a backward pass computes again is computed as it was.
+    off, and then that of the weights, with the adapter on, so each recomputation runs in the mode of its forward pass.
     """
 
     def __call__(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, seed: int) -> Iterator[Endpoints]:

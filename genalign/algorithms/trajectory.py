@@ -1,9 +1,9 @@
 """Objectives on the log-ratios of stored transitions.
 
-``PolicyGradient`` averages a loss over transitions, as the GRPO family does. ``CoupledObjective`` takes losses that tie
-the steps of a trajectory and the samples of a prompt together, such as PRDP's. B counts samples and S stored steps.
+``PolicyGradient`` averages a loss over transitions, as the GRPO family does. ``CoupledObjective`` takes losses that
+couple the steps of a trajectory and the samples of a prompt, such as PRDP's. B counts samples and S stored steps.
 
-Stored transitions are replayed in batches of as many transitions as the update has samples, so that memory holds the
+Stored transitions are replayed in batches of as many transitions as the update has samples, so memory holds the
 graph of one network call, whatever the number of stored steps. Transitions without credit are not replayed.
 """
 
@@ -41,7 +41,7 @@ class StepLoss(Protocol):
 
     @property
     def clip_range(self) -> ClipRange:
-        """The range of ratios that sampling and replay are compared by, see ``Objective``."""
+        """The range of ratios against which the mismatch of sampling and replay is checked, see ``Objective``."""
 
     def clip_fraction(self, replayed: ReplayedStep) -> Tensor:
         """Fraction () of the transitions that are too far from the sampling policy, for any credit; detached."""
@@ -131,8 +131,8 @@ class PolicyGradient:
         kl: The weight of the mean distance from the reference policy, which is added to the loss; 0 for none.
         kl_form: The form of this distance, see ``losses.kl_penalty``.
         weights: The weights of the steps' losses; None weights all steps by 1.
-        kl_sharpness: The sharpness of the penalty, see ``losses.chi_squared``; 0 for the distance itself, which is what
-            the metrics show for any sharpness.
+        kl_sharpness: The sharpness of the penalty, see ``losses.chi_squared``; 0 for the distance itself, which the
+            metrics show for any sharpness.
     """
 
     unit: ClassVar[Unit] = "sample"
@@ -144,7 +144,7 @@ class PolicyGradient:
 
     def __post_init__(self) -> None:
         if not 0 <= self.kl_sharpness < math.inf:
-            raise ValueError(f"kl_sharpness must be a number of 0 or more, not {self.kl_sharpness}; 0 is the KL itself")
+            raise ValueError(f"kl_sharpness must be at least 0, not {self.kl_sharpness}; 0 is the KL itself")
 
     @property
     def clip_range(self) -> float:
@@ -209,9 +209,9 @@ class PolicyGradient:
 class CoupledLoss(Protocol):
     """A loss () of all samples and steps of a batch at once: a sum of terms, one for each prompt that has any.
 
-    Its arguments are the log-ratios (B, S) of the current and of the sampling to the reference policy, and on the CPU
-    the credit (B,) and the prompt index (B,). Only the samples that ``used`` selects may change it; the log-ratios of
-    others may be 0.
+    Its arguments are the log-ratios (B, S) of the current and of the sampling policy to the reference policy, and on
+    the CPU the credit (B,) and the prompt index (B,). It may depend only on the samples that ``used`` selects; the
+    log-ratios of others may be 0.
     """
 
     @property
@@ -226,7 +226,7 @@ class CoupledLoss(Protocol):
 
 @dataclass(frozen=True)
 class PRDPLoss:
-    """PRDP (arXiv 2402.08714, eq. 14-21 and appendix G): log-ratio differences regress on reward differences.
+    """PRDP (arXiv 2402.08714, eq. 14-21 and appendix G): regression of log-ratio differences on reward differences.
 
     For a pair of a prompt's samples, let d be the difference of their log-ratios to the reference policy, reduced over
     steps, and g the difference of their rewards. The loss is max((d - g / beta)^2, (d_clipped - g / beta)^2), averaged
@@ -256,7 +256,7 @@ class PRDPLoss:
         return len(torch.unique(group[self.used(credit, group)]))
 
     def used(self, credit: Tensor, group: Tensor) -> Tensor:
-        """Mask (B,) bool of the samples with a pair: their prompt has a sample of another reward."""
+        """Mask (B,) bool of the samples in a pair: those whose prompt has a sample with a different reward."""
         require_per_sample(len(group), rewards=credit)
         mask = torch.zeros_like(group, dtype=torch.bool)
         for key in torch.unique(group):

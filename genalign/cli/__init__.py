@@ -1,1 +1,1 @@
-"""The commands of ``genalign``: each takes what it needs of pipelines and rewards from ``genalign.cli.main``."""
+"""The commands of ``genalign``, which get pipelines and rewards from ``genalign.cli.main``."""

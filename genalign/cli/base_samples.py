@@ -1,4 +1,4 @@
-"""Samples of the model before training, for rewards that are measured or learned on them, and what identifies them."""
+"""Samples of the model before training, for rewards that are measured or learned on them, and their identity."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def base_identity(pipeline: Checkpoint, settings: Train) -> dict[str, Any]:
 
 
 def require_references(settings: Train) -> None:
-    """Raise an error where a file of reference scores is missing, or of another reward or prompt set than a run's."""
+    """Raise an error if a file of reference scores is missing, or of another reward or prompt set than the run's."""
     for path, reward in _files(settings.rewards):
         stored = ReferenceScores.load(path)
         stored.by(describe(reward.reward), path)
@@ -78,7 +78,7 @@ def require_references(settings: Train) -> None:
 
 
 def require_base(pipeline: Checkpoint, settings: Train) -> None:
-    """Raise ValueError for a file of reference scores of another model than a run starts from."""
+    """Raise ValueError if a file of reference scores is of another model than the run starts from."""
     for path, _ in _files(settings.rewards):
         ReferenceScores.load(path).require_base(base_identity(pipeline, settings), path)
 

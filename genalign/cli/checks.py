@@ -1,4 +1,4 @@
-"""What ``train`` and ``plan`` require of the settings of a run before anything is loaded."""
+"""Checks of a run's settings by ``train`` and ``plan`` before anything is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def training_checks(context: CommandContext, resume: bool = False) -> Iterator[Check]:
-    """Yield the requirements of a training run; each raises ValueError or OSError for settings that do not meet it.
+    """Yield the checks of a training run; each raises ValueError or OSError for settings that fail it.
 
     A run that is not resumed needs an unused output.
     """
@@ -48,7 +48,7 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
 
 
 def _require_prompts(section: str, settings: Train) -> None:
-    """Raise an error if the prompts of an evaluation that is made cannot be read."""
+    """Raise an error if the prompts of an evaluation cannot be read, unless it is off."""
     panel = getattr(settings, section)
     if panel and panel.prompts is not None and panel.is_on:
         prompt_set(panel.prompts)
@@ -61,20 +61,20 @@ def _require_sizes(settings: Train) -> None:
 
 
 def _require_loss_scale(settings: Train) -> None:
-    """Raise ValueError for a network that computes in float16 without a scale of its loss."""
+    """Raise ValueError for a network that computes in float16 without a loss scale."""
     model = settings.model
     LossScale.for_dtype(getattr(torch, model.autocast or model.dtype), settings.training.loss_scale)
 
 
 def _require_penalty(settings: Train) -> None:
-    """Raise ValueError if a red report raises the weight of a penalty that the objective does not have."""
+    """Raise ValueError if ``on_red.raise_kl`` is set for an objective without a penalty."""
     minimum = settings.reward_hacking.on_red.raise_kl
     if minimum is not None:
         with_stronger_kl(settings.recipe.objective, minimum)
 
 
 def _require_prompts_of_references(settings: Train) -> None:
-    """Raise ValueError, by name, for a reward that compares with references and has none of some training prompts.
+    """Raise ValueError for a reward that compares with references but has none for some training prompts.
 
     A reward that is a column of a pool is not called.
     """
@@ -90,13 +90,13 @@ def _require_prompts_of_references(settings: Train) -> None:
         ]
         if missing:
             raise ValueError(
-                f"reward {name!r} lacks the references of {len(missing)} of the {len(training)} training prompts:"
+                f"reward {name!r} has no references for {len(missing)} of the {len(training)} training prompts:"
                 f" {missing[0]}"
             )
 
 
 def _missing_reference(reward: ComparesWithReferences, prompt: Prompt) -> ValueError | None:
-    """Return what a reward says of a prompt that it has no reference for; None if it has one."""
+    """Return the error of a reward that has no reference for a prompt; None if it has one."""
     try:
         reward.require_references(prompt)
     except ValueError as error:
@@ -105,9 +105,9 @@ def _missing_reference(reward: ComparesWithReferences, prompt: Prompt) -> ValueE
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError for trackers that are not installed: accelerate would ignore them."""
+    """Raise ValueError for trackers that are not installed, which accelerate would silently ignore."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise ValueError(
-            f"trackers names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
+            f"trackers {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed:"
             f" pip install {' '.join(missing)}"
         )

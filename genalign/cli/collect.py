@@ -1,6 +1,6 @@
 """``genalign collect``: a pool of samples on disk, from a model, a folder of samples, or a file of preferences.
 
-With ``references`` it writes a folder of reference samples in place of a pool (``collect_references``).
+With ``references`` it writes a folder of reference samples instead of a pool (``collect_references``).
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from genalign.types import Prompt
 PREFERENCE = "preference"
 """The score of a file of preferences."""
 
-_OF_REFERENCES = ("references", "strategy", "budget", "audio")  # settings that a pool has not
-_NO_SCORES = "rewards is empty: nothing could be learned from samples without scores; name at least one"
+_OF_REFERENCES = ("references", "strategy", "budget", "audio")  # settings that a pool does not have
+_NO_SCORES = "rewards is empty: samples without scores cannot be trained on; name at least one reward"
 
 Part = Callable[[], tuple[Tensor, list[PoolSample]]]
-"""Makes the latents (n, ...) and the samples of a part."""
+"""Produces the latents (n, ...) and the samples of a part."""
 
 
 Listed = tuple[Prompt, str | None, dict[str, float], Callable[[], Tensor]]
-"""A sample on disk: its prompt, group and scores, and what reads it."""
+"""A sample on disk: its prompt, group and scores, and the function that reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collect:
-    """A pool of samples to learn from with ``training.data``: those of a model, or images of others.
+    """A pool of samples to learn from with ``training.data``: those of a model, or existing ones.
 
     With ``references`` it is a folder of files with their prompts, for rewards that compare with references of the same
     prompt: rewards.backbones.reference_images.ReferencesByPrompt.read. Run the command again to resume it; processes
@@ -62,17 +62,18 @@ class Collect:
         model: The model whose samples are collected, or whose autoencoder encodes the others.
         lora: An adapter of the model.
         prompts: Prompts of the model's samples: a file, a dataset, or a split of a world.
-        samples: A folder of another program's samples with a prompts.jsonl, in place of the model's; the scores of a
+        samples: A folder of another program's samples with a prompts.jsonl, instead of the model's; the scores of a
             line, as in {"file_name": "1.png", "prompt": "a circle", "scores": {"human": 4.5}}, are kept.
-        preferences: Pairs and rankings, in place of the model's samples: our own folder or .jsonl file, or a .json,
-            .jsonl or .parquet file in the layout of Pick-a-Pic, HPD, ImageRewardDB or RewardBench; their score is named
-            preference.
-        rewards: Rewards by name, whose scores are kept, or by which the strategy of references selects.
+        preferences: Pairs and rankings, instead of the model's samples: genalign's own folder or .jsonl file, or a
+            .json, .jsonl or .parquet file in the layout of Pick-a-Pic, HPD, ImageRewardDB or RewardBench; their score
+            is named preference.
+        rewards: Named rewards, whose scores are kept, or by which the strategy of references selects.
         sampling: Sampling settings of the model's samples.
         samples_per_prompt: Number of samples of each prompt.
-        batch_size: Number of samples of a part, which are made at once; of a strategy, the largest number in one call.
+        batch_size: Number of samples per part, which are generated at once; for a strategy, the largest number per
+            call.
         seed: Seed of the samples' noise.
-        references: Write files with their prompts in place of a pool; --references stands for --references true.
+        references: Write files with their prompts instead of a pool; --references is short for --references true.
         strategy: Search whose best sample is a reference, as in genalign.BestOfN; null samples without a search.
         budget: Limit of NFE, cost or seconds for each reference of the strategy.
         audio: File format of references that are clips.
@@ -100,12 +101,12 @@ class Collect:
             self._require_references()
             return
         if self.strategy is not None or self.budget is not None:
-            raise ValueError("a strategy searches for references: set references to true, or leave it and budget out")
+            raise ValueError("strategy and budget are for references: set references to true, or leave them out")
         sources = [name for name in ("prompts", "samples", "preferences") if getattr(self, name) is not None]
         if len(sources) != 1:
             raise ValueError(
-                f"give one of prompts, samples and preferences, not {' and '.join(sources) or 'none'}: whose samples"
-                " are collected?"
+                f"give exactly one source of samples (prompts, samples or preferences), not"
+                f" {' and '.join(sources) or 'none'}"
             )
         if not self.rewards and self.prompts is not None:
             raise ValueError(_NO_SCORES)
@@ -113,18 +114,18 @@ class Collect:
     def _require_references(self) -> None:
         """Raise ValueError for settings that do not go together for references."""
         if self.prompts is None or self.samples is not None or self.preferences is not None:
-            raise ValueError("references are samples of the model: give prompts, and leave samples and preferences out")
+            raise ValueError("references are samples of the model: give prompts instead of samples or preferences")
         if self.strategy is None and (self.rewards or self.budget is not None):
             raise ValueError(
-                "rewards select references by a strategy: give one, as in genalign.BestOfN, or leave rewards and budget"
-                " out for references without a search"
+                "rewards and budget have no effect on references without a strategy: give one, as in genalign.BestOfN,"
+                " or leave them out"
             )
         if self.strategy is not None:
             require_rewards(self.rewards)
 
 
 def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign collect``: write the parts of the pool or references that are missing, and print the folder."""
+    """Run ``genalign collect``: write the missing parts of the pool or the references, and print the folder."""
     settings, plain = parsing.parse(Collect, _with_values(arguments), "collect")
     if settings.references:
         return collect_references(context, settings, plain)
@@ -160,7 +161,7 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
 
 
 def _begin(output: Path, info: PoolInfo) -> None:
-    """Write what the pool is of. Raises ValueError for a folder with a pool of other settings."""
+    """Write the pool's description. Raises ValueError for a folder with a pool of other settings."""
     if (output / INFO).is_file():
         earlier = PoolInfo.read(output)
         if earlier != info:
@@ -173,7 +174,7 @@ def _begin(output: Path, info: PoolInfo) -> None:
 def _parts(
     pipeline: Checkpoint, settings: Collect, rewards: Sequence[NamedReward], listed: Sequence[Listed]
 ) -> tuple[Iterator[tuple[int, Part]], int]:
-    """The size and the maker of each part, in order, and the number of all samples: the model's, or those listed."""
+    """The size and the maker of each part, in order, and the total number of samples: the model's, or those listed."""
     if settings.prompts is not None:
         prompts = prompt_set(settings.prompts).prompts
         pipeline.encode_ahead([prompt.text for prompt in prompts], rank_share())
@@ -190,7 +191,7 @@ def _parts(
 
 
 def _listed(settings: Collect) -> list[Listed]:
-    """The samples on disk that are collected, with the scores that they have; none where the model makes them."""
+    """The samples on disk to collect, with their scores; none if the model makes them."""
     if settings.preferences is not None:
         return _compared(Path(settings.preferences))
     if settings.samples is None:
@@ -203,24 +204,24 @@ def _listed(settings: Collect) -> list[Listed]:
 
 
 def _recorded_scores(prompt: Prompt) -> dict[str, float]:
-    """The scores in a line of prompts.jsonl. Raises ValueError for what is no number."""
+    """The scores in a line of prompts.jsonl. Raises ValueError for anything but numbers."""
     scores = (prompt.metadata or {}).get("scores", {})
     if not isinstance(scores, Mapping) or not all(isinstance(score, int | float) for score in scores.values()):
-        raise ValueError(f"the scores of a sample of {prompt.text!r} must be numbers by name, not {scores}")
+        raise ValueError(f"the scores of a sample of {prompt.text!r} must map names to numbers, not {scores}")
     return {str(name): float(score) for name, score in scores.items()}
 
 
 def _compared(path: Path) -> list[Listed]:
-    """The samples of the pairs and rankings of ``path``, in a group for each; other judgments are left out.
+    """The samples of the pairs and rankings of ``path``, one group per judgment; other judgments are left out.
 
     Raises ValueError where there are none.
     """
     judgments, listed = read_preferences(path), list[Listed]()
     compared = [judgment for judgment in judgments if judgment.kind in ("pair", "ranking")]
     if not compared:
-        raise ValueError(f"{path} has ratings and labels alone: give pairs or rankings, or train a reward of them")
+        raise ValueError(f"{path} contains only ratings and labels: give pairs or rankings, or train a reward on them")
     if rest := len(judgments) - len(compared):
-        print(f"{rest} of the {len(judgments)} judgments of {path} are ratings or labels, which are left out")
+        print(f"left out: {rest} of the {len(judgments)} judgments of {path}, which are ratings or labels")
     for number, judgment in enumerate(compared, start=1):
         users = {"user": judgment.annotator} if judgment.annotator else {}
         prompt = Prompt(judgment.prompt.text, {**(judgment.prompt.metadata or {}), **users} or None)
@@ -266,11 +267,11 @@ def _encoded(
 
 
 def fitted(sample: Tensor, shape: Sequence[int]) -> Tensor:
-    """Bring an image (3, H, W) to a size: its shorter side resized, its middle cut out; a clip must have it."""
+    """Resize and center-crop an image (3, H, W) to a size; a clip must have that size already."""
     if tuple(sample.shape) == tuple(shape):
         return sample
     if sample.ndim != 3:
-        raise ValueError(f"a clip has the shape {tuple(sample.shape)}, and the model's {tuple(shape)}: cut it to that")
+        raise ValueError(f"a clip has shape {tuple(sample.shape)}, but the model's is {tuple(shape)}: cut it to that")
     _, height, width = shape
     factor = max(height / sample.shape[1], width / sample.shape[2])
     larger = [max(height, round(sample.shape[1] * factor)), max(width, round(sample.shape[2] * factor))]
@@ -279,7 +280,7 @@ def fitted(sample: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _scored(samples: Tensor, prompts: Sequence[Prompt], rewards: Sequence[NamedReward]) -> list[PoolSample]:
-    """Score samples (n, ...) by every reward; NaN for samples that are not finite."""
+    """Score samples (n, ...) by every reward; NaN for non-finite samples."""
     finite = rows_are_finite(samples)
     table = score_finite(rewards, samples, prompts, finite).tolist() if rewards else [[] for _ in prompts]
     names = [reward.name for reward in rewards]

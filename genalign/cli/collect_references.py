@@ -1,4 +1,4 @@
-"""``genalign collect --references``: samples of every prompt as files, plain ones or each the best of a search.
+"""``genalign collect --references``: samples of every prompt as files, either plain or the best of a search.
 
 OUTPUT/images/00017.png           the samples; audio/00017.wav of clips
 OUTPUT/prompts.jsonl              the file, prompt and metadata of every sample; written last
@@ -43,13 +43,13 @@ _LISTING = "prompts.jsonl"
 
 @dataclass(frozen=True)
 class ReferenceFolder:
-    """The output folder, which a new start of the same settings continues."""
+    """The output folder, which the same command continues."""
 
     path: Path
 
     @property
     def state(self) -> Path:
-        """The hidden folder of the settings and the finished parts, which readers of references leave out."""
+        """The hidden folder of the settings and the finished parts, which readers of references ignore."""
         return self.path / ".references"
 
     def part(self, number: int) -> Path:
@@ -57,9 +57,9 @@ class ReferenceFolder:
         return self.state / f"{number:05d}.jsonl"
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write the settings, or continue a folder of the same.
+        """Write the settings, or continue a folder with the same settings.
 
-        Raises ValueError for a folder of anything else, or with finished parts of other settings.
+        Raises ValueError for a folder with other contents, or with finished parts of other settings.
         """
         file = self.state / "config.json"
         with Claims(self.state / "locks").exclusive():
@@ -119,7 +119,7 @@ def collect_references(context: CommandContext, settings: Collect, plain: Mappin
             advance(len(part))
     listed = folder.conclude(len(parts))
     if listed is None:
-        print("another process is working on the rest of the references; if none is, run this command again")
+        print("other processes are working on the remaining references; if none is running, run this command again")
         return 0
     print(f"references: {settings.output}, {len(listed)} samples of {len(prompts)} prompts{_scores_text(listed)}")
     return 0
@@ -152,7 +152,7 @@ def _written(
             row["plain"] = None if result.plain is None else _named(rewards, result.plain.scores)
     for (prompt, _), finite in zip(part, samples.isfinite().flatten(1).all(1).tolist(), strict=True):
         if not finite:
-            raise ValueError(f"a sample of {prompt.text!r} is not finite: take another dtype or fewer steps")
+            raise ValueError(f"a sample of {prompt.text!r} is not finite: use another dtype or fewer steps")
     files = write(samples, output, first)
     return [
         {"file": file, "prompt": prompt.text, "metadata": dict(prompt.metadata or {}), **own}
@@ -166,7 +166,7 @@ def _named(rewards: Sequence[NamedReward], scores: torch.Tensor) -> dict[str, fl
 
 
 def _scores_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the mean scores of references that were searched for, and by how much they exceed plain samples."""
+    """Describe the mean scores of searched references, and their gain over plain samples."""
     text = ""
     for name in rows[0].get("scores", {}):
         scores = [row["scores"][name] for row in rows if row["scores"][name] is not None]

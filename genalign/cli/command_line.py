@@ -37,7 +37,7 @@ _WIDTH = 2 + max(len(_synopsis(command)) for command in COMMANDS.values())
 
 
 def group_help(group: str) -> str:
-    """List the commands of a group, such as those that begin with "evaluate"."""
+    """List the commands of a group, such as those that start with "evaluate"."""
     lines = [
         f"  {_synopsis(command):{_WIDTH}s}{command.help}"
         for command in COMMANDS.values()
@@ -67,8 +67,8 @@ def command_parser(command: Command, parser: argparse.ArgumentParser | None = No
     paragraphs = settings_table()["settings"].get(command.settings, {"help": ""})["help"].split("\n\n")
     parser.description = "\n\n".join(textwrap.fill(" ".join(one.split()), width) for one in paragraphs)
     parser.epilog = textwrap.fill(
-        "A YAML file nests the settings at their dots. On the command line, a setting may be given by its last name"
-        " where it is the only one that ends in it (--rounds 3 is --training.rounds 3).",
+        "In a YAML file, settings are nested at their dots. On the command line, the last part of a name is enough if"
+        " it is unique (--rounds 3 is --training.rounds 3).",
         width,
     )
     general = parser.add_argument_group("general")
@@ -100,7 +100,7 @@ def _add_setting(
     group = groups.get(parent, groups[""])
     named = settings_table()["named"].get(entry.get("kind"), {})
     if named:
-        text += f" One of {', '.join(named)}, or an import path. --{name}.help NAME explains one."
+        text += f" One of {', '.join(named)}, or an import path; --{name}.help NAME explains one."
     if "among" in entry:
         text += f" --{name}.help lists those of genalign."
     also = [f"--{alias}" for alias in ALIASES if alias != name and full_name(alias, names) == name]
@@ -127,7 +127,7 @@ def _complete_files(action: argparse.Action) -> None:
 
 
 def command_help(command: Command, arguments: Sequence[str]) -> str | None:
-    """The help that the arguments of a command ask for, by --help or as in --recipe.help NAME; None for none."""
+    """The help that a command's arguments ask for, with --help or --recipe.help NAME; None for none."""
     if not settings_of(command.settings):
         return None
     for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
@@ -145,14 +145,14 @@ def command_help(command: Command, arguments: Sequence[str]) -> str | None:
 
 
 def _table(kind: str) -> Mapping[str, Any]:
-    """What a setting of a kind may be: by short name, or by import path."""
+    """The values of a kind of setting, by short name or by import path."""
     table = settings_table()
     known: Mapping[str, Any] = table["named"].get(kind) or table["by_path"][kind]
     return known
 
 
 def named_help(kind: str, name: str, prefix: str) -> str:
-    """Explain what a setting may name, such as a recipe, with its own settings; without a name, list all."""
+    """Explain a value of a setting, such as a recipe, with its own settings; without a name, list all values."""
     named = _table(kind)
     name = next((one for one in named if one.rpartition(".")[2] == name.rpartition(".")[2]), "")
     if not name:

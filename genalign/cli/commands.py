@@ -1,4 +1,4 @@
-"""The table of commands: help, completion, the check of settings before torch is imported, and dispatch read it."""
+"""The table of commands, used by help, completion, dispatch and the check of settings before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Command:
     Args:
         name: The words that select it, such as "evaluate shapes".
         help: One line of help.
-        function: Where its function is, as in "genalign.cli.train:train_command". It takes the command context and
-            the words after the name, and returns the exit status.
-        settings: Where its settings dataclass is, as in "genalign.cli.train_settings:Train".
+        function: The location of its function, as in "genalign.cli.train:train_command", which takes the command
+            context and the words after the name, and returns the exit status.
+        settings: The location of its settings dataclass, as in "genalign.cli.train_settings:Train".
         positional: The setting that may be given by position, before the others.
     """
 
@@ -36,7 +36,7 @@ class Command:
 
 
 def imported(place: str) -> Any:
-    """Import the object at a place such as "genalign.cli.train_settings:Train"."""
+    """Import the object at a location such as "genalign.cli.train_settings:Train"."""
     module, name = place.split(":")
     return getattr(import_module(module), name)
 
@@ -53,7 +53,7 @@ COMMANDS = {
         ),
         Command(
             "init",
-            "write a commented configuration for a model, prompts and a reward of your own",
+            "write a commented configuration for your model, prompts and reward",
             f"{_CLI}.init:init_command",
             f"{_CLI}.init:Init",
         ),
@@ -84,44 +84,44 @@ COMMANDS = {
         ),
         Command(
             "evaluate prompts",
-            "evaluate any model, or samples of another program, on any prompts by any rewards",
+            "evaluate any model, or another program's samples, on any prompts with any rewards",
             f"{_CLI}.evaluate:prompts_command",
             f"{_CLI}.evaluate_settings:EvaluatePrompts",
         ),
         Command(
             "evaluate shapes",
-            "the same with the shapes world's model, prompts and verifier",
+            "the same, with the shapes world's model, prompts and verifier",
             f"{_CLI}.evaluate:shapes_command",
             f"{_CLI}.evaluate_settings:EvaluateShapes",
         ),
         Command(
             "evaluate tones",
-            "the same with the tones world's model, prompts and verifier",
+            "the same, with the tones world's model, prompts and verifier",
             f"{_CLI}.evaluate:tones_command",
             f"{_CLI}.evaluate_settings:EvaluateTones",
         ),
         Command(
             "evaluate geneval",
-            "the same on GenEval's prompts, by GenEval's rules",
+            "the same, on GenEval's prompts, by GenEval's rules",
             f"{_CLI}.evaluate:geneval_command",
             f"{_CLI}.evaluate_settings:EvaluateGenEval",
         ),
         Command(
             "evaluate geneval-original",
-            "score an evaluation's images by the results of GenEval's own script",
+            "score an evaluation's images with the results of GenEval's own script",
             f"{_CLI}.evaluate:original_command",
             f"{_CLI}.evaluate_settings:GenEvalOriginal",
         ),
         Command(
             "evaluate benchmark",
-            "the same on another benchmark's own files, by its rules: genalign evaluate benchmark NAME",
+            "the same, on another benchmark's own files, by its rules: genalign evaluate benchmark NAME",
             f"{_CLI}.evaluate:benchmark_command",
             f"{_CLI}.evaluate_settings:EvaluateBenchmark",
             "name",
         ),
         Command(
             "compare-evaluations",
-            "compare two finished evaluations in pairs: genalign compare-evaluations BEFORE AFTER",
+            "compare two finished evaluations pairwise: genalign compare-evaluations BEFORE AFTER",
             f"{_CLI}.compare_evaluations:compare_evaluations_command",
             f"{_CLI}.compare_evaluations:CompareEvaluations",
             "before",
@@ -148,7 +148,7 @@ COMMANDS = {
         ),
         Command(
             "soup",
-            "mix LoRAs of one base model, and draw the front between two of them",
+            "mix LoRAs of one base model, and plot the front between two of them",
             f"{_CLI}.soup:soup_command",
             f"{_CLI}.soup:Soup",
         ),
@@ -161,13 +161,13 @@ COMMANDS = {
         ),
         Command(
             "reward collect",
-            "sample pairs of each prompt, from one model or several, that are to be judged",
+            "sample pairs of each prompt to be judged, from one model or several",
             f"{_CLI}.reward_collect:reward_collect_command",
             f"{_CLI}.reward_collect:RewardCollect",
         ),
         Command(
             "reward label",
-            "judge collected pairs: on a page in the browser, or by rewards or judges (--by)",
+            "judge collected pairs: on a page in the browser, or with rewards or judges (--by)",
             f"{_CLI}.reward_label:reward_label_command",
             f"{_CLI}.reward_label:RewardLabel",
             "folder",
@@ -180,7 +180,7 @@ COMMANDS = {
         ),
         Command(
             "reward evaluate",
-            "measure how far a reward can be trusted, on preferences or on samples with a truth",
+            "measure how far a reward can be trusted, on preferences or on samples with ground truth",
             f"{_CLI}.reward_evaluate:reward_evaluate_command",
             f"{_CLI}.reward_evaluate:RewardEvaluate",
             "reward",
@@ -199,7 +199,7 @@ COMMANDS = {
         ),
         Command(
             "learn-users",
-            "learn people's tastes from their comparisons: a reward of each, or embeddings that a model follows",
+            "learn people's tastes from their comparisons: a reward for each, or embeddings that condition a model",
             f"{_CLI}.learn_users:learn_users_command",
             f"{_CLI}.learn_users:LearnUsers",
         ),
@@ -236,7 +236,7 @@ GROUPS = {
     "evaluate": "evaluate a model, or samples of another program",
     "reward": "collect and label preferences, train, measure and test a reward",
 }
-"""The first words that several commands share, with one line of help."""
+"""First words that several commands share, with one line of help."""
 
 
 def split_command(words: Sequence[str]) -> tuple[Command | None, Sequence[str]]:

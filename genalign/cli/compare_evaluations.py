@@ -1,4 +1,4 @@
-"""``genalign compare-evaluations``, and what every evaluation prints and writes at its end."""
+"""``genalign compare-evaluations``, and the report at the end of every evaluation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def report_evaluation(folder: Path, against: Path | None = None) -> None:
     comparison = compare_models(earlier, evaluation) if earlier else None
     print_estimates(evaluation)
     for name, value in evaluation.sets.items():
-        print(f"{name}: {value.value:.4g} of all {value.n} samples, one set without an interval")
+        print(f"{name}: {value.value:.4g} (a score of the set of all {value.n} samples, without an interval)")
     places = {"before": against, "after": folder}
     costs = {when: EvaluationFolder(place).cost() for when, place in places.items() if place}
     if against and earlier and comparison:
@@ -71,5 +71,5 @@ def _print_comparison(other: str, comparison: ModelComparison, sets: Mapping[str
             f" {wins.rate.text('.1%')}, ties {wins.ties:.1%} as half"
         )
     for name, difference in sets.items():
-        words = "not comparable, since the sets differ in size" if difference is None else f"{difference:+.4g}"
+        words = "not comparable, as the sets differ in size" if difference is None else f"{difference:+.4g}"
         print(f"{name} against {other}: {words}")

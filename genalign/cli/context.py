@@ -1,4 +1,4 @@
-"""What commands share: the interface to pipelines and rewards, and models, rewards and prompts by configuration."""
+"""The code that commands share: the interface to pipelines and rewards, and building them from a configuration."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from genalign.worlds.registry import world_of
 
 
 class Checkpoint(Pipeline, WeightStore, EncodesSamples, Protocol):
-    """A pipeline that was loaded from a folder or the Hub, with the adapters of its family."""
+    """A pipeline loaded from a folder or the Hub, with the adapters of its family."""
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample: (3, H, W) of images, (channels, L) of sound."""
+        """The shape of one sample: (3, H, W) of images, (channels, L) of audio."""
 
     @property
     def resolution(self) -> tuple[int, ...]:
@@ -65,13 +65,13 @@ class Checkpoint(Pipeline, WeightStore, EncodesSamples, Protocol):
         wait: Callable[[], None] = ...,
         progress: Progress = ...,
     ) -> None:
-        """Encode all texts of a command into the text cache, and drop the text encoders; without one, do nothing."""
+        """Encode all texts of a command into the text cache, and drop the text encoders; no-op without a cache."""
 
     def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
         """Encode each of these batches as one when any text of it is needed."""
 
     def separate_encoding(self) -> AbstractContextManager[None]:
-        """Encode texts, within the context, without an effect on the batches in which texts are encoded later."""
+        """Encode texts within the context without affecting the batches in which texts are encoded later."""
 
     def load_lora(self, source: str | Path) -> None:
         """Load an adapter from a folder, a file or the Hub."""
@@ -88,16 +88,16 @@ class Checkpoint(Pipeline, WeightStore, EncodesSamples, Protocol):
 
 @dataclass(frozen=True)
 class CommandContext:
-    """What commands use of ``pipelines`` and ``rewards``, which genalign does not import; filled by ``cli.main``.
+    """The functions of ``pipelines`` and ``rewards``, which genalign does not import, for commands; from ``cli.main``.
 
     Args:
         load: Load a model.
         outline: Open a model without its weights.
         require: Raise ValueError for a model that this machine cannot run.
-        scorers: Build the verifier's scores of a world, by name.
+        scorers: Build the named scores of a world's verifier.
         save_scorer: Write a noise-aware reward to a file.
-        geneval: Build the detector-based judge of GenEval evaluations that name no other.
-        started: When the command began, in seconds of ``time.monotonic``, from which a time budget counts.
+        geneval: Build the default judge of GenEval evaluations, which uses a detector.
+        started: When the command began, in seconds of ``time.monotonic``, which starts a time budget.
     """
 
     load: Callable[[Model], Checkpoint]
@@ -109,14 +109,14 @@ class CommandContext:
     started: float = field(default_factory=time.monotonic)
 
     def scorers_for(self, source: str, others: Mapping[str, Scorer]) -> Mapping[str, Scorer]:
-        """Join the verifier's scores, if the prompts of ``source`` are of a world, and ``others`` of other names."""
+        """Join the verifier's scores, if the prompts of ``source`` are a world's, with ``others`` of other names."""
         world = world_of(source)
         own = self.scorers(world.name) if world else {}
         return {**own, **{name: scorer for name, scorer in others.items() if name not in own}}
 
 
 def require_rate(settings: object, rate: int | None) -> None:
-    """Raise ValueError if anything in ``settings``, at any depth, assumes another sample rate than ``rate``.
+    """Raise ValueError if anything in ``settings``, at any depth, assumes a sample rate other than ``rate``.
 
     ``rate`` is in Hz; None, for images, fits everything.
     """
@@ -124,8 +124,8 @@ def require_rate(settings: object, rate: int | None) -> None:
         assumed = getattr(part, "sample_rate", None)  # of a reward or an encoder; None if it takes no audio
         if assumed is not None and assumed != rate:
             raise ValueError(
-                f"{place} takes waveforms at {assumed} Hz, but they come at {rate}: set its sample_rate to {rate}, or"
-                " take samples of its rate"
+                f"{place} expects waveforms at {assumed} Hz, but gets {rate} Hz: set its sample_rate to {rate}, or use"
+                " samples at its rate"
             )
 
 
@@ -172,9 +172,9 @@ def model_protocol(
         pipeline: The loaded model.
         model: Its settings.
         sampling: Steps, guidance and kernel.
-        size: How many samples per task and noises per prompt, and the batch size.
+        size: The number of samples per task and of noises per prompt, and the batch size.
         prompts: The prompts.
-        verifier: The name of what scores the samples.
+        verifier: A description of everything that scores the samples.
     """
     assert size.batch_size is not None, "it is that of the training samples by now"
     grid = sampling.grid(pipeline)
@@ -211,13 +211,13 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], title: str
 
 
 def rank_share() -> RankShare:
-    """Read this process's share of work without training from the launcher's variables, and take its own GPU.
+    """Read this process's share of the work from the launcher's variables, and select its GPU.
 
-    Raises ValueError if the launcher would shard the network with FSDP.
+    Raises ValueError if the launcher would shard the network with FSDP, which only training supports.
     """
     share = RankShare.from_environment(os.environ)
     if sharding_from_environment(os.environ, share.world_size):
-        raise ValueError("FSDP shards a network for training alone: launch this command without FSDP, as in ddp.yaml")
+        raise ValueError("FSDP is supported only for training: launch this command without FSDP, as in ddp.yaml")
     take_own_device(os.environ)
     return share
 

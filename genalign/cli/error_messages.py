@@ -1,4 +1,4 @@
-"""Messages for wrong configurations: what is wrong, where, and what to write, in one line."""
+"""One-line messages for wrong configurations: what is wrong, where, and what to write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLES = {
     "student": "rewards.noise_aware.SelfDistilled",
     "run": "runs/mine",
 }
-"""Values of required settings."""
+"""Example values of required settings."""
 
 _SYNONYMS = {
     "lr": ("learning_rate",),
@@ -40,7 +40,7 @@ _SYNONYMS = {
     "guidance_scale": ("guidance",),
     "num_inference_steps": ("num_steps",),
 }
-"""Last names of settings that other programs have, and ours."""
+"""Last names of settings in other programs, and the corresponding ones here."""
 
 RENAMED_SETTINGS = {
     "averaging": "ema_decay",
@@ -61,18 +61,18 @@ RENAMED_SETTINGS = {
     "skipped_updates": "max_skipped_updates",
     "suite": "prompts",
 }
-"""Parts of the names of settings in version 0.1.0, and the same parts now."""
+"""Parts of setting names in version 0.1.0, and the same parts now."""
 
 RENAMED_COMMANDS = {
     "evaluate geneval-compare": "genalign compare-evaluations BEFORE AFTER",
     "evaluate geneval-images": "genalign evaluate geneval --samples DIR",
 }
-"""Commands of version 0.1.0 that are gone, and what to run instead."""
+"""Removed commands of version 0.1.0, and what to run instead."""
 
 
 @cache
 def renamed_path(path: str) -> str | None:
-    """Look up the name now of an import path of version 0.1.0, short if it is public; None for any other path."""
+    """Look up the current name of an import path of version 0.1.0, short if public; None for any other path."""
     lines = files("genalign.cli").joinpath("renamed_paths.txt").read_text(encoding="utf-8").splitlines()
     table = dict(line.split() for line in lines if not line.startswith("#"))
     module, rest = path, ""
@@ -88,13 +88,13 @@ def renamed_path(path: str) -> str | None:
 
 
 def did_you_mean(unknown: str, names: Sequence[str], otherwise: str = "") -> str:
-    """End a message with the one of ``names`` that is spelled most like ``unknown``, or with ``otherwise``."""
+    """Return a message's ending: the one of ``names`` that is spelled most like ``unknown``, else ``otherwise``."""
     near = difflib.get_close_matches(unknown, names, 1)
     return f": did you mean {near[0]!r}?" if near else otherwise
 
 
 def print_errors(lines: Sequence[str]) -> None:
-    """Print errors on standard error, one line each, and the count of several."""
+    """Print errors on standard error, one line each, and their count if there are several."""
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     if len(lines) > 1:
@@ -102,7 +102,7 @@ def print_errors(lines: Sequence[str]) -> None:
 
 
 def error_line(error: Exception) -> str:
-    """The message of an error in one line; of the system's errors, such as for a path below a file, with the path."""
+    """The message of an error in one line, with the path for the system's errors, such as for a path below a file."""
     if isinstance(error, OSError) and error.strerror:
         if isinstance(error, FileExistsError) and error.filename and Path(error.filename).is_symlink():
             return f"{error.filename} is a link to {Path(error.filename).readlink()}, which does not exist: remove it"
@@ -112,12 +112,12 @@ def error_line(error: Exception) -> str:
 
 
 def shadowed_package() -> str | None:
-    """Describe a file that would be imported in place of genalign's package ``pipelines`` or ``rewards``, if any."""
+    """Describe a file that would be imported instead of genalign's package ``pipelines`` or ``rewards``, if any."""
     for name in _OWN_PACKAGES:
         spec, own = find_spec(name), Path(genalign.__file__).parents[1] / name
         if spec and spec.origin and not Path(spec.origin).samefile(own / "__init__.py"):
             return (
-                f"{spec.origin} is imported as {name!r} in place of genalign's package {own}: rename it, e.g. to"
+                f"{spec.origin} is imported as {name!r} instead of genalign's package {own}: rename it, e.g. to"
                 f" my_{name}, or run genalign in another folder"
             )
     return None
@@ -128,9 +128,9 @@ def explain(message: str, keys: Sequence[str], source: str = "", setting: str = 
 
     Args:
         message: The message.
-        keys: All settings of the command, to find the one that a misspelled setting is nearest to.
-        source: The arguments and the text of the configuration files, to find renamed import paths in.
-        setting: The setting that the message is about, if it is known.
+        keys: All settings of the command, for suggestions for a misspelled one.
+        source: The arguments and the text of the configuration files, which may have renamed import paths.
+        setting: The setting that the message is about, if known.
 
     Returns:
         The line; messages of a configuration's own checks are unchanged.
@@ -141,7 +141,7 @@ def explain(message: str, keys: Sequence[str], source: str = "", setting: str = 
     for pattern, describe in _RULES:
         if match := re.search(pattern, message, re.DOTALL):
             return describe(match, text)
-    # The innermost complaint; for a setting that may be null, the first one and the value
+    # The innermost error; for a nullable setting, the first one and the value
     if match := re.search(r"Errors:\s+- (.+?)\n\s+- .*Given value: (.*)", message, re.DOTALL):
         message = f"{match[1]}. Got value: {match[2]}"
         if not match[1].startswith("Expected"):
@@ -153,7 +153,7 @@ def explain(message: str, keys: Sequence[str], source: str = "", setting: str = 
 
 @dataclass(frozen=True)
 class _Text:
-    """A message of jsonargparse, the setting that it is about, all settings, and what was written."""
+    """A message of jsonargparse, the setting that it is about, all settings, and the source text."""
 
     message: str
     place: str
@@ -170,37 +170,40 @@ def _required(match: re.Match[str], text: _Text) -> str:
     names, before, after = match[1].rstrip("."), text.message[: match.start()], text.message[match.end() :]
     classes = re.findall(r"^.*?Namespace\(class_path='([\w.]+)'", after) or re.findall(r"class_path '([\w.]+)'", before)
     if classes and not classes[-1].startswith("genalign.cli."):
-        return f"{text.place}: {classes[-1]} needs {names}: write {'them' if ',' in names else 'it'} under init_args"
+        return f"{text.place}: {classes[-1]} needs {names}: set {'them' if ',' in names else 'it'} under init_args"
     return missing_settings([f"{text.place}.{name}" if text.place else name for name in names.split(", ")])
 
 
 def _abstract(match: re.Match[str], text: _Text) -> str:
     parent = text.place.removesuffix(f".{match[1]}")
     example = EXAMPLES.get(parent.rpartition(".")[2], "...")
-    return f"{text.place} is a setting of what {parent} names: name it first, as in --{parent} {example}"
+    return f"{text.place} is a setting of {parent}: name that first, as in --{parent} {example}"
 
 
 def _no_path(match: re.Match[str], text: _Text) -> str:
     near = [*difflib.get_close_matches(match[1], genalign.__all__, 1), _reward_named(match[1])][0]
-    advice = f"did you mean {near!r}?" if near else "write its module too"
-    return f"{text.where}{match[1]!r} is no import path: {advice}"
+    advice = f"did you mean {near!r}?" if near else "include its module"
+    return f"{text.where}{match[1]!r} is not an import path: {advice}"
 
 
 def _no_choice(match: re.Match[str], text: _Text) -> str:
     names = re.findall(r"'([^']*)'", match[1])
-    return f"{text.where}{match[2]!r} is none of {', '.join(names)}{did_you_mean(match[2], names)}"
+    return f"{text.where}must be one of {', '.join(names)}, not {match[2]!r}{did_you_mean(match[2], names)}"
 
 
 def _no_text(match: re.Match[str], text: _Text) -> str:
     inner = re.search(r"class_path='([\w.]+)'", text.message[match.end() :])
     whose = f" for {inner[1]}" if inner else ""
-    advice = "put it in quotes, as YAML reads no, 0123 and 12:30 as a truth value and numbers"
+    advice = "put it in quotes, as YAML parses no, 0123 and 12:30 as a boolean and numbers"
     return f"{text.where}expected a text{whose}, not {match[1]}: {advice}"
 
 
 _RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
     (r"(?:Option '|unrecognized arguments: --)([\w.]+)", lambda match, text: unknown_setting(match[1], text.keys)),
-    (r"^Unexpected config", lambda match, text: "the configuration must be settings by name, as in output: runs/mine"),
+    (
+        r"^Unexpected config",
+        lambda match, text: "the configuration must be a mapping of settings, as in output: runs/mine",
+    ),
     (r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)", _required),
     (
         r"(?:No module named|module) '([\w.]+)'(?: has no attribute '(\w+)')?",
@@ -212,14 +215,14 @@ _RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
     (r"Expected a <class 'str'>\. Got value: (\S+?)\.?(?=\s|$)", _no_text),
     (
         r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type",
-        lambda match, text: f"{text.where}{match[2]}: give the parameter {match[1]} a type, as in {match[1]}: float",
+        lambda match, text: f"{text.where}{match[2]}: annotate the parameter {match[1]}, as in {match[1]}: float",
     ),
 )
-"""What jsonargparse says, and our line in its place."""
+"""Messages of jsonargparse, and our replacements."""
 
 
 def unknown_setting(name: str, keys: Sequence[str]) -> str:
-    """Describe a setting that does not exist, with the full name of the one that is probably meant.
+    """Describe a setting that does not exist, and suggest the one that is probably meant.
 
     That is a setting whose last name is the same or a synonym, or the one that is spelled most like it.
     """
@@ -237,14 +240,14 @@ def unknown_setting(name: str, keys: Sequence[str]) -> str:
 
 
 def missing_settings(names: Sequence[str]) -> str:
-    """Name required settings that are not given, with an example of each."""
+    """Name missing required settings, with an example of each."""
     examples = ", ".join(f"--{name} {EXAMPLES.get(name, '...')}" for name in names)
     verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
-    return f"{', '.join(names)} {verb} missing: set {them} in the file of --config or as arguments, e.g. {examples}"
+    return f"{', '.join(names)} {verb} missing: set {them} in the --config file or as arguments, e.g. {examples}"
 
 
 def _reward_named(path: str) -> str | None:
-    """Find the public reward of genalign that a path without its module ends in, such as clip.ClipReward."""
+    """Find the public reward of genalign that an incomplete path means, such as clip.ClipReward."""
     folder, name = Path(genalign.__file__).parents[1] / "rewards", path.rpartition(".")[2]
     for file in sorted(folder.rglob("*.py")):
         if re.search(rf"^(?:class|def) {re.escape(name)}\b", file.read_text("utf-8"), re.MULTILINE):
@@ -254,7 +257,7 @@ def _reward_named(path: str) -> str | None:
 
 
 def _not_importable(module: str, name: str | None, text: str) -> str:
-    """Say what to write for an import path of 0.1.0, one that a package of genalign hides, or a misspelled one."""
+    """Explain a failed import: a path of 0.1.0, one that a package of genalign shadows, or a misspelled one."""
     path = f"{module}.{name}" if name else module
     longer = re.findall(rf"(?<![\w.]){re.escape(path)}(?:\.\w+)*", text)
     for old in sorted([*longer, path], key=len, reverse=True):
@@ -279,5 +282,5 @@ def _not_importable(module: str, name: str | None, text: str) -> str:
         if own_reward := _reward_named(one):
             return f"{problem}: did you mean {own_reward!r}?"
     if name is None:
-        return f"{problem}: it must be installed, or be in the working directory"
+        return f"{problem}: it must be installed or in the working directory"
     return problem + did_you_mean(name, dir(importlib.import_module(module)))

@@ -1,7 +1,7 @@
-"""``genalign evaluate``: one path from a model or a folder of samples, over prompts and scorers, to a page.
+"""``genalign evaluate``: scores the samples of a model or a folder on prompts, and writes a report page.
 
-``evaluate prompts`` takes any of them. The other commands are presets: they choose prompts and scorers, and a ``Task``
-says what their benchmark writes besides.
+``evaluate prompts`` takes any prompts and scorers. The other commands are presets: they choose prompts and scorers, and
+a ``Task`` says what else their benchmark writes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Task:
     Args:
         prompts: The prompts of a model's samples; None takes those of a folder of samples.
         scorers: The preset's scorers.
-        verifier: Describes them in the protocol.
+        verifier: Their description in the protocol.
         world: The world of the prompts.
         check: Raises ValueError for prompts that cannot be scored, before anything is loaded.
         layout: Builds the writer of the samples; None numbers them.
@@ -180,8 +180,8 @@ def _run(context: CommandContext, settings: Evaluate, plain: Mapping[str, Any], 
     scorers = [*task.scorers, *([RewardScorer(rewards)] if rewards else [])]
     if not scorers:
         raise ValueError(
-            "rewards is empty: name at least one, as in --rewards.clip.function rewards.clip.ClipReward; prompts of a"
-            " world, as in --prompts shapes:comp, are scored by its verifier"
+            "rewards is empty: name at least one, as in --rewards.clip.function rewards.clip.ClipReward; only prompts"
+            " of a world, as in --prompts shapes:comp, have a verifier that scores them"
         )
     scorer, share = JoinedScorer(scorers), rank_share()
     against = Path(settings.against) if settings.against else None
@@ -198,7 +198,7 @@ def _run(context: CommandContext, settings: Evaluate, plain: Mapping[str, Any], 
     features = {name: choice.features for name, choice in settings.set_rewards.items()}
     evaluate_share(source, scorer, folder, inputs.write, features, share, inputs.ledger, progress)
     if left := folder.num_unfinished(count):
-        print(f"{left} of {count} batches are left to other processes; if none is running, start this command again")
+        print(f"{left} of {count} batches are left to other processes; if none is running, run this command again")
         return 0
     with folder.claims.exclusive():
         sets = {name: choice.reward for name, choice in settings.set_rewards.items()}
@@ -287,17 +287,17 @@ def build_evaluator(
         pipeline: The loaded model.
         model: Its settings.
         sampling: Steps, guidance and kernel.
-        size: How many samples per task and noises per prompt, and the batch size.
+        size: The number of samples per task and of noises per prompt, and the batch size.
         prompts: The prompts.
-        scorers: Functions that score the samples, by name.
+        scorers: Named functions that score the samples.
         world: The world of the prompts, whose verifier is among the scorers.
         processes: Ranks that share the samples.
 
     Returns:
-        A function of an output folder, by default None, and a display of progress: evaluates the model as it is then.
+        A function of an output folder, by default None, and a progress display, which evaluates the current model.
 
     Raises:
-        ValueError: The prompts are of a world whose verifier takes another medium than this model generates.
+        ValueError: The prompts are of a world whose verifier expects a medium that this model does not generate.
     """
     _require_medium(world, pipeline.sample_rate, prompts)
     protocol = model_protocol(pipeline, model, sampling, size, prompts, world.verifier if world else "none")
@@ -312,11 +312,11 @@ def build_evaluator(
 
 
 def _require_medium(world: World | None, sample_rate: int | None, prompts: PromptSet) -> None:
-    """Raise ValueError if a world's verifier takes another medium than a model at ``sample_rate`` makes."""
+    """Raise ValueError if a world's verifier expects another medium than a model at ``sample_rate`` generates."""
     if world and world.sample_rate != sample_rate:
         rates = world.sample_rate, sample_rate
         expected, actual = ("images" if rate is None else f"waveforms at {rate} Hz" for rate in rates)
         raise ValueError(
-            f"the verifier of '{world.name}:{prompts.name}' takes {expected}, but this model makes {actual}: choose"
-            " other prompts"
+            f"the verifier of '{world.name}:{prompts.name}' expects {expected}, but this model generates {actual}:"
+            " choose other prompts"
         )

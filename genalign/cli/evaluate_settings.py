@@ -44,7 +44,7 @@ class EvaluationSize:
 
     @property
     def is_on(self) -> bool:
-        """Whether the evaluation is made."""
+        """Whether the evaluation runs at all."""
         return True
 
 
@@ -69,14 +69,14 @@ class Evaluate:
         output: Folder of the evaluation.
         model: The generator; null for ``samples``.
         lora: An adapter of the model: the folder of a run, its lora/ folder, a .safetensors file or a Hub id.
-        samples: A folder of another program's samples, which are scored in place of a model's. They have GenEval's
-            layout, or a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each; or the folder of a
+        samples: A folder of another program's samples, which are scored instead of a model's. It has GenEval's layout,
+            or a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each sample; or it is the folder of a
             finished evaluation.
-        rewards: Rewards by name; the report shows the first one first.
-        set_rewards: Scores of all samples at once, by name.
+        rewards: Named rewards; the report shows the first one first.
+        set_rewards: Named scores of the whole set of samples.
         sampling: Sampling settings.
-        seeds: Number of initial noises per prompt; the least number where samples_per_task is set.
-        samples_per_task: Number of samples of each task, always of the same prompts; null takes all prompts.
+        seeds: Number of initial noises per prompt; the minimum if samples_per_task is set.
+        samples_per_task: Number of samples per task, always of the same prompts; null takes all prompts.
         batch_size: Number of samples that are generated and scored at once.
         device: Torch device on which ``samples`` are scored.
         against: Folder of another model's evaluation to compare with.
@@ -101,7 +101,7 @@ class Evaluate:
         preset = own.default_factory() if callable(own.default_factory) else None
         if self.samples is not None and (self.lora is not None or self.model not in (None, preset)):
             raise ValueError(
-                "samples is a folder to score, but model or lora asks for new samples: give one or the other"
+                "samples is a folder to score, but model and lora generate new samples: give one or the other"
             )
         if self.model is None and self.samples is None:
             raise ValueError(
@@ -112,14 +112,14 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatePrompts(Evaluate):
-    """An evaluation of any model, or of any samples, on any prompts by any rewards.
+    """An evaluation of any model, or of any samples, on any prompts with any rewards.
 
     Run the command again to resume it; processes that run it at the same time share the samples.
 
     Args:
         output: Folder of the evaluation.
-        prompts: A prompt file, or a split of a world, whose verifier's scores are reported, too; null takes the
-            prompts of ``samples``.
+        prompts: A prompt file, or a split of a world, whose verifier's scores are also reported; null takes the prompts
+            of ``samples``.
     """
 
     prompts: str | None = None
@@ -176,10 +176,9 @@ class EvaluateGenEval(Evaluate):
 
     Args:
         output: Folder of the evaluation.
-        prompts: GenEval's evaluation_metadata.jsonl, or a file of the same format; null takes the prompts of
-            ``samples``.
+        prompts: GenEval's evaluation_metadata.jsonl, or a file in its format; null takes the prompts of ``samples``.
         sampling: Sampling settings.
-        judge: Decides what is in an image; null is Mask2Former with CLIP.
+        judge: The model that decides what is in an image; null is Mask2Former with CLIP.
     """
 
     prompts: str | None = None
@@ -201,7 +200,7 @@ class EvaluateBenchmark(Evaluate):
     Args:
         name: The benchmark, as in dpg; docs/benchmarks.md lists them.
         output: Folder of the evaluation.
-        prompts: A file that the benchmark's authors published, or a list of them.
+        prompts: One or more files that the benchmark's authors published.
         judges: The models that judge the samples.
     """
 
@@ -212,12 +211,12 @@ class EvaluateBenchmark(Evaluate):
 
 @dataclass(frozen=True)
 class GenEvalOriginal:
-    """The images of a finished evaluation, scored by the results of GenEval's own evaluate_images.py.
+    """The images of a finished evaluation, scored with the results of GenEval's own evaluate_images.py.
 
     Args:
         output: Folder of the finished evaluation.
         results: The results file that evaluate_images.py wrote for its images.
-        against: Folder of another evaluation by such results, to compare with.
+        against: Folder of another evaluation with such results, to compare with.
     """
 
     output: str

@@ -11,7 +11,7 @@ from typing import Literal
 
 from genalign.cli import parsing
 from genalign.cli.context import CommandContext
-from genalign.cli.lora_forms import describe_lora, write_lora_form
+from genalign.cli.lora_formats import describe_lora, write_lora_format
 from genalign.cli.model_card import base_of, method_of, write_model_card
 from genalign.cli.model_settings import model_of
 from genalign.diffusion.lora import adapter_file
@@ -29,19 +29,19 @@ class Export:
     Args:
         run: Folder of the run.
         output: Folder to write.
-        form: "lora" is the adapter alone, for diffusers; "comfy" for ComfyUI, at full strength; "kohya" for programs
-            that read kohya's names (SD 1.5 and SDXL). "genalign" is an adapter that is no plain LoRA (a noise
-            hypernetwork, or a LoRA with a hypernetwork), which genalign alone samples with. "merged" is the network
-            with the adapter in its weights, "pipeline" a whole diffusers folder.
-        round: Export the checkpoint after so many rounds; null exports the best weights by the held-out rewards, or
-            without these the newest: of the end of the run, or of the last checkpoint of one that has not ended.
-        push: Name of a new repository of the Hub (owner/name) that the export is uploaded to; needs a token.
+        format: "lora" is only the adapter, for diffusers; "comfy" is for ComfyUI, at full strength; "kohya" for
+            programs that read kohya's names (SD 1.5 and SDXL). "genalign" is an adapter other than a plain LoRA (a
+            noise hypernetwork, or a LoRA with a hypernetwork), which only genalign can load. "merged" is the network
+            with the adapter merged into its weights, "pipeline" a whole diffusers folder.
+        round: Export the checkpoint after this many rounds; null exports the best weights by the held-out rewards, or
+            without held-out rewards the newest.
+        push: Name of a new Hub repository (owner/name) to which the export is uploaded; needs a token.
         private: Make that repository private.
     """
 
     run: str
     output: str
-    form: Literal["lora", "comfy", "kohya", "genalign", "merged", "pipeline"] = "lora"
+    format: Literal["lora", "comfy", "kohya", "genalign", "merged", "pipeline"] = "lora"
     round: int | None = None
     push: str | None = None
     private: bool = False
@@ -54,8 +54,8 @@ class TrainedWeights:
     Args:
         path: The folder.
         is_adapter: Whether they are an adapter.
-        rounds: The number of rounds that they had, if the run was not at its end; else None.
-        best: How they were chosen, if they are the best by the held-out rewards; else None.
+        rounds: Their number of rounds if the run had not ended; else None.
+        best: How they were selected, if they are the best by the held-out rewards; else None.
     """
 
     path: Path
@@ -65,14 +65,14 @@ class TrainedWeights:
 
     @property
     def description(self) -> str:
-        """The round of the weights, as an end of the line that names their export; empty for the end of a run."""
+        """The round of the weights, as the end of a printed line; empty for the end of a run."""
         if self.best:
             return f": the weights after {self.best}"
-        return f", after round {self.rounds}: the run is not at its end" if self.rounds else ""
+        return f", after round {self.rounds}: the run has not ended" if self.rounds else ""
 
 
 def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign export``: write the weights of a run in a form that diffusers or PEFT loads, with a model card."""
+    """Run ``genalign export``: write the weights of a run in the requested format, with a model card."""
     settings, _ = parsing.parse(Export, arguments, "export")
     run, output = Path(settings.run), Path(settings.output)
     if output.exists():
@@ -83,43 +83,43 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     weights = trained_weights(run, settings.round)
     if (weights.path / USERS_FILE).is_file():
         raise ValueError(
-            f"{run} was trained with users, whose attention no other program knows: use its lora/ with --lora, and"
-            f" model.users {weights.path / USERS_FILE}"
+            f"{run} was trained with users, whose user attention other programs cannot load: use its lora/ with --lora,"
+            f" and model.users {weights.path / USERS_FILE}"
         )
     push = Push(settings.push, settings.private) if settings.push is not None else None
     if push:
         push.require()
-    _require_form(run, weights, settings.form)
-    if settings.form in ("merged", "pipeline"):
-        _write_network(context, run, weights, output, whole=settings.form == "pipeline")
-    elif settings.form == "genalign":
+    _require_format(run, weights, settings.format)
+    if settings.format in ("merged", "pipeline"):
+        _write_network(context, run, weights, output, whole=settings.format == "pipeline")
+    elif settings.format == "genalign":
         shutil.copytree(weights.path, output)
-    elif settings.form == "lora":
+    elif settings.format == "lora":
         shutil.copytree(weights.path, output)
         describe_lora(output, base_of(run), method_of(run))
     else:
-        write_lora_form(weights.path, output, settings.form, base_of(run), method_of(run))
-    write_model_card(run, output, settings.form, weights.rounds, settings.push)
-    print(f"{settings.form}: {output}{weights.description if settings.round is None else ''}")
+        write_lora_format(weights.path, output, settings.format, base_of(run), method_of(run))
+    write_model_card(run, output, settings.format, weights.rounds, settings.push)
+    print(f"{settings.format}: {output}{weights.description if settings.round is None else ''}")
     if push:
         print(f"pushed: {push.upload(output)}")
     return 0
 
 
-def _require_form(run: Path, weights: TrainedWeights, form: str) -> None:
-    """Raise ValueError for a form that the weights of a run do not have."""
+def _require_format(run: Path, weights: TrainedWeights, format: str) -> None:
+    """Raise ValueError for a format in which the weights of a run cannot be written."""
     if not weights.is_adapter:
-        if form not in ("merged", "pipeline"):
-            raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
+        if format not in ("merged", "pipeline"):
+            raise ValueError(f"{run} trained the whole network: export it with --format merged or pipeline")
         return
     kind = kind_of(adapter_file(weights.path))
-    if kind is not None and form != "genalign":
+    if kind is not None and format != "genalign":
         raise ValueError(
-            f"{run} trained {kind}, which acts differently on each sample, so that neither a plain LoRA nor merged"
-            " weights are what was trained: export it with --form genalign"
+            f"{run} trained {kind}, which acts differently on each sample, so it cannot be written as a plain LoRA or"
+            " merged: export it with --format genalign"
         )
-    if kind is None and form == "genalign":
-        raise ValueError(f"{run} trained a plain LoRA, which has no form of genalign's own: export it with --form lora")
+    if kind is None and format == "genalign":
+        raise ValueError(f"{run} trained a plain LoRA: export it with --format lora; the format genalign is for others")
 
 
 def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, output: Path, whole: bool) -> None:
@@ -134,10 +134,10 @@ def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, 
 
 
 def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
-    """Find the weights of a run after so many rounds; None for those that it offers.
+    """Find the weights of a run after a number of rounds; None for its best ones.
 
-    These are the best by the held-out rewards; without such rewards the newest, of its end or of its last checkpoint.
-    Raises FileNotFoundError where there are none, or none of that round.
+    These are the best by the held-out rewards, or without such rewards the newest, of its end or its last checkpoint.
+    Raises FileNotFoundError if there are none, or none of that round.
     """
     adapter, network, best = run / "lora", run / "denoiser", RunFolder(run).best_round()
     checkpoints = {
@@ -152,7 +152,7 @@ def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
         others = f"round {', '.join(map(str, present))}" if present else "none"
         raise FileNotFoundError(
             f"{run} has no weights after round {rounds}, but after {others}: checkpoint.every and"
-            " checkpoint.keep say which are retained"
+            " checkpoint.keep control which are retained"
         )
     latest = max(checkpoints, default=0)
     if latest and (not adapter.is_dir() or _is_newer(checkpoints[latest], adapter)):
@@ -161,10 +161,10 @@ def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
         return TrainedWeights(adapter)
     if network.is_dir():
         return TrainedWeights(network, is_adapter=False)
-    raise FileNotFoundError(f"{run} has no weights yet: its first checkpoint after a round will have them")
+    raise FileNotFoundError(f"{run} has no weights yet: wait for its first checkpoint")
 
 
 def _is_newer(adapter: Path, before: Path) -> bool:
-    """Whether an adapter has other weights than one before, of later: the run was resumed and has not ended again."""
+    """Whether an adapter is newer than another and has other weights, as in a resumed run that has not ended again."""
     new, old = adapter_file(adapter), adapter_file(before)
     return new.stat().st_mtime > old.stat().st_mtime and new.read_bytes() != old.read_bytes()

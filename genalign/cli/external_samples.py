@@ -1,4 +1,4 @@
-"""The samples in a folder that another program filled, with their prompts."""
+"""Samples of another program in a folder, with their prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExternalSamples:
-    """Samples on disk: their specs and files, and how a file is read; ``sample_rate`` is None for images."""
+    """Samples on disk: their specs and files, and how to read a file; ``sample_rate`` is None for images."""
 
     specs: Sequence[SampleSpec]
     files: Sequence[Path]
@@ -35,12 +35,12 @@ def external_samples(root: Path, prompts: PromptSet | None, world: World | None)
 
     Args:
         root: The folder.
-        prompts: Where the metadata of the samples' prompts is looked up; None takes them as they are listed.
-        world: The world of the prompts, of which any split's prompt is taken, and which reads the files.
+        prompts: Prompts with the metadata of the samples' prompts; None takes the prompts as listed.
+        world: The world of the prompts, which may be of any split, and which reads the files.
 
     Raises:
-        FileNotFoundError: The folder or a file is missing, or the folder has none of the three forms.
-        ValueError: A line cannot be used, a prompt is not among the prompts, or clips differ in sample rate.
+        FileNotFoundError: The folder or a file is missing, or the folder has none of the three layouts.
+        ValueError: A line is invalid, a prompt is not among the prompts, or clips differ in sample rate.
     """
     if (root / "summary.json").is_file():
         listed = _evaluated(root)
@@ -49,9 +49,9 @@ def external_samples(root: Path, prompts: PromptSet | None, world: World | None)
     else:
         listed = _listed(root)
     if not listed:
-        raise ValueError(f"{root} has no sample to evaluate: list one or more")
+        raise ValueError(f"{root} has no samples to evaluate: list at least one")
     if missing := next((path for _, path in listed if not path.is_file()), None):
-        raise FileNotFoundError(f"there is no {missing}, which {root} lists: make it, or remove its line")
+        raise FileNotFoundError(f"{missing}, which {root} lists, is missing: add the file, or remove its line")
     look_up = _look_up(prompts, world)
     specs = [SampleSpec(look_up(spec.prompt), spec.sample, external=True) for spec, _ in listed]
     files = [path for _, path in listed]
@@ -64,7 +64,7 @@ def external_samples(root: Path, prompts: PromptSet | None, world: World | None)
 
 
 def _evaluated(root: Path) -> list[tuple[SampleSpec, Path]]:
-    """List the samples of a finished evaluation, such as to score them by other rewards."""
+    """List the samples of a finished evaluation, for example to score them with other rewards."""
     folder, records = EvaluationFolder(root), load_evaluation(root).records
     prompts = folder.prompts() if (root / PROMPTS).is_file() else {}
     if any(record.image is None for record in records):
@@ -75,7 +75,7 @@ def _evaluated(root: Path) -> list[tuple[SampleSpec, Path]]:
 
 
 def _listed(root: Path) -> list[tuple[SampleSpec, Path]]:
-    """List the samples of prompts.jsonl; those of a prompt are numbered in its order."""
+    """List the samples of prompts.jsonl; those of one prompt are numbered in file order."""
     counts: dict[tuple[str, str], int] = {}
     listed = []
     for name, prompt in read_listing(root).items():
@@ -93,16 +93,14 @@ def _listed(root: Path) -> list[tuple[SampleSpec, Path]]:
 
 
 def _numbered(root: Path) -> list[tuple[SampleSpec, Path]]:
-    """List the images of GenEval's layout; a file's number is that of the sample."""
+    """List the images in GenEval's layout; a file's number is the sample's number."""
     listed: list[tuple[SampleSpec, Path]] = []
     folders: dict[tuple[str, str], Path] = {}
     for sample in read_samples(root):
         prompt = Prompt(sample.metadata["prompt"], sample.metadata)
         folder = folders.setdefault((prompt.task, prompt.text), sample.path.parent)
         if folder != sample.path.parent:
-            raise ValueError(
-                f"{folder} and {sample.path.parent} are of the same prompt: put its images into one folder"
-            )
+            raise ValueError(f"{folder} and {sample.path.parent} have the same prompt: put its images into one folder")
         listed.append((SampleSpec(prompt, sample.number), sample.path))
     return listed
 
@@ -117,7 +115,7 @@ def _look_up(prompts: PromptSet | None, world: World | None) -> Callable[[Prompt
 
     def look_up(prompt: Prompt) -> Prompt:
         if prompt.text not in by_text:
-            raise ValueError(f"{prompt.text!r} is not among the prompts of {name}: list samples of these alone")
+            raise ValueError(f"{prompt.text!r} is not among the prompts of {name}: list only samples of these")
         return by_text[prompt.text]
 
     return look_up
@@ -127,6 +125,6 @@ def _waveform(path: Path, sample_rate: int) -> Tensor:
     clip = read_waveform(path)
     if clip.sample_rate != sample_rate:
         raise ValueError(
-            f"{path} is at {clip.sample_rate} Hz, and the first clip at {sample_rate}: convert one of them"
+            f"{path} is at {clip.sample_rate} Hz, but the first clip is at {sample_rate} Hz: convert one of them"
         )
     return clip.waveform

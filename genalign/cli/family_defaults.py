@@ -1,4 +1,4 @@
-"""Settings whose default is the model family's, guidance and kernel, as numbers in the record of a run."""
+"""Settings that default to the model family's values, guidance and kernel, filled in for the record of a run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from genalign.types import Pipeline
 def with_family_defaults(
     plain: Mapping[str, Any], pipeline: Pipeline, samplings: Mapping[str, Sampling | None]
 ) -> dict[str, Any]:
-    """Replace the null of ``guidance`` and ``recipe.kernel`` by what the model's family samples with.
+    """Replace nulls of ``guidance`` and ``recipe.kernel`` by the defaults of the model's family.
 
     Args:
         plain: The configuration as plain JSON.
         pipeline: The model.
-        samplings: The sampling settings by the name of their section.
+        samplings: The sampling settings of each section.
     """
     resolved = dict(plain)
     for name, sampling in samplings.items():
@@ -30,7 +30,7 @@ def with_family_defaults(
 
 
 def with_recorded_defaults(plain: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the null of ``guidance`` and ``kernel`` by their values in the configuration ``recorded`` of a run."""
+    """Replace nulls of ``guidance`` and ``kernel`` by their values in the configuration ``recorded`` of a run."""
     merged = dict(plain)
     for name, value in plain.items():
         own = recorded.get(name)

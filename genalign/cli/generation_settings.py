@@ -15,11 +15,11 @@ class RewardChoice:
     """A reward and how it is called.
 
     Args:
-        function: Import path of a function, or of a class whose objects are called, as in rewards.clip.ClipReward, or
+        function: Import path of a function, or of a class with callable objects, as in rewards.clip.ClipReward, or
             rewards.combine.WeightedSum for a sum of others.
         weight: Weight in the sum of rewards; 0 only reports the score.
-        score_batch: Number of samples that are scored in one call; null scores a batch at once.
-        timeout: Seconds after which a call has failed; null waits forever.
+        score_batch: Number of samples that are scored per call; null scores a whole batch.
+        timeout: Seconds after which a call counts as failed; null waits forever.
     """
 
     function: AnyCallable
@@ -35,9 +35,9 @@ class Generation:
     Args:
         output: Folder to write.
         model: The generator.
-        prompts: A .txt file with one per line, a GenEval .jsonl file, a dataset (hf://datasets/owner/name:split#column),
-            or a split of a world, as in shapes:train.
-        rewards: Rewards by name.
+        prompts: A .txt file with one prompt per line, a GenEval .jsonl file, a dataset
+            (hf://datasets/owner/name:split#column), or a split of a world, as in shapes:train.
+        rewards: Named rewards.
         sampling: Sampling settings.
     """
 
@@ -49,7 +49,7 @@ class Generation:
 
 
 def require_positive(settings: object, *names: str) -> None:
-    """Raise ValueError for a setting of these names that is neither null nor at least 1."""
+    """Raise ValueError if one of the named settings is neither null nor at least 1."""
     for name in names:
         value = vars(settings)[name]
         if value is not None and value < 1:
@@ -57,7 +57,7 @@ def require_positive(settings: object, *names: str) -> None:
 
 
 def require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
-    """Raise ValueError unless there is a reward, and every name is a text."""
+    """Raise ValueError unless there is a reward, and every name is a string."""
     if not rewards:
         raise ValueError(
             "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"

@@ -1,4 +1,4 @@
-"""``genalign init``: a commented training configuration for a model, prompts and a reward of the user's own."""
+"""``genalign init``: a commented training configuration for the user's own model, prompts and reward."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from genalign.types import AnyCallable
 
 Preset = Literal["flux-dev-80gb", "sd15-24gb", "sd35-medium-1gpu", "sd35-medium-80gb", "sdxl-80gb"]
 
-_GPU = "  # A GPU: half the memory for weights, the text encoders and the VAE on it only while they work\n"
+_GPU = "  # A GPU: half-precision weights; text encoders are on it only while they work\n"
 _RECIPE = """\
 recipe: genalign.flow_grpo  # the method; docs/choosing.md compares them
 sampling: {num_steps: 10}  # few steps train faster; kernel and guidance are the defaults of the model's family
-# evaluation: {num_steps: 28}  # steps of the evaluations, where they should be more
+# evaluation: {num_steps: 28}  # more steps for evaluations
 training:
   rounds: 100
-  group_size: 12  # samples of a prompt, which are compared with each other
+  group_size: 12  # samples per prompt, which are compared with each other
   BATCH  # samples at a time, a multiple of group_size
   learning_rate: auto  # adapted so that each round moves the policy by the target of training.trust_region
 lora: {rank: 32, alpha: 64}
@@ -40,15 +40,15 @@ lora: {rank: 32, alpha: 64}
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """A commented configuration of a training run, to be edited and given to `genalign train --config FILE`.
+    """A commented training configuration, to edit and pass to `genalign train --config FILE`.
 
     The reward is MODULE:FUNCTION or MODULE:CLASS, with the parameters of a class as --args.NAME.
 
     Args:
         prompts: Training prompts: a file, or a split of a world.
-        reward: The function, or the class whose objects are called.
+        reward: The function, or the class with callable objects.
         model: A diffusers folder, a Hub id (owner/name) or an embedded model; null takes the preset's.
-        preset: Settings for a model and the memory of a GPU; null takes those for any model and this machine.
+        preset: Settings for a model and a GPU's memory; null takes settings for any model and this machine.
         output: YAML file to write; null prints the configuration.
     """
 
@@ -111,16 +111,16 @@ rewards:
 
 
 _EVALUATIONS = """\
-# Evaluations by the rewards on a split of the prompts, which are then not trained on: HELD_OUT of them
+# Evaluations with the rewards on HELD_OUT held-out prompts, which are not trained on
 held_out: {every: 10, samples_per_task: 32}
 before_after: {samples_per_task: 32}
-sample_grid: {every: 10}  # pictures of the training prompts, in samples/ and in the report
+sample_grid: {every: 10}  # samples of the training prompts, in samples/ and in the report
 checkpoint: {every: 1, keep: 2}  # in rounds; each has a LoRA to try (genalign export --run RUN --round N)
 """
 
 
 def _require_model(context: CommandContext, path: str) -> None:
-    """Check a local model by its files. One on the Hub is looked up when it is trained."""
+    """Check the files of a local model. A Hub model is looked up when it is trained."""
     if assets.resolve(path) == path and not Path(path).exists():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return
@@ -130,7 +130,7 @@ def _require_model(context: CommandContext, path: str) -> None:
 
 
 def _body(settings: Init) -> str:
-    """Settings of model and training: of a preset with the user's model, or for this machine's kind of device."""
+    """Settings of model and training: a preset with the user's model, or settings for this machine's device."""
     if settings.preset:
         text = assets.preset(str(settings.preset)).read_text(encoding="utf-8")
         path = yaml.safe_load(text)["model"]["path"]
@@ -146,7 +146,7 @@ def _body(settings: Init) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Write a text as a YAML scalar, in quotes where YAML would read something else."""
+    """Write a text as a YAML scalar, quoted if YAML would parse it as something else."""
     try:
         plain = yaml.safe_load(f"x: {text}") == {"x": text}
     except yaml.YAMLError:  # such as for "a: b"

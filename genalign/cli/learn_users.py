@@ -16,15 +16,15 @@ from genalign.runtime.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class LearnUsers:
-    """People's tastes, learned from comparisons that say who compared: a reward of each person, or their embeddings.
+    """People's tastes, learned from comparisons with annotators: a reward for each person, or their embeddings.
 
     Args:
         output: File to write, as in users.safetensors.
-        preferences: Pairs that say who judged: our own folder or .jsonl file, or a .json, .jsonl or .parquet file in a
-            published layout, with a column user or user_id.
+        preferences: Pairs with their annotators: genalign's own folder or .jsonl file, or a .json, .jsonl or .parquet
+            file in a published layout, with a column user or user_id.
         learner: What is learned: a reward (rewards.pal.PALLearner), or embeddings for model.users
             (rewards.user_embeddings.MeanDifferenceLearner).
-        known: A file of other users, to which these are added with all else frozen; null learns everything anew.
+        known: A file of other users, to which these are added with everything else frozen; null learns from scratch.
     """
 
     output: str
@@ -46,15 +46,15 @@ def learn_users_command(context: CommandContext, arguments: Sequence[str]) -> in
         (user, str(count), f"{accuracy.seen[user]:.2f}", f"{held_out[user]:.2f}" if user in held_out else "-")
         for user, count in counts.items()
     ]
-    print_table(("user", "comparisons", "predicted of those seen", "held out"), rows)
+    print_table(("user", "comparisons", "accuracy (seen)", "accuracy (held out)"), rows)
     print(f"users: {settings.output}")
     return 0
 
 
 def annotated_pairs(path: Path) -> list[AnnotatedPair]:
-    """Read the pairs that are no ties, with who judged them.
+    """Read the pairs that are not ties, with their annotators.
 
-    Raises ValueError where a judgment is no pair, one does not say who judged, or all are ties.
+    Raises ValueError if a judgment is not a pair or has no annotator, or if all are ties.
     """
     pairs = list[AnnotatedPair]()
     for number, judgment in enumerate(read_preferences(path), start=1):
@@ -62,11 +62,11 @@ def annotated_pairs(path: Path) -> list[AnnotatedPair]:
         if judgment.kind != "pair":
             raise ValueError(f"{where} is a {judgment.kind} of {len(judgment.samples)} samples: give pairs")
         if judgment.annotator is None:
-            raise ValueError(f"{where} does not say who compared: add annotator, user or user_id to every one")
+            raise ValueError(f"{where} has no annotator: add annotator, user or user_id to every judgment")
         first, second = judgment.overall()
         if first != second:
             better, worse = judgment.samples if first > second else reversed(judgment.samples)
             pairs.append(AnnotatedPair(judgment.prompt.text, judgment.annotator, better.read, worse.read))
     if not pairs:
-        raise ValueError(f"{path} has ties alone, of which nothing is learned")
+        raise ValueError(f"{path} contains only ties: give pairs with a preference")
     return pairs

@@ -1,6 +1,6 @@
 """The composition root: joins genalign, the pipelines and the rewards, and dispatches the commands.
 
-What a command does not use is not imported: torch alone takes seconds.
+Imports are lazy, as importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def load_model(model: Model) -> Checkpoint:
-    """Load the pipeline that a configuration names, without bars and misleading warnings of its libraries."""
+    """Load the pipeline that a configuration names, without its libraries' progress bars and misleading warnings."""
     import torch
 
     from genalign.cli.model_settings import require_device
@@ -53,15 +53,15 @@ def outline_model(model: Model) -> Outline:
 
     from pipelines.meta_device import outline
 
-    options = _options(replace(model, compiled=False))  # nothing is computed
+    options = _options(replace(model, compile=False))  # nothing is computed
     return outline(assets.resolve(model.path), family=model.family, dtype=getattr(torch, model.dtype), **options)
 
 
 def require_model(model: Model) -> None:
     """Check that a model can be loaded here.
 
-    Raises ValueError for a device, quantization or compiler that is not available and a family that is none,
-    FileNotFoundError for missing weights.
+    Raises ValueError for an unavailable device, quantization or compiler, or an unknown family, and FileNotFoundError
+    for missing weights.
     """
     from genalign.cli.model_settings import require_device
     from pipelines.auto import import_family
@@ -74,7 +74,7 @@ def require_model(model: Model) -> None:
         import_family(model.family)
     require_weights(assets.resolve(model.path), model.weights, model.variant)
     require_quantization(model.memory, model.device)
-    if model.compiled:
+    if model.compile:
         require_compiler(model.device, model.memory)
 
 
@@ -89,7 +89,7 @@ def _options(model: Model) -> Options:
 
 
 def world_scorers(world: str) -> Mapping[str, Scorer]:
-    """Build the scores of a world's verifier, by name; the strict one says what the verifier recognizes, too."""
+    """Build the named scores of a world's verifier; the strict one also reports what the verifier recognizes."""
     from genalign.worlds.shapes.verifier import verify as verify_shapes
     from genalign.worlds.tones.verifier import verify as verify_tones
     from rewards.backbones.world_verifier import SCORES, judge, scores
@@ -99,21 +99,21 @@ def world_scorers(world: str) -> Mapping[str, Scorer]:
 
 
 def save_scorer(path: Path, scorer: NoiseAware, student: nn.Module) -> None:
-    """Write a noise-aware reward, and which student it was trained as, to a file."""
+    """Write a noise-aware reward and the kind of its student to a file."""
     from rewards.noise_aware import save_scorer as save
 
     save(path, scorer, student)
 
 
 def geneval_judge() -> Judge:
-    """Build the judge of GenEval evaluations that name no other."""
+    """Build the default judge of GenEval evaluations."""
     from rewards.geneval import GenEvalJudge
 
     return GenEvalJudge()
 
 
 def command_context(started: float) -> CommandContext:
-    """Join what commands use of pipelines and rewards; ``started`` is when the command began."""
+    """Collect the functions of pipelines and rewards for commands; ``started`` is when the command began."""
     from genalign.cli.context import CommandContext
 
     joined = load_model, outline_model, require_model, world_scorers, save_scorer, geneval_judge
@@ -121,9 +121,9 @@ def command_context(started: float) -> CommandContext:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2.
+    """Run the command at the start of ``arguments``; wrong input is one line on standard error and exit status 2.
 
-    ``--debug`` among the arguments adds the traceback, and those of rewards that fail and are called again.
+    ``--debug`` among the arguments adds the traceback, and those of rewards that fail and are retried.
     """
     started = time.monotonic()  # before torch is imported
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

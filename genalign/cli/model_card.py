@@ -1,4 +1,4 @@
-"""Model cards of exported weights: the Hub's metadata, and what a stranger needs to use and to judge them."""
+"""Model cards of exported weights: the Hub's metadata, and what others need to use and to judge them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LICENSE = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that a run began with, as far as its files are on this machine.
+    """The base checkpoint of a run, as far as its files are on this machine.
 
     Args:
         path: Its path, Hub id or embedded name in the run's configuration.
@@ -42,7 +42,7 @@ class Base:
 
     @property
     def hub_id(self) -> str | None:
-        """The checkpoint's name on the Hub: its path, or what its own files say that they were loaded from."""
+        """The checkpoint's name on the Hub: its path, or the origin that its own files name."""
         if self._folder() is None:
             return self.path if self.path.count("/") == 1 and not os.path.exists(self.path) else None
         names = (part for part in Path(self.path).absolute().parts if part.startswith("models--"))  # the Hub's cache
@@ -51,7 +51,7 @@ class Base:
 
     @property
     def name(self) -> str:
-        """The checkpoint's name for readers elsewhere, to whom a path of this machine says nothing."""
+        """The checkpoint's name for readers on other machines, where a local path means nothing."""
         return self.hub_id or Path(self.path).name
 
     @property
@@ -107,7 +107,7 @@ class Sample:
 
 
 def base_of(run: Path) -> Base:
-    """The checkpoint that the run in a folder began with."""
+    """The base checkpoint of the run in a folder."""
     model = _read(run / "config.json")["model"]
     return Base(model["path"], model.get("revision"))
 
@@ -117,15 +117,15 @@ def method_of(run: Path) -> str:
     return _as_call(_read(run / "config.json")["recipe"])
 
 
-def write_model_card(run: Path, output: Path, form: str, rounds: int | None = None, name: str | None = None) -> None:
+def write_model_card(run: Path, output: Path, format: str, rounds: int | None = None, name: str | None = None) -> None:
     """Write README.md, and samples of the run's evaluations beside it, into the folder of an export.
 
     Args:
         run: The folder of the run, with its config.json and environment.json.
         output: The folder of the exported weights.
-        form: The exported form: lora, comfy, kohya, genalign, merged or pipeline.
-        rounds: The number of rounds of an export in the middle of a run, which its evaluations are not of.
-        name: The name by which the weights are opened; None for that of the folder.
+        format: The exported format: lora, comfy, kohya, genalign, merged or pipeline.
+        rounds: The number of rounds of an export from the middle of a run, to which its evaluations do not apply.
+        name: The name by which the weights are loaded; None for the folder's name.
     """
     settings, base = _read(run / "config.json"), base_of(run)
     best, measured = RunFolder(run).best_round(), BestRound.read(run / "after")
@@ -141,12 +141,12 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
         or None,
         model_name=output.name,
         eval_results=list(_results(run, task)) if evaluated else None,
-        **_kind_of_weights(form, task),
+        **_kind_of_weights(format, task),
         **base.license,
     )
     after = f" Exported after round {rounds}." if rounds is not None else f" The weights after {best}." if best else ""
     sections = {
-        "Use": _use(base, settings, output, form, samples, name or output.name),
+        "Use": _use(base, settings, output, format, samples, name or output.name),
         "Samples": _gallery(output, samples) if samples and not is_audio else "",
         "Rewards": _rewards(settings["rewards"]),
         "Evaluation": _figures(run) if evaluated else "These weights were not evaluated by the run.",
@@ -158,10 +158,10 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
     write_text(output / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{text}\n")))
 
 
-def _kind_of_weights(form: str, task: str) -> dict[str, Any]:
-    """The entries of a card's header that say what kind of weights an exported form is, and what opens them."""
-    is_network, library = form in ("merged", "pipeline"), "genalign" if form == "genalign" else "diffusers"
-    tags = [task, *([] if form == "genalign" else ["diffusers"]), *([] if is_network else ["lora"])]
+def _kind_of_weights(format: str, task: str) -> dict[str, Any]:
+    """The entries of a card's header on the kind of weights in an export, and on the library that loads them."""
+    is_network, library = format in ("merged", "pipeline"), "genalign" if format == "genalign" else "diffusers"
+    tags = [task, *([] if format == "genalign" else ["diffusers"]), *([] if is_network else ["lora"])]
     return {
         "base_model_relation": "finetune" if is_network else "adapter",
         "library_name": library,
@@ -169,36 +169,38 @@ def _kind_of_weights(form: str, task: str) -> dict[str, Any]:
     }
 
 
-def _use(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str) -> str:
-    """Python that loads the exported weights by ``name``, and what its reader must know."""
-    if form == "genalign":
+def _use(base: Base, settings: Mapping[str, Any], output: Path, format: str, samples: list[Sample], name: str) -> str:
+    """Python that loads the exported weights by ``name``, and notes for its readers."""
+    if format == "genalign":
         code = _genalign_snippet(base, settings, samples, name)
         note = (
-            f"\n\nThis is {kind_of(adapter_file(output))}, no plain LoRA: it acts differently on each sample. Its"
-            " matrices, loaded as a LoRA by diffusers or another program, would sample something else, so that its file"
-            " has names that they refuse."
+            f"\n\nThis is {kind_of(adapter_file(output))}, not a plain LoRA: it acts differently on each sample. If its"
+            " matrices were loaded as a LoRA by diffusers or another program, samples would be wrong, so its file uses"
+            " names that they reject."
         )
     else:
-        code, note = _snippet(base, settings, output, form, samples, name), _sampler(base, _evaluated(settings))
+        code, note = _snippet(base, settings, output, format, samples, name), _sampler(base, _evaluated(settings))
     text = f"```python\n{code}\n```{note}"
     if student := _student_guidance(output, base):
         text += (
-            f"\n\nA few-step student: guidance {student:g} is in its weights. Sample at guidance 1, in"
-            f" {_evaluated(settings).get('num_steps')} steps or about as many."
+            f"\n\nA few-step student: guidance {student:g} is distilled into its weights. Sample at guidance 1, in"
+            f" about {_evaluated(settings).get('num_steps')} steps."
         )
     return text
 
 
-def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str) -> str:
-    """Python that loads the exported weights by ``name`` and makes a sample with them."""
+def _snippet(
+    base: Base, settings: Mapping[str, Any], output: Path, format: str, samples: list[Sample], name: str
+) -> str:
+    """Python that loads the exported weights by ``name`` and generates a sample."""
     is_audio = _is_audio(base, samples)
     prompt = samples[0].prompt if samples else "a bell" if is_audio else "a photo of a cat"
     opened = f"pipe = DiffusionPipeline.from_pretrained({base.code})"
     imports, lines = ["from diffusers import DiffusionPipeline"], [opened]
     network = f"pipe.{base.component}"
-    if form == "pipeline":
+    if format == "pipeline":
         lines = [f'pipe = DiffusionPipeline.from_pretrained("{name}")']
-    elif form == "merged":
+    elif format == "merged":
         kind = _read(output / "config.json")["_class_name"]
         imports = [f"from diffusers import DiffusionPipeline, {kind}"]
         lines.append(f'{network} = {kind}.from_pretrained("{name}")')
@@ -206,9 +208,9 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
         imports.append("from peft import PeftModel")
         lines.append(f'{network} = PeftModel.from_pretrained({network}, "{name}")')
     else:
-        file = "" if form == "lora" else f', weight_name="{output.name}.safetensors"'
+        file = "" if format == "lora" else f', weight_name="{output.name}.safetensors"'
         lines.append(f'pipe.load_lora_weights("{name}"{file})')
-    if base.is_embedded and form != "pipeline":
+    if base.is_embedded and format != "pipeline":
         imports.append("from genalign import assets")
     sampling = _evaluated(settings)
     options = {"num_inference_steps": sampling.get("num_steps")}
@@ -225,7 +227,7 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
 
 
 def _genalign_snippet(base: Base, settings: Mapping[str, Any], samples: list[Sample], name: str) -> str:
-    """Python that loads an adapter which is no plain LoRA by ``name``, and makes a sample with it."""
+    """Python that loads an adapter other than a plain LoRA by ``name``, and generates a sample."""
     prompt = samples[0].prompt if samples else "a bell" if _is_audio(base, samples) else "a photo of a cat"
     arguments = {key: value for key, value in _evaluated(settings).items() if value not in (None, {})}
     kernel, model = arguments.pop("kernel", None), settings["model"]
@@ -251,7 +253,7 @@ def _genalign_snippet(base: Base, settings: Mapping[str, Any], samples: list[Sam
 
 
 def _student_guidance(output: Path, base: Base) -> float | None:
-    """The guidance scale that exported weights of a few-step student have in them; None for any other."""
+    """The guidance scale that is distilled into exported weights of a few-step student; None for any other."""
     networks = [output / "config.json", output / base.component / "config.json"]
     for config in filter(Path.is_file, networks):
         stored = _read(config).get("_student_guidance")
@@ -267,7 +269,7 @@ def _evaluated(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def guidance_arguments(kind: str, guidance: float | None, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a guidance scale as a pipeline of diffusers of the class ``kind`` takes it, by name."""
+    """Return a guidance scale as the arguments of diffusers' pipeline class ``kind``."""
     negative = {"negative_prompt": model["negative_prompt"]} if model.get("negative_prompt") else {}
     if kind in _TRUE_CFG:  # their guidance_scale is an input of the network
         scale = model.get("distilled_guidance")
@@ -281,21 +283,19 @@ def guidance_arguments(kind: str, guidance: float | None, model: Mapping[str, An
 
 
 def _renoises(base: Base, sampling: Mapping[str, Any]) -> bool:
-    """Whether the run samples a flow by ``CPS(1.0)``, which its scheduler in diffusers calls stochastic sampling."""
+    """Whether the run samples a flow with ``CPS(1.0)``, which its scheduler in diffusers calls stochastic sampling."""
     kernel, scheduler = sampling.get("kernel") or {}, base.index.get("scheduler") or ()
     is_consistency = _as_call(kernel) == "CPS(eta=1.0)"
     return is_consistency and "FlowMatchEulerDiscreteScheduler" in scheduler
 
 
 def _sampler(base: Base, sampling: Mapping[str, Any]) -> str:
-    """Name the kernel that the weights are sampled by, where it is not the ODE of every scheduler."""
+    """Name the kernel with which the weights are sampled, unless it is the ODE of every scheduler."""
     kernel = sampling.get("kernel")
     if not kernel or _as_call(kernel).startswith("ODE("):
         return ""
-    same = (
-        "the scheduler of the code above moves alike" if _renoises(base, sampling) else "diffusers has no such sampler"
-    )
-    return f"\n\nThese weights are sampled by `{_as_call(kernel)}` of genalign; {same}."
+    same = "the scheduler above does the same" if _renoises(base, sampling) else "diffusers has no such sampler"
+    return f"\n\nThese weights are sampled with `{_as_call(kernel)}` of genalign; {same}."
 
 
 def _rewards(rewards: Mapping[str, Any]) -> str:
@@ -311,8 +311,8 @@ def _training(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> st
 
 def _license(base: Base) -> str:
     if "license" not in base.license:
-        return f"As that of `{base.name}`, whose card was not at hand: read it before you share these weights."
-    return f"As that of `{base.name}`: {base.license.get('license_name', base.license['license'])}."
+        return f"The same as for `{base.name}`, whose card was not available: read it before you share these weights."
+    return f"The same as for `{base.name}`: {base.license.get('license_name', base.license['license'])}."
 
 
 def _as_call(setting: Any) -> str:
@@ -325,7 +325,7 @@ def _as_call(setting: Any) -> str:
 
 
 def _results(run: Path, task: str) -> Iterator[EvalResult]:
-    """Yield the scores after training as the Hub's metadata; intervals, for which it has no place, are in the text."""
+    """Yield the scores after training as the Hub's metadata, which cannot hold intervals: those are in the text."""
     after = _read(run / "after" / "summary.json")
     for name, value in after["overall"].items():
         if math.isfinite(mean := value["mean"]):
@@ -346,7 +346,7 @@ def _figures(run: Path) -> str:
 
 
 def _samples(run: Path) -> Iterator[Sample]:
-    """Find the first sample, of the same noise before and after, of up to four prompts of the run's evaluations."""
+    """Find the first samples, with the same noise before and after, of up to four prompts of the run's evaluations."""
     before = {row["prompt"]: row["image"] for row in reversed(_records(run / "before"))}
     after = {row["prompt"]: row["image"] for row in reversed(_records(run / "after"))}
     prompts = [prompt for prompt in reversed(after) if after[prompt] and (run / "after" / after[prompt]).is_file()]
@@ -361,7 +361,7 @@ def _records(evaluation: Path) -> list[dict[str, Any]]:
 
 
 def _copied(output: Path, sample: Path, side: str) -> str:
-    """Copy a sample beside the card, and return its path from there."""
+    """Copy a sample beside the card, and return its relative path."""
     target = output / "samples" / f"{sample.stem}-{side}{sample.suffix}"
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(sample, target)
@@ -369,7 +369,7 @@ def _copied(output: Path, sample: Path, side: str) -> str:
 
 
 def _gallery(output: Path, samples: list[Sample]) -> str:
-    lines = ["Of the same noise:", "", "| prompt | before | after |", "|---|---|---|"]
+    lines = ["From the same noise:", "", "| prompt | before | after |", "|---|---|---|"]
     for one in samples:
         old = f"![before]({_copied(output, one.before, 'before')})" if one.before else ""
         lines.append(f"| {one.prompt} | {old} | ![after]({_copied(output, one.after, 'after')}) |")

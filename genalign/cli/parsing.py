@@ -1,4 +1,4 @@
-"""The parser of the settings of every command, which describes everything that is wrong at once."""
+"""The parser of the settings of every command, which reports all errors at once."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from genalign.cli.structure import (
 )
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.score import RewardError
+from genalign.training.errors import TrainingStoppedError
 from genalign.training.nonfinite import DivergedError
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
 
 Check = Callable[[Any], object]
-"""A requirement of the settings of a command, which raises one of ``INPUT_ERRORS`` if they do not meet it."""
+"""A check of a command's settings, which raises one of ``INPUT_ERRORS`` if they fail it."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -43,15 +44,15 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class ConfigurationError(ValueError):
-    """A configuration that cannot be used; each of its ``problems`` says what to write instead, in one line."""
+    """An invalid configuration; each of its ``problems`` is one line that says what to write instead."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
 
-INPUT_ERRORS = (ValueError, OSError, SafetensorError, RewardError, DivergedError)
-"""Errors that wrong input raises: commands print their message in one line, without a traceback."""
+INPUT_ERRORS = (ValueError, OSError, SafetensorError, RewardError, DivergedError, TrainingStoppedError)
+"""Errors caused by wrong input: commands print their message in one line, without a traceback."""
 
 
 def parse(
@@ -69,8 +70,8 @@ def parse(
         settings: The dataclass.
         arguments: The words after the command.
         command: The name of the command, for the help text.
-        first: The setting that the first of ``arguments`` is for if it names none, as in ``genalign report RUN``.
-        checks: Requirements of the settings, of which those that fail are described too if the configuration is wrong.
+        first: The setting of the first of ``arguments`` if that is positional, as in ``genalign report RUN``.
+        checks: Checks of the settings; if the configuration is wrong, failed checks are reported, too.
 
     Returns:
         The instance, and all settings as plain JSON.
@@ -98,13 +99,13 @@ def parse(
 
 
 def require(checks: Iterable[Check], settings: Any) -> None:
-    """Raise ConfigurationError with everything that the settings do not meet."""
+    """Raise ConfigurationError with all failed checks."""
     if problems := failed(checks, settings):
         raise ConfigurationError(*problems)
 
 
 def failed(checks: Iterable[Check], settings: Any) -> list[str]:
-    """Describe the checks that fail, one line each, without those that need a setting that is wrong itself."""
+    """Describe the failed checks, one line each, except those that need a setting which is itself wrong."""
     lines: list[str] = []
     for check in checks:
         try:
@@ -136,20 +137,20 @@ _PATHS = (
         *(f"{section}.prompts" for section in _SECTIONS),
     ),
 )
-"""Settings that are paths, wherever they are texts."""
+"""Settings that are paths if they are strings."""
 
 
 def _expand_paths(parsed: Any) -> None:
     """Expand ~ and $VARIABLES in the paths of a configuration. Raises ValueError for an empty one.
 
-    A path of an unset variable would otherwise be the working directory.
+    A path with an unset variable would otherwise be the working directory.
     """
     for key in _PATHS:
         path = parsed.get(key)
         if isinstance(path, str):
             expanded = os.path.expanduser(os.path.expandvars(path))
             if not expanded.strip() or "$" in expanded:
-                raise ValueError(f"{key} is {path!r}, which names no path: is a variable of the shell unset?")
+                raise ValueError(f"{key} is {path!r}, which is not a path: is a shell variable unset?")
             parsed[key] = expanded
 
 
@@ -164,14 +165,14 @@ _ONE_TRACKER = re.compile(r"^(trackers\s*:\s*)(\w+)\s*$", re.MULTILINE)
 
 
 def place_of(settings: type[Any]) -> str:
-    """Return where a dataclass is, as in "genalign.cli.train_settings:Train"."""
+    """Return the location of a dataclass, as in "genalign.cli.train_settings:Train"."""
     return f"{settings.__module__}:{settings.__qualname__}"
 
 
 def in_full(settings: type[Any], arguments: Sequence[str]) -> list[str]:
-    """Write the short names of settings, recipes, kernels, strategies and trackers in full, in files too.
+    """Expand the short names of settings, recipes, kernels, strategies and trackers, in files too.
 
-    A file with short names becomes its text.
+    A file with short names is replaced by its expanded text.
     """
     names = [entry["name"] for entry in settings_of(place_of(settings))]
     full: list[str] = []
@@ -205,15 +206,15 @@ def _public(name: str) -> str:
     return f"genalign.{name}" if name in genalign.__all__ else name
 
 
-# Everything that is wrong
+# Reporting all errors
 
 
 class _UnknownSettingError(Exception):
-    """A check reads a setting that is wrong itself, so that it has nothing to say."""
+    """A check reads a setting that is itself wrong, so its result is ignored."""
 
 
 def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Check], message: str) -> list[str]:
-    """Describe everything that is wrong with a configuration, one line each, of which ``message`` is the first."""
+    """Describe all errors of a configuration, one line each, of which ``message`` is the first."""
     place = place_of(settings)
     raw = raw_settings(place, arguments)
     if not settings_of(place) or raw.unreadable:
@@ -223,7 +224,7 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
     entries = {entry["name"]: entry for entry in settings_of(place)}
     values, wrong = _values(settings, raw, missing, entries)
     lines += wrong
-    # A text that YAML reads as something else, such as 0123, is right as a word of a command line
+    # A text that YAML parses as something else, such as 0123, is fine as a word of a command line
     setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     section = setting.split(".")[0]
     if section in values or not (lines or missing):
@@ -238,7 +239,7 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
 def _values(
     settings: type[Any], raw: RawSettings, missing: Collection[str], entries: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Parse each field of a configuration by itself; return the values of the right ones, and what is wrong."""
+    """Parse each field of a configuration by itself; return the values of the valid ones, and the errors."""
     values: dict[str, Any] = {}
     lines: list[str] = []
     for name in settings.__dataclass_fields__:
@@ -261,7 +262,7 @@ def _values(
 
 
 def _parsed(parser: ArgumentParser, raw: Mapping[str, Any]) -> Any:
-    """Parse settings that are written by their full names."""
+    """Parse settings with full names."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in raw.items()}
     parsed = parser.parse_args([f"--{name}={text}" for name, text in texts.items()])
     _expand_paths(parsed)
@@ -271,9 +272,9 @@ def _parsed(parser: ArgumentParser, raw: Mapping[str, Any]) -> Any:
 def _wrong_values(
     parser: ArgumentParser, raw: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Describe each of the settings of a field that the parser refuses.
+    """Describe each setting of a field that the parser rejects.
 
-    The one that an error is about is the one without which the error is another; then it is left out.
+    The setting that an error is about is found by leaving it out, which changes the error; it then stays left out.
     """
     lines: list[str] = []
     rest = dict(raw)
@@ -304,7 +305,7 @@ def _refusal(parser: ArgumentParser, raw: Mapping[str, Any]) -> str | None:
 
 
 def _partial(settings: type[Any], values: Mapping[str, Any]) -> Any:
-    """Build an instance that knows only some of its values: reading another raises ``_UnknownSettingError``."""
+    """Build an instance with only some of its values: reading another raises ``_UnknownSettingError``."""
 
     def read(self: Any, name: str) -> Any:
         if name in settings.__dataclass_fields__ and name not in values:
@@ -318,7 +319,7 @@ def _partial(settings: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 def _source(words: Iterable[str]) -> str:
-    """The words of a command line and the text of its files, to find renamed import paths in."""
+    """The words of a command line and the text of its files, which may contain renamed import paths."""
     words = list(words)
     files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json"))]
     return "\n".join([*words, *(path.read_text("utf-8", "replace") for path in files if path.is_file())])

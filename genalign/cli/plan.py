@@ -1,4 +1,4 @@
-"""``genalign plan``: the geometry, calls and memory of a training run, and what would be refused, without weights."""
+"""``genalign plan``: the geometry, calls and memory of a training run, and its errors, without loading weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Plan(Train):
     """A training run whose size, calls and memory are printed.
 
     Args:
-        processes: Number of processes of the run, each on a GPU of its own.
+        processes: Number of processes of the run, each on its own GPU.
     """
 
     processes: int = 1
@@ -43,7 +43,7 @@ class Plan(Train):
 
 
 def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign plan``: exit status 2 if training would be refused, with every reason on standard error."""
+    """Run ``genalign plan``: exit status 2 if training would fail, with every reason on standard error."""
     checks = list(training_checks(context))
     settings, _ = parsing.parse(Plan, arguments, "plan", checks=checks)
     training, sampling, processes = settings.training, settings.sampling, ProcessGroup(0, settings.processes)
@@ -98,11 +98,11 @@ def _print_calls(settings: Plan, training: FittedSettings, outline: Outline | No
     rows = {
         "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
         "shape of its latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
-        "samples a round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
-        "batches a round": f"{len(batches)} of {max(batches)}",
-        "optimizer steps a round": f"{training.updates_per_round}",
-        "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
-        "different sets of them": f"{len(windows)}",
+        "samples per round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
+        "batches per round": f"{len(batches)} of {max(batches)}",
+        "optimizer steps per round": f"{training.updates_per_round}",
+        "trained steps per round": f"{window_sizes} of {settings.sampling.num_steps}",
+        "different sets of trained steps": f"{len(windows)}",
         "rounds": (f"as many as fit time_budget, counted as {result.rounds}" if fits else f"{result.rounds} of {total}")
         + limit,
         "samples": f"{result.rounds * samples:,}",
@@ -147,7 +147,7 @@ def _memory(
 
 
 def _generations(settings: Plan, prompts: RunPrompts | None, batch_size: int) -> list[GeneratedSamples]:
-    """List what the run generates between rounds; without ``prompts`` evaluations have as many samples as a batch."""
+    """List the samples generated between rounds; without ``prompts`` an evaluation counts as one batch."""
     sampling, parts = settings.evaluation or settings.sampling, list[GeneratedSamples]()
     for name in settings.evaluation_prompts():
         size: EvaluationSize = getattr(settings, name)
@@ -165,7 +165,7 @@ def _generations(settings: Plan, prompts: RunPrompts | None, batch_size: int) ->
 
 
 def _print_memory(estimates: Mapping[str, MemoryEstimate]) -> None:
-    """Print the memory of each phase, of the ranks that differ, and name the phase that takes the most."""
+    """Print the memory of each phase for the ranks that differ, and name the phase with the peak."""
     for ranks, memory in estimates.items():
         sizes = {f"always: {name}": size for name, size in memory.always.items()}
         for phase, extra in memory.phases.items():
@@ -177,10 +177,8 @@ def _print_memory(estimates: Mapping[str, MemoryEstimate]) -> None:
         phase, size = memory.peak
         print(f"peak of {ranks}: {size / 2**30:.1f} GiB, while {phase}")
     texts = [memory.phases["encoding texts"] for memory in estimates.values()]
-    encoders = (
-        "" if all("activations" in sizes for sizes in texts) else "; what the text encoders of this model compute"
-    )
+    encoders = "" if all("activations" in sizes for sizes in texts) else "; activations of this model's text encoders"
     print(
-        f"CUDA takes about {CONTEXT / 2**30:.0f} GiB more. Not counted: networks of rewards and features, and what they"
-        f" compute; FSDP, which shards weights{encoders}"
+        f"CUDA takes about {CONTEXT / 2**30:.0f} GiB more. Not counted: networks of rewards and features, and their"
+        f" activations; FSDP, which shards weights{encoders}"
     )

@@ -1,4 +1,4 @@
-"""``genalign prices``: what NFE, decoding and rewards cost on this machine."""
+"""``genalign prices``: the cost of NFE, decoding and rewards on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from genalign.scoring.budget import measure_prices
 
 @dataclass(frozen=True, kw_only=True)
 class Prices(Generation):
-    """A measurement of what NFE, decoding and each reward cost on this machine, in seconds per sample.
+    """A measurement of the cost of NFE, decoding and each reward on this machine, in seconds per sample.
 
     Args:
         output: JSON file to write.
         prompts: Prompts, as in training; the first ``batch_size`` are used.
         batch_size: Number of samples in one batch.
-        repeats: Number of measurements, of which the median counts.
-        gradients: Measure backward passes too, which ReNO, DNO and guides make; they need the memory of a gradient.
+        repeats: Number of measurements, of which the median is taken.
+        gradients: Also measure backward passes, which ReNO, DNO and guides need; they take the memory of a gradient.
     """
 
     batch_size: int = 32

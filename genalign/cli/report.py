@@ -1,4 +1,4 @@
-"""``genalign report``: the page on a run, of a generator or of a reward."""
+"""``genalign report``: the page about a run, of a generator or of a reward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genalign.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Report:
-    """A page on a run, finished or not: RUN/report.html.
+    """A page about a run, finished or not: RUN/report.html.
 
     Args:
         run: Folder of the run, of genalign train or genalign reward train.

@@ -34,15 +34,15 @@ class Serve:
     """A reward behind HTTP: MODULE:CLASS, and its parameters as --args.NAME.
 
     Clients read ``name`` and ``version``: by default the import path, and a hash of the reward's configuration and of
-    the local files in it (not of what it downloads from the Hub). ``sample_rate`` in Hz makes it a reward of waveforms.
-    The environment variable ``token_variable`` holds the token that clients must send; an address that other machines
+    its local files (not of downloads from the Hub). ``sample_rate`` in Hz makes it a reward of waveforms. The
+    environment variable ``token_variable`` holds the token that clients must send; an address that other machines can
     reach needs one.
 
     Args:
         reward: Import path of the reward; ``--args.NAME`` sets its parameters.
-        host: Address to listen on; one that other machines reach needs a token.
+        host: Address to listen on; one that other machines can reach needs a token.
         port: Port to listen on.
-        token_variable: Environment variable that holds the token that clients must send.
+        token_variable: Environment variable with the token that clients must send.
         name: Name that clients see; null takes the import path.
         version: Version that clients see; null takes a hash of the reward's configuration and local files.
         sample_rate: Sample rate in Hz of a reward of waveforms; null for images.
@@ -69,7 +69,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class RewardCheck:
-    """A test of what every reward must satisfy: MODULE:CLASS, and its parameters as --args.NAME.
+    """A test of a reward against the reward contract: MODULE:CLASS, and its parameters as --args.NAME.
 
     ``samples`` are rendered for a split of an embedded world, as in "shapes:val" or "tones:val", or read from a folder
     of PNG, JPEG, WAV or FLAC files with a prompts.jsonl: {"file_name": ..., "prompt": ...} and metadata. ``size`` in
@@ -126,7 +126,7 @@ def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 
 def reward_check_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
+    """Run ``genalign reward check MODULE:CLASS``; the exit status is 1 if a check fails."""
     settings, _ = parsing.parse(RewardCheck, named_settings(arguments, "reward check"), "reward check")
     samples, prompts, rate = load_samples(settings)
     require_rate({"reward": settings.reward}, rate)
@@ -141,7 +141,7 @@ def reward_check_command(context: CommandContext, arguments: Sequence[str]) -> i
 
 
 def named_settings(arguments: Sequence[str], command: str) -> list[str]:
-    """Turn MODULE:CLASS, by position or after --reward, and --args.NAME into the settings that they stand for."""
+    """Turn MODULE:CLASS, positional or after --reward, and --args.NAME into settings."""
     if not arguments:
         raise ValueError(f"name the reward: genalign {command} rewards.clip:ClipReward --args.model shapes-clip")
     words = list(arguments) if arguments[0].startswith("-") else ["--reward", *arguments]
@@ -166,7 +166,7 @@ def reward_version(reward: Any) -> tuple[str, str]:
 
 
 def _files_in(setting: Any) -> list[Path]:
-    """List the files that a configured value names, and all files of the folders that it names."""
+    """List the files in a configured value, including all files of its folders."""
     if isinstance(setting, dict | list):
         values = setting.values() if isinstance(setting, dict) else setting
         return [path for value in values for path in _files_in(value)]
@@ -179,7 +179,7 @@ def _files_in(setting: Any) -> list[Path]:
 def load_samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt], int | None]:
     """Load the samples (B, ...) to check a reward on, their prompts, and the sample rate of waveforms in Hz.
 
-    Raises ValueError where no samples are configured, or a folder's differ in size or sample rate.
+    Raises ValueError if no samples are configured, or a folder's samples differ in size or sample rate.
     """
     if settings.samples is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""``genalign reward collect``: samples of each prompt, side by side, that are to be judged."""
+"""``genalign reward collect``: samples of each prompt, side by side, to be judged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from genalign.types import Prompt
 T = TypeVar("T")
 
 COLLECTION = "collection.json"
-"""The file of a dataset's folder that says how its samples were collected."""
+"""The file in a dataset's folder that records how its samples were collected."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class ComparedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCollect:
-    """Comparisons of samples of one prompt, for genalign reward label: of one model, of several, or of other programs.
+    """Comparisons of samples of one prompt, for genalign reward label: from one model, several, or other programs.
 
     Run the command again to resume it; processes that a launcher starts share the batches.
 
     Args:
         output: Folder of the dataset: the samples' files, and a comparisons.jsonl.
-        models: Models by name. One is compared with itself; of several, each comparison takes different ones where
-            there are as many, drawn by the seed.
+        models: Named models. A single one is compared with itself; of several, each comparison draws different ones
+            by the seed, if there are enough.
         prompts: Prompts of the models' samples: a file, a dataset, or a split of a world.
-        samples: A folder of other programs' samples with a prompts.jsonl, in place of models; a line may have a
-            generator and a seed. Of a list of folders, each comparison takes different ones where there are as many,
-            and a generator that is not given is the folder's name.
+        samples: A folder of other programs' samples with a prompts.jsonl, instead of models; a line may have a
+            generator and a seed. Of several folders, each comparison draws different ones, if there are enough, and the
+            generator defaults to the folder's name.
         group_size: Number of samples in a comparison.
-        comparisons_per_prompt: Number of comparisons of each prompt, each of samples of its own.
-        batch_size: Number of samples that are made at once.
-        audio: Format of the files of sounds.
-        seed: Seed of the samples' noise, and of which are compared on which side.
+        comparisons_per_prompt: Number of comparisons per prompt, each with its own samples.
+        batch_size: Number of samples that are generated at once.
+        audio: File format of audio clips.
+        seed: Seed of the samples' noise, of the draws and of the sides.
     """
 
     output: str
@@ -85,11 +85,11 @@ class RewardCollect:
     def __post_init__(self) -> None:
         require_positive(self, "comparisons_per_prompt", "batch_size")
         if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, not {self.group_size}: one sample is compared with none")
+            raise ValueError(f"group_size must be at least 2 samples to compare, not {self.group_size}")
         if bool(self.models) == (self.samples is not None):
-            raise ValueError("give models with prompts, or a folder of samples: what is compared?")
+            raise ValueError("nothing to compare: set models and prompts, or samples")
         if bool(self.models) != (self.prompts is not None):
-            raise ValueError("prompts are those of the models: give both, or a folder of samples alone")
+            raise ValueError("models and prompts belong together: set both, or only samples")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Sample:
 
 
 def reward_collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign reward collect``: make the samples that are missing, and list the comparisons."""
+    """Run ``genalign reward collect``: make the missing samples, and list the comparisons."""
     settings, plain = parsing.parse(RewardCollect, arguments, "reward collect")
     output, share = Path(settings.output), rank_share()
     _begin(output, {name: value for name, value in plain.items() if name != "output"})
@@ -115,12 +115,12 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
             _generate(context, settings, name, planned, output, share)
         files = _files(output)
         if missing := set(range(len(planned))) - files.keys():
-            print(f"{len(missing)} of {len(planned)} samples are made by other processes, the last of which lists them")
+            print(f"{len(missing)} of {len(planned)} samples are left to other processes, the last of which lists them")
             return 0
         comparisons, source = list(_grouped(settings, planned, files)), str(settings.prompts)
     distinct = [one for one in comparisons if len({sample.digest() for sample in one.samples}) == len(one.samples)]
     if equal := len(comparisons) - len(distinct):
-        print(f"{equal} of {len(comparisons)} comparisons have equal samples, and are left out")
+        print(f"left out: {equal} of {len(comparisons)} comparisons, whose samples are equal")
     if not distinct:
         raise ValueError(f"{source} gave no comparison: each needs {settings.group_size} different samples of a prompt")
     sample_rate(distinct)  # raises where they differ
@@ -133,7 +133,7 @@ def reward_collect_command(context: CommandContext, arguments: Sequence[str]) ->
 
 
 def _begin(output: Path, settings: dict[str, object]) -> None:
-    """Write how the samples are collected. Raises ValueError for a folder whose samples were made in another way."""
+    """Record how the samples are collected. Raises ValueError for a folder with samples from other settings."""
     has_record = (output / COLLECTION).is_file()
     if has_record and read_json(output / COLLECTION) == settings:
         return
@@ -167,7 +167,7 @@ def _divided(items: list[T], size: int) -> list[list[T]]:
 
 
 def _files(output: Path) -> dict[int, Path]:
-    """Find the samples' files by their numbers; those that are being written are in a hidden folder."""
+    """Find the samples' files by number; unfinished ones are in a hidden folder."""
     files = (path for path in output.glob("[!.]*/*") if path.stem.isdecimal())
     return {int(path.stem): path for path in files}
 
@@ -180,7 +180,7 @@ def _generate(
     output: Path,
     share: RankShare,
 ) -> None:
-    """Make this process's batches of a model's samples of which a file is missing; the model is loaded if there are."""
+    """Make this process's batches of a model's missing samples; the model is loaded only if there are any."""
     compared, files = settings.models[name], _files(output)
     own = [number for number, sample in enumerate(planned) if sample.model == name]
     batches = _divided(own, settings.batch_size)[share.rank :: share.world_size]
@@ -198,7 +198,7 @@ def _generate(
             prompts, seeds = [planned[number].prompt for number in batch], [planned[number].seed for number in batch]
             (samples,) = generate(pipeline, prompts, seeds, grid, guidance, len(batch), kernel)
             if not bool(samples.isfinite().all()):
-                raise ValueError(f"{name} made a sample with values that are not finite: use another dtype")
+                raise ValueError(f"{name} generated a sample with non-finite values: use another dtype")
             for number, sample in zip(batch, samples, strict=True):
                 (file,) = write(sample[None], output / ".part", number)
                 _move(output / ".part" / file, output / file)
@@ -221,14 +221,14 @@ def _comparison(prompt: Prompt, samples: Sequence[JudgedSample]) -> Judgment:
 
 
 def _of_folders(settings: RewardCollect, folders: Sequence[str], output: Path) -> Iterator[Judgment]:
-    """Copy the samples of folders, and group those of a prompt in a drawn order, those of each folder in turn."""
+    """Copy the samples of folders, and group those of a prompt in random order, alternating between folders."""
     by_prompt: dict[str, list[tuple[Prompt, Path, str]]] = {}
     for folder in folders:
         external = external_samples(Path(folder), None, None)
         for spec, path in zip(external.specs, external.files, strict=True):
             by_prompt.setdefault(spec.prompt.text, []).append((spec.prompt, path, folder))
     if few := sum(len(samples) < settings.group_size for samples in by_prompt.values()):
-        print(f"{few} of {len(by_prompt)} prompts have fewer than {settings.group_size} samples, and are left out")
+        print(f"left out: {few} of {len(by_prompt)} prompts, which have fewer than {settings.group_size} samples")
     number = 0
     for text, samples in by_prompt.items():
         order, turns = [], Counter[str]()

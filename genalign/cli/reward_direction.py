@@ -21,7 +21,7 @@ from genalign.types import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class RewardDirection(Train):
-    """A training configuration for whose rewards.combine.DirectionalCorrection a direction is learned before training.
+    """A training configuration with a rewards.combine.DirectionalCorrection, whose direction is learned beforehand.
 
     Args:
         output: File to write, as in direction.safetensors.
@@ -49,7 +49,7 @@ def reward_direction_command(context: CommandContext, arguments: Sequence[str]) 
     directed = [part for _, part in parts(settings.rewards) if isinstance(part, DirectedReward)]
     if len(directed) != 1:
         raise ValueError(
-            f"a direction is learned for one reward, and {len(directed)} of this configuration have one: configure one"
+            f"a direction is learned for exactly one reward, but {len(directed)} in this configuration need one"
             " rewards.combine.DirectionalCorrection"
         )
     progress = Progress()

@@ -36,11 +36,11 @@ _NAMES = frozenset({"reward", "truth", "ratings", "rankings"})
 
 @dataclass(frozen=True)
 class RewardEvaluate:
-    """Measures of a reward on preference data, or on samples with a truth: MODULE:CLASS, its parameters as --args.NAME.
+    """Measures of a reward on preferences, or on samples with ground truth: MODULE:CLASS, parameters as --args.NAME.
 
-    Accuracy by dimension, margin, subset and generators; calibration; best of n and ranks against a truth; distances of
-    rewards; nuisances; robustness; position bias; agreement with annotators; pairs that it was trained on. The output
-    has evaluation.json, pairs.jsonl and report.html; the same command again resumes.
+    Accuracy by dimension, margin, subset and generators; calibration; best of n and ranks against ground truth;
+    distances of rewards; nuisances; robustness; position bias; agreement with annotators; pairs that it was trained on.
+    The output has evaluation.json, pairs.jsonl and report.html; the same command again resumes.
 
     Args:
         reward: Import path of the reward; ``--args.NAME`` sets its parameters.
@@ -48,16 +48,16 @@ class RewardEvaluate:
         preferences: A folder with a preferences.jsonl or .parquet files, a file of judgments, or a list of these.
         samples: A folder of PNG, JPEG, WAV or FLAC files with a prompts.jsonl, several of each prompt, for best of n,
             ranks, distances and nuisances; null takes the samples of the preferences.
-        truth: Import path of the reward that says what the samples are worth, such as a verifier; null takes the
-            ratings or rankings of the preferences.
-        others: Other rewards by name, whose distances are measured.
+        truth: Import path of a reward that gives the ground truth, such as a verifier; null takes the ratings or
+            rankings of the preferences.
+        others: Other named rewards, whose distances are measured.
         pairwise: The reward is a judge of pairs: it takes two batches and their prompts, and returns probabilities that
-            the first sample is better. It is asked in both orders.
+            the first sample is better. It judges both orders.
         trained_on: The list of the items that the reward was trained on, training_items.json; null looks for one beside
-            the files that the reward's parameters name.
+            the files among the reward's parameters.
         measure: What is measured.
         size: Side in pixels to which images are resized; null keeps their size.
-        batch_size: Number of samples in one call.
+        batch_size: Number of samples per call.
         device: Torch device of the samples.
     """
 
@@ -76,11 +76,11 @@ class RewardEvaluate:
 
     def __post_init__(self) -> None:
         if self.preferences is None and (self.samples is None or self.truth is None):
-            raise ValueError("give preferences: a folder or file of judgments; or samples: a folder, and their truth")
+            raise ValueError("nothing to measure on: give preferences (judgments), or samples and their truth")
         if self.pairwise and (self.preferences is None or self.samples or self.truth or self.others):
-            raise ValueError("a judge of pairs is measured on preferences alone: leave out samples, truth and others")
+            raise ValueError("a judge of pairs is measured only on preferences: leave out samples, truth and others")
         if taken := sorted(_NAMES & self.others.keys()):
-            raise ValueError(f"others.{taken[0]} is a name that the report uses: choose another")
+            raise ValueError(f"others.{taken[0]} is a reserved name: choose another")
 
 
 def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -92,7 +92,7 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
     judgments = [] if settings.preferences is None else read_all_preferences(settings.preferences)
     samples = _listed_items(Path(settings.samples)) if settings.samples else []
     _require_same(output, plain, version)
-    # All samples are read like the first one, whose sample rate the rewards must take.
+    # All samples are read like the first one, whose sample rate the rewards must accept
     _, rate = (samples[0].sample if samples else judgments[0].samples[0]).read_with_rate()
     require_rate({"reward": settings.reward, "truth": settings.truth, "others": settings.others}, rate)
     reader = ItemReader(settings.size, settings.device, rate)
@@ -119,7 +119,7 @@ def reward_evaluate_command(context: CommandContext, arguments: Sequence[str]) -
 
 
 def _listed_items(folder: Path) -> list[Item]:
-    """Read the samples that a folder's prompts.jsonl lists. Raises FileNotFoundError where one is missing."""
+    """Read the samples that a folder's prompts.jsonl lists. Raises FileNotFoundError if one is missing."""
     items = list[Item]()
     for name, prompt in read_listing(folder).items():
         sample = JudgedSample(inside(folder, name))
@@ -142,7 +142,7 @@ def _trained_on(settings: RewardEvaluate, reward: Any) -> frozenset[str] | None:
 
 
 def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
-    """Record what the output is of, for which the scores in it hold. Raises ValueError for an output of another."""
+    """Record the settings and the reward's version in the output. Raises ValueError if it has others."""
     whole = json.dumps([plain, version], sort_keys=True)
     identity = {"settings": plain, "version": version, "hash": hashlib.sha256(whole.encode()).hexdigest()[:12]}
     path, scores = output / "settings.json", output / _SCORES
@@ -150,13 +150,13 @@ def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
         write_json(path, identity)
     elif json.loads(path.read_text("utf-8"))["hash"] != identity["hash"]:
         raise ValueError(
-            f"{output} holds an evaluation with other settings or another version of the reward, see its {path.name}:"
+            f"{output} has an evaluation with other settings or another version of the reward, see its {path.name}:"
             " choose another output, or remove it"
         )
 
 
 def _print(report: RewardEvaluation) -> None:
-    """Print the measures by section, shares in percent, and what should be known about them."""
+    """Print the measures by section, shares in percent, and notes on them."""
     rows = list[tuple[str, ...]]()
     for section, measures in report.sections().items():
         for place, one in enumerate(measures):

@@ -30,20 +30,20 @@ from genalign.runtime.progress import Progress
 from genalign.runtime.text_files import read_json
 
 LABELERS = "labelers.json"
-"""The file of a dataset's folder that says by which settings each annotator of ``by`` judged."""
+"""The file in a dataset's folder that records the settings of each annotator of ``by``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelPage:
-    """The page of people who judge.
+    """The page on which people judge.
 
     Args:
-        dimensions: What is judged, each in an answer of its own.
+        dimensions: What is judged, with a separate answer for each.
         scale: The best grade of a rating; 1 is the worst.
         instructions: A text for annotators, such as the criteria.
-        host: Address to listen on; one that other machines reach needs a token.
+        host: Address to listen on; one that other machines can reach needs a token.
         port: Port to listen on.
-        token_variable: Environment variable that holds the token that annotators must have.
+        token_variable: Environment variable with the token that annotators need.
     """
 
     dimensions: tuple[str, ...] = (OVERALL,)
@@ -56,21 +56,21 @@ class LabelPage:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLabel:
-    """Judgments of the comparisons of a folder: by people, on a page in the browser, or by rewards or judges.
+    """Judgments of a folder's comparisons: by people, on a page in the browser, or by rewards or judges.
 
-    Run the command again to resume it, to ask again for what a judge had no answer to, or to judge more dimensions.
+    Run the command again to resume it, to retry what a judge gave no answer to, or to judge more dimensions.
 
     Args:
         folder: Folder of a dataset, with the comparisons.jsonl of genalign reward collect; the judgments are added to
             its preferences.jsonl.
-        by: What judges: a genalign.reward_learning.labeling.RewardLabeler, or a JudgeLabeler; null serves the page.
-            Other settings need other names of annotators; dimensions and annotators may be added.
-        kind: What is asked of each comparison: pair (each two of its samples), ranking (all of them), rating or label
-            (each sample); null asks what the comparison says. On the page, more than two samples are ranked.
+        by: The labeler: a genalign.reward_learning.labeling.RewardLabeler, or a JudgeLabeler; null serves the page.
+            Other settings need other annotator names; dimensions and annotators may be added.
+        kind: What is judged in each comparison: pair (each two of its samples), ranking (all of them), rating or label
+            (each sample); null takes the comparison's own kind. On the page, more than two samples are ranked.
         per_comparison: Number of annotators who judge a comparison, drawn by the seed; null for all.
         batch_size: Number of judgments that are made at once, and then written.
         seed: Seed of the draw of annotators.
-        device: Torch device that the samples are on when they are scored.
+        device: Torch device of the samples when they are scored.
         page: What people are asked, and where the page is served.
     """
 
@@ -88,7 +88,7 @@ class RewardLabel:
 
 
 def reward_label_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign reward label``: serve the page, or make the judgments that are missing.
+    """Run ``genalign reward label``: serve the page, or make the missing judgments.
 
     Prints how far annotators agree.
     """
@@ -105,7 +105,7 @@ def reward_label_command(context: CommandContext, arguments: Sequence[str]) -> i
 
 
 def _label(settings: RewardLabel, labeler: Labeler, plain: Mapping[str, Any]) -> int:
-    """Make and write the judgments of a labeler, batch by batch, and print what was made and what is missing.
+    """Make and write the judgments of a labeler, batch by batch, and print the numbers of new and missing ones.
 
     ``plain`` are the labeler's settings as JSON types.
     """
@@ -116,7 +116,7 @@ def _label(settings: RewardLabel, labeler: Labeler, plain: Mapping[str, Any]) ->
     mend(folder / PREFERENCES)
     judgments = read_judgments(folder) if _has_content(folder / PREFERENCES) else []
     if {"rating", "label"} <= {one.kind for one in (*judgments, *tasks)}:
-        raise ValueError(f"{folder} would mix ratings, on a scale, with labels, of 0 and 1: use a folder for each")
+        raise ValueError(f"{folder} would mix ratings (on a scale) with labels (0 or 1): use separate folders")
     _record_labeler(folder, labeler.annotator_names, plain, {one.annotator for one in judgments})
     groups, earlier = missing_dimensions(tasks, judgments, labeler.dimensions), len(judgments)
     rest = sum(map(len, groups.values()))
@@ -130,18 +130,18 @@ def _label(settings: RewardLabel, labeler: Labeler, plain: Mapping[str, Any]) ->
                 advance(len(batch))
     count = len(judgments) - earlier
     if rest and not count:
-        raise ValueError(f"none of {rest} judgments could be made: the lines above say why")
+        raise ValueError(f"all {rest} judgments failed; see the errors above")
     missing = Counter[str]()
     for dimensions, group in missing_dimensions(tasks, judgments, labeler.dimensions).items():
         missing.update(dict.fromkeys(dimensions, len(group)))
-    text = "".join(f"; {number} have no score of {name}" for name, number in missing.items())
+    text = "".join(f"; {number} have no score for {name}" for name, number in missing.items())
     print(f"judgments: {folder / PREFERENCES}, {count} new and {earlier} earlier{text}")
     _print_annotators(judgments)
     return 0
 
 
 def _record_labeler(folder: Path, names: Sequence[str], labeler: Mapping[str, Any], judged_by: set[str | None]) -> None:
-    """Record by which settings annotators judge; their dimensions may be more or fewer than before.
+    """Record the settings of annotators; their dimensions may be more or fewer than before.
 
     Args:
         folder: The dataset's folder.
@@ -150,7 +150,7 @@ def _record_labeler(folder: Path, names: Sequence[str], labeler: Mapping[str, An
         judged_by: The annotators of the judgments so far.
 
     Raises:
-        ValueError: There are judgments under one of the names, by other settings or by someone else.
+        ValueError: There are judgments under one of the names, with other settings or by someone else.
     """
     arguments = dict(labeler.get("init_args") or {})
     annotators = arguments.pop("annotators", None) or {}
@@ -179,7 +179,7 @@ def _has_content(file: Path) -> bool:
 
 
 def _print_annotators(judgments: Sequence[Judgment]) -> None:
-    """Print the number of judgments of each annotator, who chooses one side, and how far annotators agree."""
+    """Print the number of judgments of each annotator, who always chooses one side, and how far annotators agree."""
     counts = Counter((one.annotator or "-", one.kind) for one in judgments)
     ties = Counter((one.annotator or "-", one.kind) for one in judgments if one.kind == "pair" and _is_tie(one))
     rows = [

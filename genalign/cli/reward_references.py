@@ -27,9 +27,9 @@ from genalign.types import Prompt
 class RewardReferences(Train):
     """A training configuration whose model is sampled and scored before training.
 
-    The scores are for rewards that compare with them, such as rewards.shaped.PreferenceAsReward: the file has those by
-    the reward within each reward that names a file of them, or by all rewards if none does. It says of which model,
-    prompts and rewards they are, and a run of others refuses it.
+    The scores are for rewards that compare with them, such as rewards.shaped.PreferenceAsReward: the file has the
+    scores by the inner reward of each reward that names such a file, or by all rewards if none does. It records the
+    model, prompts and rewards, and a run with others refuses it.
 
     Args:
         output: JSON file to write.
@@ -71,7 +71,7 @@ def reward_references_command(context: CommandContext, arguments: Sequence[str])
 
 
 def _rewards_to_score(choices: Mapping[str, RewardChoice]) -> list[NamedReward]:
-    """Select the different rewards within those that name a file of reference scores; all rewards if none does."""
+    """Select the distinct inner rewards of those that name a file of reference scores; all rewards if none does."""
     rewards = named_rewards(choices)
     inner = [
         replace(outer, function=part.reward)

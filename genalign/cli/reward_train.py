@@ -46,31 +46,31 @@ _SAVED_PAIRS = 8  # of the changed pairs, whose samples are copied for the repor
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTrain:
-    """A reward that is trained on judgments of samples: rewards.learned.LearnedReward(path=OUTPUT).
+    """A reward trained on judgments of samples: rewards.learned.LearnedReward(path=OUTPUT).
 
-    A run that was interrupted continues when the command is given again.
+    Run the command again to continue an interrupted run.
 
     Args:
         output: Folder of the reward, with its configuration, metrics and card.
-        preferences: Folder or file of judgments, in our own format or a published one, or a list of these.
-        held_out: Folder or file of judgments that are measured on and not trained on, or a list of these; null holds
-            out a fraction of the prompts.
-        held_out_fraction: Fraction of the prompts that are held out without held_out, one at least; 0 holds out none.
+        preferences: Folder or file of judgments, in genalign's own format or a published one, or a list of these.
+        held_out: Folder or file of judgments for evaluation only, or a list of these; null holds out a fraction of the
+            prompts.
+        held_out_fraction: Fraction of the prompts that are held out without held_out, at least one; 0 holds out none.
         dimensions: Dimensions to learn; by default all.
         exclude_annotators: Annotators whose judgments are left out.
-        encoder: What is read of samples and prompts, as in rewards.learned_encoders.ClipTokens.
+        encoder: Encoder of samples and prompts, as in rewards.learned_encoders.ClipTokens.
         head: Head on the encoder's tokens, as in genalign.reward_learning.heads.MLPHead; null takes LinearHead.
         loss: Loss of the preferences, as in genalign.reward_learning.preference_losses.TiedBradleyTerryLoss; null takes
             that of Bradley and Terry.
         label_noise: Correction of the loss for flipped labels, as in genalign.reward_learning.label_noise.FlipRobust;
-            null takes labels as they are.
-        votes: Vote of an ensemble on the training pairs, after which the worst are changed; null leaves them.
-        regularizers: Terms beside the loss, as in genalign.reward_learning.regularizers.GradientPenalty; null takes
+            null trusts the labels.
+        votes: Vote of an ensemble on the training pairs, after which the worst are changed; null changes none.
+        regularizers: Terms added to the loss, as in genalign.reward_learning.regularizers.GradientPenalty; null takes
             Centering for an ensemble that learns from pairs, and none otherwise.
-        disentangle: Nuisances whose share of the preference is kept out of the reward; null keeps none out.
-        uncertainty: Laplace approximation of the last layer, for a single member; null takes none.
+        disentangle: Nuisances whose influence on the preference is removed from the reward; null removes none.
+        uncertainty: Laplace approximation of the last layer, for a single member; null for none.
         fit: Epochs, batches, members and optimizer.
-        encode_batch: Largest number of samples that the encoder reads at once; a step on a trained encoder keeps the
+        encode_batch: Largest number of samples that the encoder reads at once; a step on a trained encoder holds the
             activations of its whole batch, fit.batch_size pairs or grades.
         device: Torch device of the training.
     """
@@ -100,11 +100,11 @@ class RewardTrain:
         if self.fit.patience is not None and self.held_out is None and not self.held_out_fraction:
             raise ValueError("fit.patience needs held-out judgments: give held_out, or a held_out_fraction")
         if self.fit.members > 1 and self.uncertainty is not None:
-            raise ValueError("an ensemble's deviation is its uncertainty: leave uncertainty out, or train one member")
+            raise ValueError("an ensemble's uncertainty is its deviation: leave uncertainty out, or train one member")
 
     @property
     def objective(self) -> RewardObjective:
-        """The loss with its correction for label noise, and the terms that are added to it."""
+        """The loss with its correction for label noise, and the added terms."""
         loss = self.loss or BradleyTerryLoss()
         default = [Centering()] if self.fit.members > 1 and isinstance(loss, PairLoss) else []
         terms = default if self.regularizers is None else self.regularizers
@@ -162,25 +162,25 @@ def reward_train_command(context: CommandContext, arguments: Sequence[str]) -> i
 
 
 def require_same_configuration(folder: Path, plain: Mapping[str, Any]) -> None:
-    """Raise ValueError where the folder is of a training with other settings, apart from the device and the path."""
+    """Raise ValueError if the folder has a training with other settings, apart from the device and the path."""
     if not (folder / "config.json").is_file():
         if folder.is_dir() and any(entry.name != _TOKENS for entry in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no training of a reward: give another output")
+            raise ValueError(f"{folder} is not empty, but has no training of a reward: choose another output")
         return
     before, now = read_json(folder / "config.json"), json.loads(json.dumps(plain))
     changed = sorted(name for name in {*before, *now} - {"device", "output"} if before.get(name) != now.get(name))
     if changed:
         raise ValueError(
-            f"{folder} is of a training with another {', '.join(changed)}: give another output, or the configuration"
-            f" {folder / 'config.json'} to continue it"
+            f"{folder} has a training with another {', '.join(changed)}: choose another output, or continue it with the"
+            f" configuration {folder / 'config.json'}"
         )
 
 
 @dataclass(frozen=True)
 class JudgmentCounts:
-    """How many judgments were read, and which of them are used: by kind, by annotator ("" is unnamed), of prompts.
+    """The numbers of judgments that were read and that are used, by kind, by annotator ("" if unnamed), and of prompts.
 
-    ``left_out`` counts the others by the reason.
+    ``left_out`` counts the others by reason.
     """
 
     read: int
@@ -195,11 +195,9 @@ class JudgmentCounts:
 
 
 def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples, Examples, dict[str, Any]]:
-    """Read the training and held-out judgments that a loss learns from, and print how many there are of each.
+    """Read the training and held-out judgments that a loss learns from, and print and return their numbers.
 
-    The counts are returned as well, as JSON types.
-
-    Raises ValueError where there is none, ratings are mixed with labels, or no held-out judgment is of a dimension that
+    Raises ValueError if there are none, ratings are mixed with labels, or no held-out judgment is of a dimension that
     is learned.
     """
     judgments = read_all_preferences(settings.preferences)
@@ -209,7 +207,7 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
     annotators = {judgment.annotator for judgment in [*judgments, *held_out]}
     if unknown := sorted(set(settings.exclude_annotators) - annotators):
         source = path_names(settings.preferences)
-        raise ValueError(f"exclude_annotators names {unknown[0]!r}, who judged nothing in {source}")
+        raise ValueError(f"exclude_annotators names {unknown[0]!r}, who has no judgments in {source}")
     learned, counts = _usable(judgments, "training", settings, loss)
     if not learned:
         raise ValueError(_why_nothing_is_left(judgments, settings, loss))
@@ -220,17 +218,17 @@ def read_examples(settings: RewardTrain, loss: PreferenceLoss) -> tuple[Examples
     if measured and bool(judged.isnan().all()):
         others = ", ".join(dict.fromkeys(name for judgment in measured for name in judgment.scores))
         raise ValueError(
-            f"no held-out judgment is of {', '.join(training.dimensions)}, which the reward learns, but of {others}:"
-            " give held_out judgments of it, or hold out more prompts by held_out_fraction"
+            f"the reward learns {', '.join(training.dimensions)}, but held-out judgments are only of {others}: give"
+            " held_out judgments of it, or hold out more prompts with held_out_fraction"
         )
     seen = {item.digest for item in training.items} & {item.digest for item in held.items}
     if seen and settings.held_out is not None:
         raise ValueError(
-            f"{len(seen)} samples of {path_names(settings.held_out)} are training samples as well, by the hash of their"
+            f"{len(seen)} samples of {path_names(settings.held_out)} are also training samples, by the hash of their"
             " files: give others"
         )
     if seen:
-        print(f"{len(seen)} held-out samples are training samples as well, of another prompt")
+        print(f"{len(seen)} held-out samples are also training samples, with another prompt")
     counted = {"training": (counts, training), "held_out": (held_out_counts, held)}
     return training, held, {name: asdict(own) | {"samples": len(part.items)} for name, (own, part) in counted.items()}
 
@@ -239,26 +237,26 @@ def _why_nothing_is_left(judgments: Sequence[Judgment], settings: RewardTrain, l
     scored, kinds = {name for judgment in judgments for name in judgment.scores}, {one.kind for one in judgments}
     if not scored:
         source = path_names(settings.preferences)
-        return f"the judgments of {source} have no scores: make them with genalign reward label"
+        return f"the judgments in {source} have no scores: make them with genalign reward label"
     if settings.dimensions and not scored & set(settings.dimensions):
         return f"no judgment has the dimension {settings.dimensions[0]!r}: there are {', '.join(sorted(scored))}"
     return (
-        f"{type(loss).__name__} learns from judgments of the kind {' or '.join(loss.kinds)}, of which none is left, and"
-        f" the training judgments are of the kind {', '.join(sorted(kinds)) or 'none'}: take another loss, or exclude"
-        " fewer annotators"
+        f"{type(loss).__name__} learns from judgments of kind {' or '.join(loss.kinds)}, of which none is left; the"
+        f" training judgments are of kind {', '.join(sorted(kinds)) or 'none'}: use another loss, or exclude fewer"
+        " annotators"
     )
 
 
 def _usable(
     judgments: Sequence[Judgment], what: str, settings: RewardTrain, loss: PreferenceLoss
 ) -> tuple[list[Judgment], JudgmentCounts]:
-    """Select judgments of the loss's kinds and dimensions by annotators that are not excluded, and print the counts.
+    """Select judgments of the loss's kinds and dimensions by annotators who are not excluded, and print the counts.
 
     Raises ValueError for ratings beside labels, and for an annotator who nearly always chose the same side.
     """
     kinds = {judgment.kind for judgment in judgments}
     if {"rating", "label"} <= kinds:
-        raise ValueError("the judgments mix ratings, on a scale, with labels, of 0 and 1: train a reward of each")
+        raise ValueError("the judgments mix ratings (on a scale) with labels (0 or 1): train a reward on each")
     skipped = dict.fromkeys(("of another kind", "without a score", "of excluded annotators"), 0)
     usable = []
     for judgment in judgments:
@@ -286,7 +284,7 @@ def _usable(
 def _tokens(
     settings: RewardTrain, encoder: RewardEncoder, items: Sequence[Any], folder: Path, progress: Progress
 ) -> ItemTokens:
-    """Encode the items where the encoder is frozen, and otherwise measure the nuisances of ``disentangle`` alone."""
+    """Encode the items if the encoder is frozen, and otherwise only measure the nuisances of ``disentangle``."""
     nuisances = {} if settings.disentangle is None else settings.disentangle.nuisances
     if any(weight.requires_grad for weight in encoder.parameters()):
         measured = measured_nuisances(items, encoder, nuisances)
@@ -301,7 +299,7 @@ def _voted(
 ) -> tuple[RewardData, dict[str, int]]:
     """Let an ensemble vote, once, and change the training pairs that it votes against most; list them in a file.
 
-    The numbers of labels that were voted on and that were changed are returned as well.
+    Also returns the numbers of labels that were voted on and that were changed.
     """
     file, training = folder / "votes.safetensors", data.training
 
@@ -311,7 +309,7 @@ def _voted(
     if file.is_file():
         tensors, meta = load_state(file)
         if meta["data"] != data.digest():
-            raise ValueError(f"{file} is of other judgments: train into another output folder")
+            raise ValueError(f"{file} belongs to other judgments: choose another output")
         counted = PairVotes(tensors["mean"], tensors["deviation"], tensors["voters"])
     else:
         counted = ensemble_votes(build, data, settings.objective, settings.fit, votes)
@@ -345,11 +343,11 @@ def _card(
     precisions: Sequence[float],
     statistics: Mapping[str, Tensor],
 ) -> str:
-    """Describe a trained reward: data, measures on held-out judgments, and how it is used.
+    """Describe a trained reward: data, measures on held-out judgments, and how to use it.
 
     Args:
         settings: The settings of the training.
-        description: What builds its network.
+        description: The description of its network.
         run: The finished training.
         precisions: The prior precisions of the posteriors of the dimensions, if any.
         statistics: Statistics (n,) of the held-out samples, by their names.
@@ -407,7 +405,7 @@ def _held_out_lines(run: RewardTraining) -> list[str]:
 
 
 def _nuisance_lines(run: RewardTraining, statistics: Mapping[str, Tensor]) -> list[str]:
-    """The table of a card on how far the scores of held-out samples go with statistics of them, within prompts."""
+    """The card's table of correlations between the scores of held-out samples and their statistics, within prompts."""
     held_out, offset = run.data.held_out, len(run.data.training.items)
     if not held_out.items:
         return []

@@ -14,12 +14,12 @@ from genalign.prompts import split_held_out
 from genalign.types import PromptSet
 
 logger = logging.getLogger(__name__)
-_CHOOSING, _GAIN = "held_out", "before_after"  # the evaluations that choose the weights, and that measure their gain
+_CHOOSING, _GAIN = "held_out", "before_after"  # the evaluations that select the weights, and that measure their gain
 
 
 @dataclass(frozen=True)
 class RunPrompts:
-    """The prompts that are trained on, and those of each evaluation by the name of its section."""
+    """The training prompts, and those of each evaluation by the name of its section."""
 
     training: PromptSet
     evaluations: Mapping[str, PromptSet]
@@ -28,8 +28,8 @@ class RunPrompts:
     def read(cls, settings: Train) -> Self:
         """Read all prompt sources; evaluations without one share a held-out split of the training prompts.
 
-        Where the weights are chosen on this split and their gain is measured on it, either takes half of it, unless a
-        half would be a single prompt. Raises FileNotFoundError or ValueError for a source that cannot be used.
+        If the weights are selected on this split and their gain is measured on it, each takes half of it, unless a half
+        would be a single prompt. Raises FileNotFoundError or ValueError for a source that cannot be used.
         """
         training, sources = prompt_set(settings.prompts), settings.evaluation_prompts()
         held_out = training
@@ -69,8 +69,8 @@ class RunPrompts:
                 )
         if shared := self._shared(_CHOOSING, _GAIN):
             logger.warning(
-                "%d prompts of before_after also choose the weights whose gain it measures (held_out): the gain is a"
-                " little too high. Name other prompts in before_after.prompts, or raise held_out_fraction",
+                "%d prompts of before_after are also used to select the weights (held_out): the measured gain is biased"
+                " upward. Name other prompts in before_after.prompts, or raise held_out_fraction",
                 shared,
             )
 

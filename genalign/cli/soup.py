@@ -1,4 +1,4 @@
-"""``genalign soup``: weighted sums of LoRAs of one base model, and the front of two of them."""
+"""``genalign soup``: weighted sums of LoRAs of one base model, and the front between two of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genalign.cli import parsing
 from genalign.cli.context import CommandContext
 from genalign.cli.evaluate import prompts_command
 from genalign.cli.export import trained_weights
-from genalign.cli.lora_forms import TrainedAdapter
+from genalign.cli.lora_formats import TrainedAdapter
 from genalign.cli.model_card import base_of
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, adapter_file, sort_metadata
 from genalign.diffusion.lora_soup import Factors, lora_soup
@@ -30,16 +30,16 @@ RECORD = "soup.json"
 class Soup:
     """A weighted sum of the LoRAs of several runs from one base model, or the front between two of them.
 
-    With weights, one adapter is written. With ``evaluate``, mixtures of two adapters from one to the other are
-    evaluated, and front.html draws what each scores.
+    With weights, one adapter is written. With ``evaluate``, a series of mixtures of two adapters is evaluated, and
+    front.html plots their scores.
 
     Args:
         adapters: The adapters: folders of runs, lora/ folders or .safetensors files.
         output: Folder to write.
         weights: The weight of each adapter; they need not add up to 1.
-        rank: Cut the sum to this rank, by its largest singular values; null adds up the ranks, and is exact.
-        evaluate: A configuration of ``genalign evaluate prompts``, by which mixtures of two adapters are evaluated.
-        points: The number of mixtures, the two adapters themselves included.
+        rank: Truncate the sum to this rank, by its largest singular values; null adds up the ranks, and is exact.
+        evaluate: A configuration of ``genalign evaluate prompts``, with which mixtures of two adapters are evaluated.
+        points: The number of mixtures, including the two adapters themselves.
     """
 
     adapters: list[str]
@@ -51,7 +51,7 @@ class Soup:
 
     def __post_init__(self) -> None:
         if (self.weights is None) == (self.evaluate is None):
-            raise ValueError("give weights for one mixture, or evaluate: CONFIG for the front of two adapters")
+            raise ValueError("give weights for one mixture, or evaluate: CONFIG for the front between two adapters")
         if self.weights is not None and len(self.weights) != len(self.adapters):
             raise ValueError(
                 f"give one weight for each adapter: there are {len(self.adapters)} adapters and {len(self.weights)}"
@@ -64,7 +64,7 @@ class Soup:
 
 
 def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign soup``: write one mixture, or evaluate several and draw their front."""
+    """Run ``genalign soup``: write one mixture, or evaluate several and plot their front."""
     settings, _ = parsing.parse(Soup, arguments, "soup")
     output, sources = Path(settings.output), [Path(adapter) for adapter in settings.adapters]
     adapters = _read(sources)
@@ -82,7 +82,7 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
         if not (lora / RECORD).is_file():
             _write(lora, adapters, settings.adapters, weights, settings.rank)
         elif json.loads((lora / RECORD).read_text()) != _record(settings.adapters, weights, settings.rank):
-            raise ValueError(f"{lora} holds another mixture, see its {RECORD}: choose another output, or remove it")
+            raise ValueError(f"{lora} has another mixture, see its {RECORD}: choose another output, or remove it")
         where = ["--lora", str(lora), "--output", str(folder / "evaluation")]
         if status := prompts_command(context, ["--config", str(settings.evaluate), *where]):
             return status
@@ -93,19 +93,19 @@ def soup_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 
 def _record(names: Sequence[str], weights: Sequence[float], rank: int | None) -> dict[str, Any]:
-    """What a mixture is of, as its folder says."""
+    """The record of a mixture in its folder."""
     return {"adapters": list(names), "weights": list(weights), "cut_to_rank": rank}
 
 
 def _read(sources: Sequence[Path]) -> list[TrainedAdapter]:
-    """Read the adapters that runs offer, or that files hold.
+    """Read the adapters of runs or files.
 
-    Raises ValueError for runs that began with different checkpoints; plain files do not say theirs.
+    Raises ValueError for runs with different base checkpoints; plain files do not record theirs.
     """
     runs = {source: base_of(source).name for source in sources if (source / "config.json").is_file()}
     if len(set(runs.values())) > 1:
         named = ", ".join(f"{source} of {base}" for source, base in runs.items())
-        raise ValueError(f"the adapters are of different base models ({named}): mix adapters of one")
+        raise ValueError(f"the adapters have different base models ({named}): mix adapters of the same one")
     paths = [trained_weights(source, None).path if source in runs else adapter_file(source) for source in sources]
     return [TrainedAdapter.read(path) for path in paths]
 
@@ -138,10 +138,10 @@ def _write(
 
 
 def _student(adapters: Sequence[TrainedAdapter]) -> Mapping[str, str]:
-    """What the headers of the adapters say of a few-step student. Raises ValueError if they say different things."""
+    """The few-step student's metadata in the headers of the adapters. Raises ValueError if they differ."""
     students = list(
         {tuple(adapter.student.items()): adapter.student for adapter in adapters if adapter.student}.values()
     )
     if len(students) > 1:
-        raise ValueError("the adapters are few-step students of different guidance scales: mix those of one")
+        raise ValueError("the adapters are few-step students with different guidance scales: mix those of one scale")
     return students[0] if students else {}

@@ -34,15 +34,15 @@ class Steer:
         output: Folder of the samples and the report.
         model: The generator.
         prompts: A file of prompts, or a split of a world, as in shapes:val; or give ``prompt``.
-        prompt: Texts to search for, in place of ``prompts``; --prompt TEXT may be repeated.
+        prompt: Texts to search for, instead of ``prompts``; --prompt TEXT may be repeated.
         strategy: Search strategy, as in genalign.BestOfN.
-        rewards: Rewards by name; the search maximizes their weighted sum.
+        rewards: Named rewards; the search maximizes their weighted sum.
         sampling: Sampling settings.
         budget: Limit of NFE, cost or seconds per prompt.
         lora: An adapter of the model.
-        batch_size: Largest number of samples in one call of the network.
+        batch_size: Largest number of samples per call of the network.
         seed: Seed of all noises.
-        limit: Number of prompts that are searched, from the first; null for all.
+        limit: Search only this many prompts, from the first; null for all.
         audio: File format of audio clips.
     """
 
@@ -70,7 +70,7 @@ class Steer:
 def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign steer``: search the best sample of every prompt.
 
-    Finished prompts are kept, so that the same command resumes. Processes started by torchrun or accelerate share the
+    The same command resumes, as finished prompts are kept. Processes started by torchrun or accelerate share the
     prompts.
     """
     settings, plain = parsing.parse(Steer, gathered(arguments, "prompt"), "steer")
@@ -111,7 +111,7 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 
 def gathered(arguments: Sequence[str], name: str) -> list[str]:
-    """Join every ``--name TEXT`` among the words of a command into one list of texts, as JSON."""
+    """Join every ``--name TEXT`` among the words of a command into one JSON list of texts."""
     texts, others, words = [], [], iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
@@ -123,11 +123,11 @@ def gathered(arguments: Sequence[str], name: str) -> list[str]:
 
 
 def _conclude(folder: SearchFolder, count: int) -> None:
-    """Write the scores of all ``count`` prompts and the report, if this process is the one that finishes last."""
+    """Write the scores of all ``count`` prompts and the report, if this process finishes last."""
     if remaining := sum(not folder.done(index) for index in range(count)):
         print(
-            f"{remaining} of {count} prompts are unfinished; another process may be working on them."
-            " If none is, run this command again."
+            f"{remaining} of {count} prompts are unfinished; other processes may be working on them."
+            " If none is running, run this command again."
         )
         return
     with folder.claims.exclusive():

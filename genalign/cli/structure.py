@@ -1,4 +1,4 @@
-"""The names in a configuration, checked before torch is imported: misspelt and missing settings, missing files.
+"""Checks of the names in a configuration before torch is imported: misspelled and missing settings, missing files.
 
 The names come from settings.json, which scripts/settings_reference.py writes from the docstrings of the settings.
 """
@@ -29,7 +29,7 @@ ALIASES = {
     "seed": "training.seed",
     "steps": "sampling.num_steps",
 }
-"""Short names of settings whose last name is not the only one of its kind, or is another."""
+"""Short names of settings whose last name is ambiguous or different."""
 
 _META = ("help", "config", "print_config", "resume", "debug")
 _OUTSIDE = ("args", *_META)
@@ -38,7 +38,7 @@ _MOST_VALUES = 100_000
 
 @cache
 def settings_table() -> Mapping[str, Any]:
-    """Read settings.json: under "settings" by the place of a dataclass, under "named" by kind and name."""
+    """Read settings.json: under "settings" by the location of a dataclass, under "named" by kind and name."""
     content: Mapping[str, Any] = json.loads(files("genalign.cli").joinpath("settings.json").read_text("utf-8"))
     return content
 
@@ -54,7 +54,7 @@ def settings_of(place: str) -> list[dict[str, Any]]:
 def full_name(name: str, names: Sequence[str], value: str = "") -> str:
     """Return the setting that a short name stands for: an alias, or the only one that ends in it; else ``name``.
 
-    A section that has a path, as ``model``, stands for it where the ``value`` is neither a mapping nor a file of one.
+    A section with a path, as ``model``, stands for that path if the ``value`` is neither a mapping nor a YAML file.
     """
     if name in names or "." in name:
         is_mapping = value.lstrip().startswith("{") or value.endswith((".yaml", ".yml", ".json"))
@@ -67,12 +67,12 @@ def full_name(name: str, names: Sequence[str], value: str = "") -> str:
 
 @dataclass(frozen=True)
 class RawSettings:
-    """The settings of a command line and its files, by full name, with class paths and arguments as if written flat.
+    """The settings of a command line and its files, by full name, with class paths and arguments flattened.
 
     Args:
-        settings: The values, as text or as YAML holds them.
-        missing_files: Files of --config that do not exist.
-        unreadable: Files of --config that hold no settings, which the parser describes.
+        settings: The values, as text or as parsed by YAML.
+        missing_files: --config files that do not exist.
+        unreadable: --config files without settings, which the parser reports.
         endless: Those of them that are nested too deeply to be read.
     """
 
@@ -83,7 +83,7 @@ class RawSettings:
 
 
 def raw_settings(place: str, arguments: Sequence[str]) -> RawSettings:
-    """Read what is set, without checking it; a value replaces those before it, and those below them."""
+    """Read the settings without checking them; a value replaces earlier ones, and those nested below them."""
     settings: dict[str, Any] = {}
     missing, unreadable, endless = [], [], []
     names = [one["name"] for one in settings_of(place)]
@@ -108,7 +108,7 @@ def raw_settings(place: str, arguments: Sequence[str]) -> RawSettings:
 
 
 def _settings_in(text: str) -> dict[str, Any] | None:
-    """The settings in YAML by full name, empty for another text; None if it is nested too deeply, or without end."""
+    """The settings in YAML by full name, empty for other text; None if it is nested too deeply or endlessly."""
     try:
         content = yaml.safe_load(text)
         return None if _is_endless(content) else dict(_flat(content))
@@ -130,7 +130,7 @@ def _is_endless(content: Any) -> bool:
 
 
 def _assignments(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield every setting of a command line with its value, which is empty where there is none."""
+    """Yield every setting of a command line with its value, which is empty if there is none."""
     words = list(arguments)
     while words:
         word = words.pop(0)
@@ -142,7 +142,7 @@ def _assignments(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a value of --config is the text of a configuration, not a path."""
+    """Whether a --config value is the text of a configuration, not a path."""
     return "\n" in value or value.lstrip().startswith("{")
 
 
@@ -160,9 +160,9 @@ def _flat(value: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def quick_errors(command: Command, arguments: Sequence[str]) -> list[str]:
-    """Describe what is wrong with a configuration by its names alone.
+    """Describe the errors in the names of a configuration.
 
-    The answer is empty, for the parser to describe everything, if the names are right or if values look wrong too.
+    The result is empty if the names are right, or if values look wrong too, so the parser reports everything.
     """
     place = command.settings
     if not settings_of(place):
@@ -201,20 +201,20 @@ def structure_errors(place: str, raw: RawSettings) -> list[str]:
 
 
 def endless_file(file: str) -> str:
-    """Describe a file of --config that is nested too deeply to be read, or whose aliases grow without end."""
-    return f"{file} is nested too deeply: take out YAML aliases (*a) that stand within anchors (&a)"
+    """Describe a --config file that is nested too deeply to be read, or whose aliases expand endlessly."""
+    return f"{file} is nested too deeply: remove YAML aliases (*a) inside anchors (&a)"
 
 
 def missing_errors(place: str, raw: RawSettings) -> list[str]:
-    """Name the required settings that are not given, in one line; nothing if there are none."""
+    """Name the missing required settings, in one line; empty if there are none."""
     missing = missing_names(place, raw)
     return [missing_settings(missing)] if missing else []
 
 
 def missing_names(place: str, raw: RawSettings) -> list[str]:
-    """List the required settings that are not given.
+    """List the missing required settings.
 
-    There are none where a file that may have them is missing, and where none are needed.
+    None are missing if a file that may contain them does not exist, or if none are needed.
     """
     if raw.missing_files or {"resume", "print_config"} & set(raw.settings):
         return []
@@ -229,7 +229,7 @@ def missing_names(place: str, raw: RawSettings) -> list[str]:
 
 
 def settings_among(entries: Mapping[str, Mapping[str, Any]], name: str, raw: RawSettings) -> list[str]:
-    """List every name that a setting like ``name`` may have, with those of what a recipe, kernel or strategy takes."""
+    """List every name that a setting like ``name`` may have, with the arguments of recipes, kernels and strategies."""
     own = name.split(".")[1] if name.count(".") > 1 else "NAME"
     names = [one.replace(".NAME.", f".{own}.") for one in entries]
     for place, entry in entries.items():
@@ -239,7 +239,7 @@ def settings_among(entries: Mapping[str, Mapping[str, Any]], name: str, raw: Raw
 
 
 def _names_below(place: str, kind: str, raw: RawSettings, above: tuple[str, ...] = ()) -> list[str]:
-    """List what the recipe, kernel or strategy that is given at ``place`` takes, or any if none of ours is given."""
+    """List the arguments of the recipe, kernel or strategy at ``place``, or of all if it is none of ours."""
     named = settings_table()["named"][kind]
     selected = named.get(str(raw.settings.get(place)).removeprefix("genalign."))
     inner = {one["name"]: one for about in ([selected] if selected else named.values()) for one in about["settings"]}
@@ -251,7 +251,7 @@ def _names_below(place: str, kind: str, raw: RawSettings, above: tuple[str, ...]
 
 
 def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], raw: RawSettings) -> bool:
-    """Whether a setting is one of the command, or lies below one that takes others: a class, or rewards by name."""
+    """Whether a setting belongs to the command, or lies below one with nested settings: a class, or named rewards."""
     if name in entries:
         return True
     template = re.sub(r"^(\w+)\.[^.]+", r"\1.NAME", name)  # rewards.red.weight is rewards.NAME.weight
@@ -263,14 +263,14 @@ def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], raw: RawSetting
                 continue
             if count == len(parts):
                 return True
-            if f"{entry['name']}.NAME.function" in entries:  # rewards by name: their own names are any
+            if f"{entry['name']}.NAME.function" in entries:  # named rewards: any name is allowed
                 return count + 1 == len(parts)
             return bool(entry.get("open")) and _takes(parts[:count], parts[count:], entry.get("kind"), raw)
     return False
 
 
 def _takes(place: Sequence[str], inner: Sequence[str], kind: str | None, raw: RawSettings) -> bool:
-    """Whether the recipe, kernel or strategy at ``place`` takes the setting ``inner``; True for any other class."""
+    """Whether the recipe, kernel or strategy at ``place`` has the setting ``inner``; True for any other class."""
     value = raw.settings.get(".".join(place))
     name = str(value).removeprefix("genalign.")
     named = settings_table()["named"].get(kind, {})
@@ -287,7 +287,7 @@ def _takes(place: Sequence[str], inner: Sequence[str], kind: str | None, raw: Ra
 
 
 def suspicious(place: str, raw: RawSettings) -> bool:
-    """Whether a value is wrong by its looks, so that the parser would have more to say than the names alone."""
+    """Whether a value looks wrong, so the parser would report more than wrong names."""
     entries = {entry["name"]: entry for entry in settings_of(place)}
     for name, value in raw.settings.items():
         entry = entries.get(name) or entries.get(re.sub(r"^(\w+)\.[^.]+", r"\1.NAME", name))

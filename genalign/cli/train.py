@@ -1,4 +1,4 @@
-"""``genalign train``: from a configuration to a finished run, or on from a checkpoint."""
+"""``genalign train``: runs a configuration to the end, or resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from genalign.training.run_folder import RunFolder, adapter_writer
 
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign train``, and say how to resume a run that ends early or fails."""
+    """Run ``genalign train``, and print how to resume a run that ends early or fails."""
     arguments, resume = train_request(arguments)
     progress, output = Progress(RankShare.from_environment(os.environ).rank == 0), ""
     try:
@@ -77,12 +77,12 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 
 def ended_by_signal(number: int, output: str, rounds: int | None = None) -> int:
-    """Print how to resume a run that a signal has ended, and return the exit status: 130 for Ctrl-C, 143 for SIGTERM.
+    """Print how to resume a run that a signal ended, and return the exit status: 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
         number: The signal.
         output: The folder of the run; empty before it is known.
-        rounds: The number of rounds so far; None where no round has just ended.
+        rounds: The number of rounds so far; None unless a round has just ended.
     """
     reason = "interrupted" if number == signal.SIGINT else "SIGTERM"
     where = "" if rounds is None else f" at round {rounds}"
@@ -94,7 +94,7 @@ def ended_by_signal(number: int, output: str, rounds: int | None = None) -> int:
 
 
 def _less_memory(settings: Train) -> str:
-    """Name arguments under which the same training needs less memory."""
+    """Name arguments with which the same training needs less memory."""
     training, memory = settings.training, settings.model.memory
     options = [] if memory.checkpointing else ["--model.memory.checkpointing true"]
     options += [] if memory.offload == "all" else ["--model.memory.offload all"]
@@ -128,7 +128,7 @@ def run_training(
     Returns:
         The exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0.
     """
-    # Refuse what would fail later, before anything is loaded
+    # Find errors before anything is loaded
     prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
     if processes.is_main:
         prompts.warn()
@@ -187,7 +187,7 @@ def _sharding(settings: Train, processes: ProcessGroup) -> Sharding | None:
     sharding = sharding_from_environment(os.environ, processes.world_size)
     conflicts = {
         "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
-        "model.compiled: leave it out": settings.model.compiled,
+        "model.compile: leave it out": settings.model.compile,
         "model.memory.quantization: leave it out": settings.model.memory.quantization is not None,
         "training.on_out_of_memory halve: ranks would diverge": settings.training.on_out_of_memory == "halve",
     }
@@ -196,7 +196,7 @@ def _sharding(settings: Train, processes: ProcessGroup) -> Sharding | None:
     replicas = processes.all_gather_object(sharding.replicas if sharding else 0)
     if len(set(replicas)) > 1:
         raise ValueError(
-            "the nodes have different numbers of processes, so that each cannot shard a copy of the network: start"
+            "the nodes have different numbers of processes, so they cannot each shard a copy of the network: start"
             " equally many on every node, or set accelerate's parallelism_config"
         )
     return sharding

@@ -31,7 +31,7 @@ from genalign.types import AnyCallable, Pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class TrainNoiseAware(Generation):
-    """Training of a reward's own network to predict the reward of the clean sample from noisy previews of it.
+    """Training of a reward's own network to predict the reward of the clean sample from its noisy previews.
 
     Args:
         output: Folder of the recordings and the trained network.
@@ -39,7 +39,7 @@ class TrainNoiseAware(Generation):
         prompts: Prompts of the recorded trajectories.
         held_out: Prompts of the recorded trajectories for validation.
         student: Builds the network to train from the reward, as in rewards.noise_aware.SelfDistilled.
-        rewards: The reward, one by its name.
+        rewards: The reward, a single named one.
         steps: Indices of the sampling steps whose previews are recorded.
         count: Number of trajectories of each prompt.
         limit: Number of prompts.
@@ -61,7 +61,7 @@ class TrainNoiseAware(Generation):
         require_rewards(self.rewards)
         if len(self.rewards) > 1:
             raise ValueError(
-                f"a student predicts one reward, not {', '.join(self.rewards)}: give one, and train a student of each"
+                f"a student predicts one reward, not {', '.join(self.rewards)}: give one, and train a student for each"
             )
         require_positive(self, "count", "limit", "batch_size")
 
@@ -69,7 +69,7 @@ class TrainNoiseAware(Generation):
 def train_noise_aware_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign train-noise-aware``: record previews, train a student on them, validate and save it.
 
-    The datasets of previews stay in the output folder, so that another student of the reward can be trained on them.
+    The datasets of previews stay in the output folder, so another student of the reward can be trained on them.
     """
     settings, plain = parsing.parse(TrainNoiseAware, arguments, "train-noise-aware")
     folder, pipeline = Path(settings.output), load_with_lora(context, settings.model, None)
@@ -89,7 +89,7 @@ def train_noise_aware_command(context: CommandContext, arguments: Sequence[str])
         for loss in train_decoder(student, train, pipeline.decode, settings.distillation):
             print(f"decoder: loss {loss:.5f}", flush=True)
 
-    # Each level from the cleanest: how well the reward itself ranks there, the training, and how well the student does
+    # For each level from the cleanest: how well the reward itself ranks there, the training, and the student's ranking
     places = reversed(range(len(train.sigmas)))
     raw = {place: validate(student, held_out, place, pipeline.decode, settings.batch_size) for place in places}
     levels = []

@@ -25,10 +25,10 @@ class HeldOut(EvaluationSize):
     Args:
         prompts: Held-out prompts, a file or a split of a world; null takes ``held_out_fraction`` of the training
             prompts, which are then not trained on.
-        every: Number of rounds between two evaluations; 0 evaluates by time alone, or never.
-        every_seconds: Seconds of training, without the time of evaluations, between two evaluations; null evaluates by
-            rounds alone.
-        scorers: Rewards by name, in addition to the verifier of the prompts' world; without either, the rewards of the
+        every: Number of rounds between two evaluations; 0 evaluates only by time, or never.
+        every_seconds: Seconds of training, excluding evaluations, between two evaluations; null evaluates only by
+            rounds.
+        scorers: Named rewards, in addition to the verifier of the prompts' world; without either, the rewards of the
             run.
     """
 
@@ -43,12 +43,12 @@ class HeldOut(EvaluationSize):
         super().__post_init__()
         if self.every_seconds is not None and not self.every_seconds > 0:
             raise ValueError(
-                f"held_out.every_seconds must be positive, not {self.every_seconds}; null evaluates by rounds alone"
+                f"held_out.every_seconds must be positive, not {self.every_seconds}; null evaluates only by rounds"
             )
 
     @property
     def is_on(self) -> bool:
-        """Whether the evaluation is made."""
+        """Whether the evaluation runs at all."""
         return bool(self.every or self.every_seconds)
 
 
@@ -72,10 +72,10 @@ class Hacking(EvaluationSize):
         prompts: Prompts of the monitor, a file or a split of a world; null takes ``held_out_fraction`` of the training
             prompts, which are then not trained on.
         every: Number of rounds between two reports; 0 turns them off.
-        rewards: Rewards by name that are not trained on; without any, those of the run with weight 0.
-        features: A feature extractor for the variety of the samples and their drift.
+        rewards: Named rewards that are not trained on; by default those of the run with weight 0.
+        features: A feature extractor for the diversity of the samples and their drift.
         diagnostics: Functions of a set of samples and its prompts, which are only reported.
-        limits: Limits of the signals, from which a report is amber or red.
+        limits: Thresholds at which a signal turns amber or red.
         on_red: Reaction to a red report.
     """
 
@@ -98,7 +98,7 @@ class Hacking(EvaluationSize):
 
     @property
     def is_on(self) -> bool:
-        """Whether reports of reward hacking are made: ``every`` is above 0."""
+        """Whether there are reports of reward hacking: ``every`` is above 0."""
         return bool(self.every)
 
 
@@ -106,28 +106,28 @@ class Hacking(EvaluationSize):
 class Train(Generation):
     """A training run.
 
-    `genalign train --resume RUN` continues the run in that folder, and `--resume` alone the run in ``output``.
+    `genalign train --resume RUN` continues the run in that folder, and `--resume` without RUN the one in ``output``.
 
     Args:
         output: Folder of the run.
         prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, a dataset
             (hf://datasets/owner/name:split#column), or a split of a world, as in shapes:train.
-        recipe: Training method, as in genalign.flow_grpo. Its advantages are changed by with_credit, and
-            --recipe.credit.help lists the rules for them.
+        recipe: Training method, as in genalign.flow_grpo. with_credit changes its advantages; --recipe.credit.help
+            lists the rules.
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.
-        training: Geometry of a round, optimizer, and reaction to faults.
-        max_seconds: Seconds of training, without the time of evaluations, after which the run ends with its current
-            round; null for no limit.
-        time_budget: Time to which the number of rounds is fitted, where ``training.rounds`` is null.
-        lora: The adapter that is trained; null trains the whole network.
-        init_lora: An adapter to continue from, with its own rank and layers, in place of a new one.
+        training: Geometry of a round, optimizer, and reaction to failures.
+        max_seconds: Stop after the round in which training, excluding evaluations, reaches this many seconds; null for
+            no limit.
+        time_budget: Time to which the number of rounds is fitted if ``training.rounds`` is null.
+        lora: The adapter to train; null trains the whole network.
+        init_lora: An adapter to continue from, with its own rank and layers, instead of a new one.
         ema_decay: Decay of the exponential moving average of the weights, which is evaluated and exported.
         held_out: Evaluations on held-out prompts during training.
         reward_hacking: Monitor of reward hacking.
         before_after: Evaluation before and after training; null for none.
-        held_out_fraction: Fraction of the training prompts, in each task, for evaluations without prompts of their own.
-        sample_grid: Pictures of what the model generates during training.
+        held_out_fraction: Fraction of each task's training prompts for evaluations without their own prompts.
+        sample_grid: Samples that the model generates during training.
         trackers: Experiment trackers that receive the metrics.
         checkpoint: Checkpoints of the run.
     """
@@ -157,11 +157,11 @@ class Train(Generation):
         require_rewards(self.rewards)
         weighted = [name for name, reward in self.rewards.items() if reward.weight]
         if not weighted:
-            raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
+            raise ValueError("every reward has weight 0, so nothing would be trained: give at least one a weight")
         if self.training.group_size == 1 and self.training.data is None:
             raise ValueError(
-                "training.group_size is 1: a group needs at least 2 samples to compare, or 1 in a pool (training.data)"
-                " for a recipe that compares none"
+                "training.group_size is 1: a group needs at least 2 samples to compare; 1 is only for a pool"
+                " (training.data) and a recipe that compares none"
             )
         if trained := [name for name in self.reward_hacking.rewards if name in weighted]:
             raise ValueError(
@@ -170,7 +170,7 @@ class Train(Generation):
             )
 
     def evaluation_prompts(self) -> dict[str, str | None]:
-        """Return the prompt sources of all evaluations before, during and after training, by their sections' names."""
+        """Return the prompt sources of all evaluations before, during and after training, by section."""
         sections = {
             "held_out": self.held_out,
             "reward_hacking": self.reward_hacking,

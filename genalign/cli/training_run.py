@@ -39,7 +39,7 @@ from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import probe
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.best_weights import BestWeights, HeldOutScores, deciding_weights, sum_name
-from genalign.training.offline import recorded
+from genalign.training.offline import stored_score
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
 from genalign.training.round_log import SampleGridWriter
@@ -63,7 +63,7 @@ class TrainingRun:
         progress: Shows what is generated.
 
     Raises:
-        ValueError: The model, the rewards and the settings do not go together.
+        ValueError: The model, the rewards and the settings do not fit together.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainingRun:
         require_base(self.pipeline, settings)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = [prompts.training.prompts[0]] * 2
-        called = [reward for reward in rewards if reward.function is not recorded]  # the others are columns of a pool
+        called = [reward for reward in rewards if reward.function is not stored_score]  # those are columns of a pool
         differentiated = traits_of(settings.recipe.objective).reward_gradients
         if called or differentiated:
             samples = self._generate(first, [0, 1], settings.sampling, 2)
@@ -102,7 +102,7 @@ class TrainingRun:
             self.pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, self.processes, sharding
         )
         self.best = BestWeights(self.policy)
-        self.score_log, suspects = ScoreLog(), folder.path / "suspects"
+        self.score_log, skipped_updates = ScoreLog(), folder.path / "skipped_updates"
         self.trainer = Trainer(
             self.pipeline,
             self.policy,
@@ -111,7 +111,7 @@ class TrainingRun:
             settings.recipe,
             settings.training,
             settings.sampling,
-            suspects / f"process-{self.processes.rank}" if self.processes.rank else suspects,
+            skipped_updates / f"process-{self.processes.rank}" if self.processes.rank else skipped_updates,
         )
 
         # Prepare the measurements
@@ -130,7 +130,7 @@ class TrainingRun:
         self.before_after = self._evaluator("before_after", before_after, own) if before_after else None
 
     def stateful_parts(self, prompts: RunPrompts) -> dict[str, Stateful]:
-        """Collect what a checkpoint holds, by name."""
+        """Collect the named parts of a checkpoint."""
         return {
             "inputs": InputFingerprint(self.pipeline.fingerprint, suite_hash(prompts.training)),
             "trainer": self.trainer,
@@ -141,14 +141,14 @@ class TrainingRun:
         }
 
     def monitors(self) -> RoundMonitors:
-        """Collect what is measured during training."""
+        """Collect the measurements during training."""
         grid, held_out = self.settings.sample_grid, self.settings.held_out
         writer = SampleGridWriter(self.sample_grid, self.pipeline.sample_rate, grid.every) if grid.every else None
         evaluate = self.evaluate_held_out if self.held_out else None
         return RoundMonitors(evaluate, held_out.every, held_out.every_seconds, self.guard, writer)
 
     def round_fitter(self) -> RoundFitter:
-        """Prepare to fit the number of rounds to the time budget of the command."""
+        """Build the fitter of the number of rounds to the time budget of the command."""
         settings, started = self.settings, self.context.started
         sections = settings.held_out, settings.reward_hacking, settings.sample_grid
         every = [section.every for section in sections if section.every]
@@ -190,7 +190,7 @@ class TrainingRun:
     def hacking_snapshot(self) -> PanelSnapshot:
         """Measure the averaged weights for the monitor of reward hacking.
 
-        All ranks share the samples, and the main rank measures them for all, since a reward may return something else
+        All ranks share the samples, and the main rank measures them for all, as a reward may return something different
         on another.
         """
         tensors: dict[str, Tensor] = {}
@@ -229,7 +229,7 @@ class TrainingRun:
             seeds: The seeds of all noise.
             sampling: Steps, guidance and kernel.
             batch_size: Samples per batch.
-            shared: Whether the ranks take the batches in turn, so that all must call this; else each makes all.
+            shared: Whether the ranks take turns with the batches, so all must call this; else each makes all.
         """
         processes = replace(self.processes, in_step=self.policy.sharded) if shared else SINGLE_PROCESS
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
@@ -260,8 +260,8 @@ class TrainingRun:
         Args:
             name: The section, whose prompts are in ``self.prompts``.
             amount: The size of the evaluation, and the source of its prompts.
-            scorers: Rewards beside the verifier of the prompts' world.
-            otherwise: Rewards where there are neither.
+            scorers: Rewards in addition to the verifier of the prompts' world.
+            otherwise: Rewards if there are neither.
         """
         source, prompts = amount.prompts or self.settings.prompts, self.prompts.evaluations[name]
         world, batch_size = world_of(source), self._batch_size(amount)

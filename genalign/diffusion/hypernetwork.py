@@ -33,18 +33,18 @@ class Hypernetwork:
     """A network that makes the gates of a LoRA.
 
     Args:
-        reads: "state" computes gates at every step from the latents, the text and the noise level (HyperAlign-S);
-            "prompt" from the text alone, so that they are the same at all steps (for HyperAlign-I, which reads the
-            initial noise, too).
+        condition_on: What the gates depend on. "state": latents, text and noise level, recomputed at every step
+            (HyperAlign-S). "prompt": only the text, so they are the same at all steps (like HyperAlign-I, which also
+            reads the initial noise).
         width: Width of its two hidden layers.
     """
 
-    reads: Literal["state", "prompt"] = "state"
+    condition_on: Literal["state", "prompt"] = "state"
     width: int = 128
 
     def __post_init__(self) -> None:
-        if self.reads not in ("state", "prompt"):
-            raise ValueError(f'hypernetwork.reads must be "state" or "prompt", not {self.reads!r}')
+        if self.condition_on not in ("state", "prompt"):
+            raise ValueError(f'hypernetwork.condition_on must be "state" or "prompt", not {self.condition_on!r}')
         if self.width < 1:
             raise ValueError(f"hypernetwork.width must be at least 1, not {self.width}")
 
@@ -65,7 +65,7 @@ class GateNetwork(nn.Module):
         super().__init__()
         self.settings, self.layers, width = settings, tuple(layers), settings.width
         self.ranks = [len(cast(Tensor, layer.weight)) for layer in layers]
-        size = width if settings.reads == "prompt" else 2 * width + _FREQUENCIES
+        size = width if settings.condition_on == "prompt" else 2 * width + _FREQUENCIES
         self.hidden = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.gates = nn.Linear(width, sum(self.ranks))
         nn.init.zeros_(self.gates.weight)
@@ -82,7 +82,7 @@ class GateNetwork(nn.Module):
         """
         embeddings = {name: text for name, text in texts.items() if text.is_floating_point() and text.ndim > 1}
         inputs = [torch.stack([self._projected(name, _pooled(text)) for name, text in embeddings.items()]).sum(0)]
-        if self.settings.reads == "state":
+        if self.settings.condition_on == "state":
             levels = level.alpha, level.sigma  # () of all rows, or (n,)
             alpha, sigma = (value.repeat(len(x) // len(value)) if value.ndim else value for value in levels)
             flat = x.float().flatten(2)
@@ -145,7 +145,7 @@ def _multiply_by_gates(first: nn.Module, inputs: tuple[Tensor, ...], output: Ten
         )
     if len(gates) != len(output):
         raise ValueError(
-            f"a layer of the adapter has {len(output)} rows for a batch of {len(gates)}, so that it has no gates of"
+            f"a layer of the adapter has {len(output)} rows for a batch of {len(gates)}, so it has no gates of"
             " its own for each sample: leave this layer out of lora.targets, or lora.hypernetwork"
         )
     middle = [1] * (output.ndim - 2)
@@ -212,7 +212,7 @@ class GatedBlock:
 
 
 def with_gates(network: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that checkpoints a block, so that the block is computed again with the gates of its call.
+    """Wrap a function that checkpoints a block, so the block is computed again with the gates of its call.
 
     The block is computed again in the backward pass, when other calls may have set other gates since. The function gets
     a ``GatedBlock`` in place of the block.

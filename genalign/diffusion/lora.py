@@ -159,7 +159,7 @@ def student_metadata(path: Path) -> dict[str, str]:
 
 
 def sort_metadata(path: Path, added: Mapping[str, str] = {}) -> None:
-    """Add entries to the metadata of a safetensors file, and sort it by name, so that equal weights give equal bytes.
+    """Add entries to the metadata of a safetensors file, and sort it by name, so equal weights give equal bytes.
 
     safetensors writes several entries of metadata, such as those of diffusers' adapters, in random order.
     """

@@ -20,7 +20,7 @@ _MARK = "_genalign_shifts_noise"
 
 
 def make_noise_hypernetwork(network: nn.Module) -> None:
-    """Let the adapter of ``network`` shift the initial noise alone: it is off from now on, except for the shift."""
+    """Let the adapter of ``network`` only shift the initial noise: it is off from now on, except for the shift."""
     setattr(network, _MARK, True)
     disable_adapters(network)
 

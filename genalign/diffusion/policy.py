@@ -123,7 +123,7 @@ class WeightSnapshot:
 
 def _add_adapter(denoiser: nn.Module, lora: Lora, seed: int, has_adapter: bool) -> None:
     """Add a new adapter to a network, unless it has one, and give it the hypernetwork that it lacks."""
-    with seeded(seed):  # B starts at zero and gates at 1, so that training starts at the reference policy
+    with seeded(seed):  # B starts at zero and gates at 1, so training starts at the reference policy
         if not has_adapter:
             from peft import LoraConfig  # takes seconds
 
@@ -268,7 +268,7 @@ class Policy:
     def _copied_in(self, snapshot: WeightSnapshot) -> Iterator[None]:
         """Copy ``snapshot`` into the weights within the context, and copy these back.
 
-        FSDP gathers from the memory that the weights had when they were sharded, so that they cannot be replaced.
+        FSDP gathers from the memory that the weights had when they were sharded, so they cannot be replaced.
         """
         current, self._current = self._current or self.snapshot(), None  # None for a context within this one
         self._copy(to=current.tensors)
@@ -304,12 +304,12 @@ class Policy:
         if hypernetwork_of(self.denoiser):
             raise ValueError(
                 "the weights of an adapter with a hypernetwork differ between samples, and have no distance: set"
-                " ascent.anchor in place of ascent.leash"
+                " ascent.anchor in place of ascent.weight_distance"
             )
         if self._is_frozen:
             raise ValueError(
                 "lora.frozen trains the attention to users alone, for which there is no distance of weights: set"
-                " ascent.anchor in place of ascent.leash"
+                " ascent.anchor in place of ascent.weight_distance"
             )
         from peft.tuners.lora import LoraLayer  # takes seconds
 

@@ -17,9 +17,10 @@ class Sampling:
 
     Args:
         num_steps: The number of steps T of the sampling grid.
-        sigmas: The noise levels (T), falling, without the final 0; null takes the grid of the checkpoint's scheduler.
+        sigmas: The noise levels (T), descending, without the final 0; null takes the grid of the checkpoint's
+            scheduler.
         guidance: The classifier-free guidance scale; 1 is no guidance, null the default of the model's family.
-        kernel: The move of every step, in training of the steps that the recipe does not train; null is the
+        kernel: Sampler for every step; in training, for the steps that the recipe does not train. Null is the
             deterministic ODE. ``CPS`` with ``eta: 1`` noises each step's clean estimate again, as few-step students
             are sampled (multistep consistency sampling, arXiv 2303.01469, algorithm 1).
     """

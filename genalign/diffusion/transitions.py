@@ -1,7 +1,7 @@
 """Sampling as Gaussian transitions, and the samplers as kernels.
 
 Every sampler here moves to ``mean = alpha_next x0_hat + c eps_hat`` with ``std = s``; a kernel is the rule for (c, s).
-Latents are (B, ...). The tensors of a step are () or (B,), so that a batch can hold different steps.
+Latents are (B, ...). The tensors of a step are () or (B,), so a batch can hold different steps.
 Notation: D = sigma - sigma_next and q = (sigma_next / alpha_next) / (sigma / alpha).
 """
 
@@ -184,7 +184,7 @@ class CalibratedSDE(Kernel):
 class CPS(Kernel):
     """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): a fixed fraction of the noise is fresh.
 
-    c = sigma_next cos(eta pi / 2) and s = sigma_next sin(eta pi / 2), so that c^2 + s^2 = sigma_next^2. Samples are
+    c = sigma_next cos(eta pi / 2) and s = sigma_next sin(eta pi / 2), so c^2 + s^2 = sigma_next^2. Samples are
     clean for any number of steps, but for a fixed eta > 0 their spread shrinks with more steps instead of converging to
     the marginals of the path: use it on few steps. The last step is deterministic.
 

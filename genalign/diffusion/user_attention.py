@@ -1,7 +1,7 @@
 """Attention to embeddings of users beside that to the text (PPD, arXiv 2501.06655), in any network of diffusers.
 
 Each layer that attends to the text gets new keys K' and values V' of the user's embedding, and its output Z becomes
-Z + softmax(Q K'^T / sqrt(d)) V', with the layer's own queries Q. V' is zero at the start, so that training starts
+Z + softmax(Q K'^T / sqrt(d)) V', with the layer's own queries Q. V' is zero at the start, so training starts
 at the network itself. The embedding of a sample without a user is zero, as are its keys and values: such samples are
 the network's own.
 

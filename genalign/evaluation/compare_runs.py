@@ -23,7 +23,7 @@ class RecipeSummary:
     """A recipe's results over its seeds.
 
     ``gain`` is the main score's gain on ``prompts`` evaluated prompts, with its 95 % interval ``low`` to ``high`` (over
-    prompts alone for a single seed) and its ``effect`` size; ``scores`` and ``tasks`` are the gains of every score and
+    prompts only for a single seed) and its ``effect`` size; ``scores`` and ``tasks`` are the gains of every score and
     task. ``kl`` is the mean divergence from the base model in the last rounds, and ``diversity`` is after minus before.
     ``minutes`` of training and ``nfe`` are mean costs of a run, ``minutes_range`` and ``nfe_range`` the least and the
     most over the seeds.
@@ -52,7 +52,7 @@ class RecipeSummary:
 
 
 BUDGET_TOLERANCE = 0.05
-"""How much more than the cheapest run the dearest one may cost where budgets are called equal."""
+"""The largest cost of the most expensive run over the cheapest one for which budgets count as equal."""
 
 
 def equal_budgets(ranges: Iterable[tuple[float, float]]) -> bool:

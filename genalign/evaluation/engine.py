@@ -105,7 +105,7 @@ def evaluate_share(
         write: Saves a batch of samples in the folder.
         features: Features (B, d) of samples (B, ...), by name, that are saved for scores of the whole set.
         share: The rank's share of the batches.
-        ledger: The ledger of a pipeline whose calls are billed; the cost of each batch is saved.
+        ledger: The ledger of a pipeline whose calls are counted; the cost of each batch is saved.
         progress: Display of all samples of the share.
     """
     ledger = ledger or Ledger()

@@ -45,7 +45,7 @@ class EvaluationProtocol:
     negative_prompt: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types, with sigmas rounded to nine decimals, so that every machine gets the same hash."""
+        """Convert to JSON types, with sigmas rounded to nine decimals, so every machine gets the same hash."""
         canonical: dict[str, Any] = {
             "guidance": float(self.guidance),
             "sigmas": [round(float(sigma), 9) for sigma in self.sigmas],
@@ -208,7 +208,7 @@ class Evaluation:
         if empty := [task for task, prompts in finite.items() if not prompts]:
             samples = "samples" if len(empty) == len(finite) else f"samples of task {empty[0]!r}"
             raise ValueError(
-                f"{name!r} scored none of the {samples}, so that it has no mean: the reward raised, as a warning above"
+                f"{name!r} scored none of the {samples}, so it has no mean: the reward raised, as a warning above"
                 " says, or it returned NaN, or the samples are not finite"
             )
         means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}

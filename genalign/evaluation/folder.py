@@ -12,8 +12,8 @@ and when all batches are done:
 
     OUTPUT/records.jsonl, summary.json, cost.json, report.html
 
-A batch is made by one process, and is the same whichever that is, so that but for costs the files are the same to the
-byte on machines of one kind. Locks keep two processes from one batch; on shared file systems without locks, ranks do.
+A batch is made by one process, and does not depend on which: except for costs, the files are byte-identical on machines
+of one kind. Locks keep two processes from one batch; on shared file systems without locks, ranks do.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def newly_correct(pairs: Sequence[SamplePair]) -> NewlyCorrect | None:
 def gallery_improvements(by_gain: Sequence[SamplePair], seed: int = 0) -> list[SamplePair]:
     """Order the pairs that improved for a gallery: first those that became correct and were recognized before.
 
-    These are shuffled by ``seed``, so that nobody selects them; the others follow, the largest gain first.
+    These are shuffled by ``seed``, so nobody selects them; the others follow, the largest gain first.
 
     Args:
         by_gain: Pairs as ``pairs_by_gain`` sorts them.

@@ -45,7 +45,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample every prompt from ``seeds`` noises, and score the samples.
 
-    The noise follows from the prompt and the number of the sample, so that two models are compared from the same noise:
+    The noise follows from the prompt and the number of the sample, so two models are compared from the same noise:
     ``genalign.gain(evaluate(base, ...), evaluate(tuned, ...))``.
 
     Args:

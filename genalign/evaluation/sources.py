@@ -124,7 +124,7 @@ def _protocol_grid(pipeline: Pipeline, protocol: EvaluationProtocol) -> Grid:
 class FileSource:
     """Samples that another program saved, which ``read`` returns by path; they may differ in shape.
 
-    The noises are unknown, so that the number of a sample among those of its prompt stands for its noise.
+    The noises are unknown, so the number of a sample among those of its prompt stands for its noise.
     """
 
     specs: Sequence[SampleSpec]

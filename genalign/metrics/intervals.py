@@ -93,7 +93,7 @@ class WinTest:
 def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -> Estimate:
     """Estimate the unweighted mean over tasks of the mean over prompts (GenEval's overall).
 
-    A value is one prompt's mean over its samples, so that a prompt's samples count as one draw. The interval depends on
+    A value is one prompt's mean over its samples, so a prompt's samples count as one draw. The interval depends on
     what the values are, by ``kind``:
 
     score             Student's, with Welch and Satterthwaite's degrees of freedom over the tasks. Where one of several

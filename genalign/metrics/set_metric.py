@@ -16,7 +16,7 @@ def with_quality(reward: SetReward, weight: float, first: Tensor, second: Tensor
     """Add ``weight`` times the mean quality to ``reward``, for n pairs of samples with rows (n, d + 1) each.
 
     A row holds a sample's features and, last, its quality; the result is a reward of sets of such rows.
-    Both terms are divided by their standard deviation over random sets that take one sample of every pair, so that
+    Both terms are divided by their standard deviation over random sets that take one sample of every pair, so
     ``weight`` compares what the choice of samples can change, and not units. A term that it cannot change is left out.
     Raises ValueError for a weight or a reward that is not finite.
     """

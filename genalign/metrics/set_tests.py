@@ -13,7 +13,7 @@ def compare_parts(
 ) -> list[tuple[float, float]]:
     """Score disjoint random parts of two sets of features, both (n, d), of the same prompts in the same order.
 
-    Distances and diversities depend on the size of a set, so that only parts of one size are comparable. Disjoint parts
+    Distances and diversities depend on the size of a set, so only parts of one size are comparable. Disjoint parts
     are independent trials, as tests of win rates need them (``genalign.metrics.intervals.win_test``).
 
     Args:

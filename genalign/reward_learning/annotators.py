@@ -88,7 +88,7 @@ class Agreement:
         judged: The number of samples, or pairs of samples, that two or more annotators judged.
         raw: The share of two annotators' judgments that are equal, over these, with its interval over prompts.
         alpha: Krippendorff's alpha, with its jackknife interval over prompts: 1 for full agreement, 0 for that of
-            chance; NaN where all judgments are equal, so that chance would agree as well.
+            chance; NaN where all judgments are equal, so chance would agree as well.
     """
 
     kind: Kind

@@ -68,7 +68,7 @@ def _require_as_many_tokens(encoded: Tensor, count: int, prompts: Sequence[Promp
 class LiveTokens:
     """Tokens that an encoder computes whenever they are needed, with a gradient for its trained weights.
 
-    Samples of one shape are read together, so that images may differ in size.
+    Samples of one shape are read together, so images may differ in size.
 
     Args:
         encoder: The encoder.
@@ -137,7 +137,7 @@ class TokenFolder:
     """Tokens of items in a folder: tokens.npy (N, n, d), nuisances.npy (N, J), and items.json, which says what is done.
 
     A killed run continues after the last complete batch. Items are known by the digest of their file and their prompt,
-    so that a folder of other items, of other nuisances, or of an encoder with other weights is written anew.
+    so that a folder of other items, of other nuisances, or of an encoder with other weights is written again.
     """
 
     folder: Path

@@ -51,7 +51,7 @@ class FitSettings:
 class Fitter:
     """The trained weights of a reward with their optimizer.
 
-    Weights are cast to float32. The learning rate follows from the number of the step alone, so that a run that is
+    Weights are cast to float32. The learning rate follows from the number of the step alone, so a run that is
     resumed by ``load_tensors`` makes the same steps, bit for bit. Where the module that holds the weights moves to
     another device, the optimizer's state follows at the next step. No step waits for the device.
 

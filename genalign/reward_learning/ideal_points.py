@@ -204,7 +204,7 @@ def fit(model: IdealPointModel, comparisons: Comparisons, settings: PreferenceFi
 
 
 def with_new_users(model: IdealPointModel, comparisons: Comparisons, settings: PreferenceFit) -> IdealPointModel:
-    """Return the model with the annotators of ``comparisons`` added as users, or fitted anew; all else is frozen.
+    """Return the model with the annotators of ``comparisons`` added as users, or refitted; all else is frozen.
 
     A user starts as the mean of the known users. Raises ValueError without a comparison.
     """

@@ -41,7 +41,7 @@ class ScoreFile:
                 self.values[tuple(key)] = float(value)
 
     def add(self, values: Mapping[Key, float]) -> None:
-        """Add numbers; NaN is not stored, so that another process computes it again."""
+        """Add numbers; NaN is not stored, so another process computes it again."""
         self.values.update(values)
         scored = {key: value for key, value in values.items() if not math.isnan(value)}
         lines = [json.dumps([*key, value], ensure_ascii=False) for key, value in scored.items()]

@@ -129,7 +129,7 @@ def count_votes(leads: Tensor, pairs: Pairs) -> PairVotes:
 def apply_votes(pairs: Pairs, votes: PairVotes, settings: EnsembleVote) -> tuple[Pairs, Tensor]:
     """Change the pairs that an ensemble votes against most, and return them all with which were changed (N, K).
 
-    Dropped pairs stay as pairs without a target (NaN), so that rows keep their numbers.
+    Dropped pairs stay as pairs without a target (NaN), so rows keep their numbers.
     """
     against = votes.mean.nan_to_num(torch.inf)
     count = int(settings.share * int((~votes.mean.isnan()).sum()))

@@ -1,6 +1,6 @@
 """Automatic labels: comparisons judged by rewards, with chosen noise, or by judges of pairs.
 
-All noise is drawn by hashes of the prompt, the samples' files, the annotator and the dimension, so that labels are the
+All noise is drawn by hashes of the prompt, the samples' files, the annotator and the dimension, so labels are the
 same in any order and after an interruption.
 """
 

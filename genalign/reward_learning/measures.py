@@ -238,7 +238,7 @@ def starc_distance(first: Tensor, second: Tensor, prompt: Tensor) -> Estimate:
 
     A STARC metric (Skalse et al., arXiv 2309.15257) is the distance of standardized rewards: canonicalized, which
     removes all that no policy's order depends on, and divided by their norm. A generator makes one sample from a prompt
-    and the episode ends, a bandit without dynamics, so that the value-adjusted levelling of the paper, R(s, a) - V(s)
+    and the episode ends, a bandit without dynamics, so the value-adjusted levelling of the paper, R(s, a) - V(s)
     of the uniform policy, is a score less the mean of its prompt. With Euclidean norms, over samples, and half the
     Euclidean distance this is sqrt((1 - rho) / 2) of their correlation within prompts: 0 for rewards that differ by a
     positive factor and a constant for each prompt, 1 for opposite ones. A reward that is constant within prompts

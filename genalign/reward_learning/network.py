@@ -91,7 +91,7 @@ class RewardNetwork(nn.Module):
     ``forward`` gives one of the outputs, pooled over the members. Heads read tokens that are standardized by
     ``token_mean`` and ``token_scale`` (d). A member's output is counted from its ``level`` (M, K), its mean over the
     training items where the loss leaves the origin of scores open. A loss of pairs leaves it open for each prompt, so
-    that pools that compare members ("min", "mean_minus_std") also need ``Centering`` in training.
+    pools that compare members ("min", "mean_minus_std") also need ``Centering`` in training.
 
     Args:
         encoder: What the heads read.

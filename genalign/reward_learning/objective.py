@@ -44,7 +44,7 @@ class RewardObjective:
     def centered(self) -> bool:
         """Whether the scores of a prompt have an origin that members share: by ``Centering``, or by grades.
 
-        Grades compare the items of different prompts, so that what they leave open is one constant of a member: its
+        Grades compare the items of different prompts, so what they leave open is one constant of a member: its
         level, which training measures (``PreferenceLoss.has_origin``).
         """
         return isinstance(self.loss, GradeLoss) or any(isinstance(term, Centering) for term in self.regularizers)

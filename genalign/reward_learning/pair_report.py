@@ -231,7 +231,7 @@ def _measure_seen(
         if count == len(pairs):
             note += ": all measures are of training data, collect other pairs"
         else:
-            note += ": these pairs count in the section training data alone"
+            note += ": these pairs count only in the section training data"
         rows = pair_seen.nonzero()[:, 0]
         _add_accuracy(report, "training data", "pairs that were trained on", difference, pairs, prompt, rows)
     report.notes.append(note)

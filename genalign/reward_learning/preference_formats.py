@@ -80,7 +80,7 @@ def read_all_preferences(paths: str | Sequence[str]) -> list[Judgment]:
         raise ValueError("the list of preferences is empty: name a folder or file of judgments")
     counts = Counter(path.resolve() for path in listed)
     if twice := next((path for path in listed if counts[path.resolve()] > 1), None):
-        raise ValueError(f"{twice} is listed twice, so that its judgments would count twice: list it once")
+        raise ValueError(f"{twice} is listed twice, so its judgments would count twice: list it once")
     return [judgment for path in listed for judgment in read_preferences(path)]
 
 
@@ -226,7 +226,7 @@ def _labeled_pair(source: _Source, row: Row) -> list[Judgment]:
     samples = [source.sample(row[f"{kind}_{place}"], row.get(f"model_{place}")) for place in (0, 1)]
     first, second = row["label_0"], row.get("label_1")
     if first is None:
-        raise ValueError("its label_0 is null, so that the winner is unknown: leave the row out")
+        raise ValueError("its label_0 is null, so the winner is unknown: leave the row out")
     return [_pair(row, samples, float(first), 1 - float(first) if second is None else float(second))]
 
 
@@ -238,7 +238,7 @@ def _choice(source: _Source, row: Row) -> list[Judgment]:
     if len(samples) == 2:
         return [_pair(row, samples, preferred[0], preferred[1])]
     if len(best) != 1 or any(value != 0 for place, value in enumerate(preferred) if place not in best):
-        raise ValueError(f"its human_preference is {preferred}, so that the winner is unknown: give one 1, and 0")
+        raise ValueError(f"its human_preference is {preferred}, so the winner is unknown: give one 1, and 0")
     pairs = [pair for pair in combinations(range(len(samples)), 2) if best[0] in pair]
     return [_pair(row, [samples[a], samples[b]], preferred[a], preferred[b]) for a, b in pairs]
 
@@ -281,7 +281,7 @@ def _responses(source: _Source, row: Row) -> list[Judgment]:
         source.notes["are skipped: they have images in the prompt, or not one in each response"] += 1
         return []
     if row["chosen"] not in ("A", "B"):
-        raise ValueError(f"its chosen is {row['chosen']!r}, so that the winner is unknown: give A or B")
+        raise ValueError(f"its chosen is {row['chosen']!r}, so the winner is unknown: give A or B")
     samples = [source.sample(own[0], response.get("model")) for own, response in zip(images, responses, strict=True)]
     first = float(row["chosen"] == "A")
     subset = {"subset": row["prompt_source"]} if row.get("prompt_source") else None

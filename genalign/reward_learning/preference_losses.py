@@ -157,7 +157,7 @@ class TiedBradleyTerryLoss(PairLoss):
 
     Args:
         margin: The margin m.
-        constant: Whether the loss of a tie has the last term, so that it is a log probability.
+        constant: Whether the loss of a tie has the last term, so it is a log probability.
     """
 
     margin: float = math.log(5)

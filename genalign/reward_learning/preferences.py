@@ -166,7 +166,7 @@ class Judgment:
             raise ValueError(f"its scores of {dimension!r} are {list(scores)}: leave out what was not judged")
         if self.kind == "pair" and (min(scores) < 0 or abs(sum(scores) - 1) > 1e-6):
             raise ValueError(
-                f"its scores of {dimension!r} are {list(scores)}, so that the winner is unknown: give [1, 0],"
+                f"its scores of {dimension!r} are {list(scores)}, so the winner is unknown: give [1, 0],"
                 " [0, 1], or [0.5, 0.5] for a tie"
             )
         if self.kind == "label" and not all(0 <= score <= 1 for score in scores):
@@ -272,7 +272,7 @@ def mend(file: Path) -> None:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(content)  # a character that is cut off at the end is none
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8, so that no judgment can be appended: save it as UTF-8") from None
+        raise ValueError(f"{file} is not UTF-8, so no judgment can be appended: save it as UTF-8") from None
     last = content.rpartition(b"\n")[2]
     if not last:
         return

@@ -38,7 +38,7 @@ class RewardDescription:
         dimensions: The names of the dimensions.
         nuisances: The names of the nuisances.
         sample_rate: The sample rate in Hz of the sound that it takes; None for images.
-        centered: Whether the scores of a prompt have an origin that members share, so that they can be compared.
+        centered: Whether the scores of a prompt have an origin that members share, so they can be compared.
     """
 
     encoder: str
@@ -132,7 +132,7 @@ class RewardFile:
         if network.encoder.fingerprint() != self.description.encoder_fingerprint:
             raise ValueError(
                 f"the encoder {self.description.encoder} of {dict(self.description.encoder_arguments)} has other"
-                " weights than in training, so that scores would mean nothing: restore its checkpoint, or train the"
+                " weights than in training, so scores would mean nothing: restore its checkpoint, or train the"
                 " reward again"
             )
         own = network.trained() | network.buffers_of_scores()

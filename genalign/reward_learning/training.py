@@ -124,7 +124,7 @@ class RewardTraining:
     """The training of a network; ``run`` makes it, and the network then has the trained weights.
 
     A step of each member is on its own batch. The batches, the learning rate and the weights follow from the seed and
-    the number of the step, so that a run that was interrupted ends as one that was not, bit for bit.
+    the number of the step, so a run that was interrupted ends as one that was not, bit for bit.
 
     Args:
         network: The network, on the device of the tokens.
@@ -179,7 +179,7 @@ class RewardTraining:
     def run(self, checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:
         """Train, and yield the metrics of each evaluation; a checkpoint, where there is one, is continued.
 
-        A checkpoint is written when training goes on after its metrics, so that metrics which the caller stored are
+        A checkpoint is written when training goes on after its metrics, so metrics which the caller stored are
         never missing; after an interruption in between they come again, and ``truncate_metrics`` removes the first.
 
         Metrics are "step", "epoch", "loss" (mean over steps and members since the last evaluation), "gradient_norm"
@@ -398,7 +398,7 @@ class RewardTraining:
         for name, own in self._identity().items():
             if meta.get(name) != own:
                 what = "judgments" if name == "data" else "weights of the frozen encoder"
-                raise ValueError(f"{path} is of other {what}: train into another output folder")
+                raise ValueError(f"{path} belongs to other {what}: choose another output")
         for number, member in enumerate(self.members):
             member.fitter.load_tensors(without_prefix(f"member.{number}.", tensors))
         for name, tensor in self.network.buffers_of_scores().items():

@@ -2,7 +2,7 @@
 
 The weights (w,) of the last layer that preferences determine have the posterior N(weights, H^-1), where H is the
 Hessian of Bradley-Terry's negative log likelihood plus a prior precision. A score is unsure by the deviation of
-weights . (features - center): preferences determine differences alone, so that deviations are those of the difference
+weights . (features - center): preferences determine differences alone, so deviations are those of the difference
 to the mean training item.
 """
 

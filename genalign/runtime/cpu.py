@@ -63,7 +63,7 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
         key: Keys (B, K, M, d) of K heads, each of which H / K consecutive heads of the queries share.
         value: Values (B, K, M, d).
         output: Output (B, H, N, d) of the forward pass.
-        logsumexp: Log of the sums (B, H, N) of the exponentials of the scores; the weights are computed anew.
+        logsumexp: Log of the sums (B, H, N) of the exponentials of the scores; the weights are recomputed.
         dropout_p: Dropout, which the forward pass does not offer on CPUs.
         is_causal: Whether a query sees only keys up to its own place.
         attn_mask: Numbers added to the scores, which broadcast to (B, H, N, M).

@@ -63,7 +63,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
 def apply_umask(path: Path) -> None:
     """Give a file, or all files below a folder, the permissions of a new file: 0644 under the usual umask.
 
-    safetensors writes 0600, so that neither colleagues nor servers could read the weights.
+    safetensors writes 0600, so neither colleagues nor servers could read the weights.
     """
     folder = path if path.is_dir() else path.parent
     probe = folder / f".permissions-{uuid.uuid4().hex}"

@@ -188,7 +188,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def reshard(network: nn.Module) -> None:
-    """Free the gathered weights of a sharded ``network``, so that changed weights are gathered anew."""
+    """Free the gathered weights of a sharded ``network``, so changed weights are gathered again."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in network.modules():

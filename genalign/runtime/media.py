@@ -127,7 +127,7 @@ _MEDIA: list[Medium] = [ImageMedium(), AudioMedium()]
 
 
 def register_medium(medium: Medium) -> None:
-    """Add a medium, so that its samples and files are recognized. Raises ValueError for a name that is taken."""
+    """Add a medium, so its samples and files are recognized. Raises ValueError for a name that is taken."""
     if any(medium.name == other.name for other in _MEDIA):
         raise ValueError(f"a medium named {medium.name!r} is registered already: choose another name")
     _MEDIA.append(medium)
@@ -234,7 +234,7 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(f"{path} has {file.width} x {file.height} pixels, over {MAX_PIXELS}: make it smaller")
             yield file
     except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): save it anew as PNG, JPEG or WebP") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}): save it again as PNG, JPEG or WebP") from error
 
 
 def read_image(path: Path) -> Tensor:
@@ -296,7 +296,7 @@ def read_waveform(path: Path) -> Waveform:
     if not waveform.numel():
         raise ValueError(f"{path} has no samples: leave it out")
     if not bool(waveform.isfinite().all()):
-        raise ValueError(f"{path} holds NaN or infinite samples: leave it out, or write it anew")
+        raise ValueError(f"{path} holds NaN or infinite samples: leave it out, or write it again")
     peak = float(waveform.abs().max())
     if peak > MAX_PEAK:
         raise ValueError(f"{path} holds samples up to {peak:.6g}, not in [-1, 1]: divide 16-bit values by 32768")

@@ -17,7 +17,7 @@ class Memory:
         tiling: Decode large images in tiles.
         decode_batch: The number of samples that are decoded at once; None for all.
         quantization: The quantization of the frozen denoiser under a LoRA: "nf4" by bitsandbytes or "int8" by torchao
-            hold less memory; "fp8" by torchao multiplies in 8 bits, faster with ``model.compiled``, and holds as much
+            hold less memory; "fp8" by torchao multiplies in 8 bits, faster with ``model.compile``, and holds as much
             as without. All are optional extras.
     """
 

@@ -58,9 +58,7 @@ def load_prompts(source: str | Path) -> PromptSet:
     if suffix not in _KINDS:
         raise ValueError(f"{path} is no kind of prompt file: give one of {', '.join(_KINDS)}")
     if suffix == ".txt" and Path(path.stem).suffix.lower() in _KINDS.keys() - {".txt"}:  # of browsers and editors
-        raise ValueError(
-            f"{path} has two suffixes of prompt files: rename it to {path.stem!r}, or end it in .txt alone"
-        )
+        raise ValueError(f"{path} has two suffixes of prompt files: rename it to {path.stem!r}, or end it only in .txt")
     prompts = tuple(_prompt(where, row) for where, row in _KINDS[suffix](path))
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one a line")

@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, stripped, with their numbers from 1. Raises as ``read_text``.
 
-    Lines end at a newline alone: a line or paragraph separator (U+2028, U+0085) may stand within JSON, or a prompt.
+    Lines end only at a newline: a line or paragraph separator (U+2028, U+0085) may stand within JSON, or a prompt.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():

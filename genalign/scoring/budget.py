@@ -44,16 +44,16 @@ class Ledger:
         """The number of denoiser evaluations (NFE) of single samples; guidance counts twice."""
         return self.counts[NFE]
 
-    def bill(self, call: str, samples: int) -> None:
+    def record(self, call: str, samples: int) -> None:
         """Count one call on ``samples`` samples."""
         self.counts[call] += samples
 
     def metered(self, call: str, samples: int, function: Callable[[], Tensor]) -> Tensor:
-        """Bill a call also if it fails, and return its result; a gradient that reaches it is billed as backward."""
-        self.bill(call, samples)
+        """Count a call even if it fails, and return its result; a gradient that reaches it counts as backward."""
+        self.record(call, samples)
         result = function()
         if isinstance(result, Tensor) and result.requires_grad:
-            hook = lambda gradient: self.bill(backward_call(call), samples)  # noqa: E731
+            hook = lambda gradient: self.record(backward_call(call), samples)  # noqa: E731
             result.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has not typed it
         return result
 
@@ -68,18 +68,18 @@ class Ledger:
         """Return the calls since ``earlier``, a copy of this ledger."""
         return Ledger(Counter({call: n - earlier.counts[call] for call, n in self.counts.items()}))
 
-    def add(self, bills: Iterable[Mapping[str, int]], before: Ledger) -> None:
-        """Set the counts to ``before`` plus the bills of all ranks since then, this rank's included."""
+    def add(self, calls: Iterable[Mapping[str, int]], before: Ledger) -> None:
+        """Set the counts to ``before`` plus the calls of all ranks since then, including this one."""
         self.counts = Counter(before.counts)
-        for bill in bills:
-            self.counts.update(bill)
+        for own in calls:
+            self.counts.update(own)
 
     def copy(self) -> Ledger:
         return Ledger(Counter(self.counts))
 
 
 class Metered:
-    """A pipeline whose denoiser and decoder calls are billed to ``ledger``; all else is the pipeline's own."""
+    """A pipeline whose denoiser and decoder calls are counted in ``ledger``; everything else is the pipeline's own."""
 
     def __init__(self, pipeline: Pipeline, ledger: Ledger) -> None:
         self.pipeline, self.ledger = pipeline, ledger
@@ -88,7 +88,7 @@ class Metered:
         self.guidance_scale, self.initial_noise = pipeline.guidance_scale, pipeline.initial_noise
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """Return the network's output, and bill each sample once, or twice under guidance."""
+        """Return the network's output, and count each sample once, or twice under guidance."""
         samples = len(x) * (2 if guidance > 1 else 1)
         return self.ledger.metered(NFE, samples, lambda: self.pipeline.predict(x, level, conditioning, guidance))
 
@@ -97,7 +97,7 @@ class Metered:
 
 
 def metered_reward(name: str, function: RewardFunction, ledger: Ledger) -> RewardFunction:
-    """Wrap a reward so that each call is billed to ``ledger``."""
+    """Wrap a reward so that each call is counted in ``ledger``."""
     return lambda samples, prompts: ledger.metered(reward_call(name), len(samples), lambda: function(samples, prompts))
 
 

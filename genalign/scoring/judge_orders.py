@@ -59,7 +59,7 @@ def both_orders(first: Tensor, second: Tensor) -> tuple[Tensor, Consistency]:
         second: q (n,), the probability that the right sample is better, which was shown first.
 
     Returns:
-        The preferences (n,) for the left samples, float32: (p + 1 - q) / 2 if (p - 1/2) (1/2 - q) > 0, so that the same
+        The preferences (n,) for the left samples, float32: (p + 1 - q) / 2 if (p - 1/2) (1/2 - q) > 0, so the same
         sample is preferred in both orders, else 1/2, a tie; NaN where either is NaN. And how consistent the pairs with
         both judgments are.
 

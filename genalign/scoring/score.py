@@ -127,7 +127,7 @@ class RewardError(RuntimeError):
 def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Score samples by K rewards as (B, K), float32 on the CPU; NaN where a reward fails or a score is not finite.
 
-    A reward that raises or times out is called once more. If it raises again and has a ``score_batch``, so that its
+    A reward that raises or times out is called once more. If it raises again and has a ``score_batch``, so its
     batches may be split, the halves are scored: a sample on which it fails loses only its own score.
 
     Raises RewardError for a result that is not of shape (B,): that is a bug in the reward, not a failure.
@@ -258,16 +258,16 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 @dataclass
 class RewardMonitor:
-    """Stops a run whose rewards fail, or teach nothing, for too long.
+    """Stops a run whose rewards fail, or give no credit, for too long.
 
-    At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on the sample, so that a
-    policy trained on the others alone learns to provoke them. ``silent`` counts the latest rounds in a row that taught
-    nothing, whatever their scores; a run stops at ``max_silent_rounds``, and None never stops it.
+    At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on the sample, so a policy
+    trained only on the others learns to provoke them. ``rounds_without_credit`` counts the latest consecutive rounds in
+    which no sample had credit, whatever their scores; at ``max_rounds_without_credit`` the run stops (None: never).
     """
 
     max_failed_fraction: float = 0.05
-    max_silent_rounds: int | None = 20
-    silent: int = 0
+    max_rounds_without_credit: int | None = 20
+    rounds_without_credit: int = 0
 
     def compare(self, rewards: Sequence[NamedReward], scores_BK: Tensor) -> None:
         """Warn if one reward's spread exceeds another's by far in the weighted sum; meant to be called once."""
@@ -296,15 +296,16 @@ class RewardMonitor:
                 " the samples are not finite. Fix the cause, then resume from the last checkpoint"
             )
 
-    def see_round(self, silent: bool) -> None:
-        """Count a round that taught nothing. Warns of the first in a row, and raises RewardError at the limit."""
-        self.silent = self.silent + 1 if silent else 0
-        if self.silent == 1:
+    def see_round(self, without_credit: bool) -> None:
+        """Count a round without credit. Warns of the first in a row, and raises RewardError at the limit."""
+        self.rounds_without_credit = self.rounds_without_credit + 1 if without_credit else 0
+        if self.rounds_without_credit == 1:
             logger.warning("no sample of this round has credit, as where all scores are equal: nothing to learn from")
-        if self.max_silent_rounds is not None and self.silent >= self.max_silent_rounds:
+        if self.max_rounds_without_credit is not None and self.rounds_without_credit >= self.max_rounds_without_credit:
             raise RewardError(
-                f"for {self.silent} rounds no sample had credit (training.max_silent_rounds), as where the scores of"
-                " every group are equal: use a reward with partial credit, larger groups or more noise"
+                f"for {self.rounds_without_credit} rounds no sample had credit (training.max_rounds_without_credit), as"
+                " where the scores of every group are equal: use a reward with partial credit, larger groups or more"
+                " noise"
             )
 
 

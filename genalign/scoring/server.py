@@ -1,7 +1,7 @@
 """A reward behind HTTP, for a model that needs another environment or machine than the training. Extra: serve.
 
 ``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``: ``genalign.scoring.protocol`` defines the
-messages, ``rewards.remote.remote_reward`` is the client. One thread calls the reward, first with a placeholder, so that
+messages, ``rewards.remote.remote_reward`` is the client. One thread calls the reward, first with a placeholder, so
 weights are loaded before the server is ready. A sample that cannot be scored is null with a reason. Status 400, 413,
 415 and 422 mean that the request is wrong, 401 that the token is; after 408, 429, 503 and 504 it may be sent again with
 the same request_id, which is scored only once.
@@ -203,7 +203,7 @@ def build_app(
         token: the bearer token that clients must send; None needs none.
         max_requests: how many bodies, of ``info.max_bytes`` at most, are held at a time.
         device: where the samples are when the reward is called.
-        first: a sample to score before the server is ready, so that weights are loaded.
+        first: a sample to score before the server is ready, so weights are loaded.
     """
     service = Service(Worker(reward, info.max_batch, device, first), info, token, max_requests)
 

@@ -40,7 +40,7 @@ class ScoringJob:
 
 
 def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt], name: str) -> list[Outcome]:
-    """Score samples (B, ...); if the reward raises, score the halves, so that one bad sample loses only its own score.
+    """Score samples (B, ...); if the reward raises, score the halves, so one bad sample loses only its own score.
 
     Exceptions are logged under ``name`` on the server; the client sees only their type.
     """
@@ -67,7 +67,7 @@ class Worker:
     """The one thread that calls the reward, on ``device``, which "cuda" means in it.
 
     Requests queued at the same time are scored together, one shape and at most ``max_batch`` samples at a time; no
-    request waits for others to come. ``first`` is a sample (C, ...) that is scored before any other, so that the reward
+    request waits for others to come. ``first`` is a sample (C, ...) that is scored before any other, so the reward
     loads its weights.
     """
 

@@ -1,4 +1,4 @@
-"""Results of a batch that several rewards share, so that a detector or a judge runs once for all of them."""
+"""Results of a batch that several rewards share, so a detector or a judge runs once for all of them."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class SearchRun:
     ``ledger`` counts the calls of denoiser, decoder and rewards. ``top`` are the ``TOP`` best finished candidates of
     every prompt so far, and ``plain`` the plain samples among the finished candidates, by prompt.
 
-    Strategies, guides and preview scorers reach the networks through a run only, so that no call goes uncounted.
+    Strategies, guides and preview scorers reach the networks through a run only, so no call goes uncounted.
 
     Args:
         pipeline: The model.
@@ -168,7 +168,7 @@ class SearchRun:
         return SearchRun(pipeline, self.prompts, rewards, *arguments)
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
-        """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""
+        """Wrap a scoring network that is not one of the rewards, so its calls are counted as "reward/NAME"."""
         return metered_reward(name, function, self.ledger)
 
     def start(self, count: int) -> Particles:

@@ -6,7 +6,7 @@ particles of little weight are replaced by copies of others. The potentials alon
 copies them as the ancestors say.
 
 The scale of a reward decides which ``lam`` means anything. "auto" takes ``AUTO_LAM`` standard deviations of the first
-scores of each prompt: lam = AUTO_LAM / std, so that a particle one deviation above another weighs exp(AUTO_LAM) = 7.4
+scores of each prompt: lam = AUTO_LAM / std, so a particle one deviation above another weighs exp(AUTO_LAM) = 7.4
 times as much. By it, 78 % of prompts with 4 particles of normal scores and 94 % with 8 are resampled at once, and 40 %
 and 30 % of the particles count.
 """
@@ -46,7 +46,7 @@ class FKSteering:
     """Feynman-Kac steering.
 
     Attributes:
-        particles: Number of particles of each prompt; None for as many as the budget pays for.
+        particles: Number of particles of each prompt; None for as many as the budget allows.
         lam: Strength of the target p(x0) exp(lam r(x0)); "auto" takes 2 over the standard deviation of each prompt's
             first scores that differ.
         potential: Factor of a preview with reward r: exp(lam (r - previous r)), exp(lam max) or exp(lam sum) of the
@@ -204,7 +204,7 @@ def require_stochastic(kernel: Kernel, grid: Grid) -> None:
     """Raise ValueError for a kernel that does not draw noise at every step of the grid but the last."""
     if not bool((kernel(grid[torch.arange(len(grid))]).s[:-1] > 0).all()):
         raise ValueError(
-            f"{kernel} moves without noise, so that copies of a particle would stay identical and resampling could"
+            f"{kernel} moves without noise, so copies of a particle would stay identical and resampling could"
             " find nothing new: use a stochastic kernel such as DDIM(1.0), or Prune, which makes no copies"
         )
 
@@ -316,7 +316,7 @@ class FKState:
         )
         return (
             f"FK steering never resampled: the scores of a prompt's previews spread by {self.spread:.2g} (standard"
-            f" deviation) at lam={lam}, so that all particles weigh about the same; try {remedy}"
+            f" deviation) at lam={lam}, so all particles weigh about the same; try {remedy}"
         )
 
     def resample(self) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 A guide estimates g, the gradient (N, ...) of the log density that the target adds to the model at a state. A move of
 mean m and deviation s is drawn around m + s^2 g instead, the optimum to first order. The weights of sequential Monte
-Carlo correct for the shift, so that a guide changes how fast particles reach the target, but not the target. A move of
+Carlo correct for the shift, so a guide changes how fast particles reach the target, but not the target. A move of
 the ODE, which has no noise to be drawn, is shifted by ``ode_shift`` instead, without weights.
 """
 
@@ -43,7 +43,7 @@ class Guide(Protocol):
         """Guide particles that fit into one batch.
 
         Args:
-            run: The search; all networks are called through it, so that it counts them.
+            run: The search; all networks are called through it, so it counts them.
             batch: The particles before the move.
             kernel: The rule of the move.
             lam: Strength of the target exp(lam reward) at this step.

@@ -25,7 +25,7 @@ class NRG:
 
     Args:
         lam: Strength of the target exp(lam reward), 0 or more.
-        candidates: Number of samples of each prompt; None takes as many as the budget pays for.
+        candidates: Number of samples of each prompt; None takes as many as the budget allows.
         guide: The gradient, such as ``NoiseAwareGradient``; None takes that of decoded previews, ``RewardGradient``.
             DoobGuide, which learns from the noise of moves, is refused.
         highest_noise: Largest noise level, sigma / (alpha + sigma), at which a move is shifted: near 1 the factor

@@ -26,7 +26,7 @@ class NoiseOptimization(ABC):
     """Gradient steps on the noises of a sample; the best sample of all iterations is returned.
 
     Attributes:
-        iterations: Number of samples made; None for as many as the budget pays for. The last one needs no gradient.
+        iterations: Number of samples made; None for as many as the budget allows. The last one needs no gradient.
         learning_rate: Learning rate of the optimizer of the noises, which have unit variance.
         clip: Largest norm of the gradient of a prompt.
         initial_search: A strategy, such as ``Prune``, that finds the initial noise to start from.

@@ -1,6 +1,6 @@
 """Searches over noise by complete samples: zero-order search around the best noise, and evolution.
 
-Scores are of finished samples, so that any reward serves, and every step may be deterministic.
+Scores are of finished samples, so any reward serves, and every step may be deterministic.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class ZeroOrder:
     """Zero-order search (arXiv 2501.09732, section 4.1).
 
     Every one of ``rounds`` samples from ``neighbors`` of the best noise so far, at cosine ``theta`` to it and of the
-    same length. ``rounds`` None makes as many as the budget pays for. Public code restarts if no neighbor is better;
+    same length. ``rounds`` None makes as many as the budget allows. Public code restarts if no neighbor is better;
     here the next round draws other neighbors.
 
     Args:
-        rounds: Number of rounds; None takes as many as the budget pays for.
+        rounds: Number of rounds; None takes as many as the budget allows.
         neighbors: Number of noises that a round tries around the best one.
         theta: Cosine between the best noise and its neighbors, in (-1, 1).
     """
@@ -78,7 +78,7 @@ class Evolution:
 
     Args:
         starts: Sampling step at which each generation starts, ascending from 0.
-        sizes: Number of children in each generation; None takes as many as the budget pays for, half of them in the
+        sizes: Number of children in each generation; None takes as many as the budget allows, half of them in the
             first generation.
         elites: Number of the best trajectories that have children.
         strength: Fraction of new noise in a child, in (0, 1].
@@ -106,7 +106,7 @@ class Evolution:
         """Return this search with the sizes of so many candidates: half of them start from fresh noise.
 
         The later generations share the others, the earlier ones those that are left over. No generation is empty, and
-        the first one holds the elites, so that few candidates are rounded up.
+        the first one holds the elites, so few candidates are rounded up.
         """
         first, later = math.ceil(candidates / 2), len(self.starts) - 1
         share, left = divmod(candidates - first, later) if later else (0, 0)

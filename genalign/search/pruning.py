@@ -17,10 +17,10 @@ from genalign.search.strategy import PreviewScorer, largest_size, score_previews
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Samples ``candidates`` times for every prompt; None for as many as the budget pays for.
+    """Samples ``candidates`` times for every prompt; None for as many as the budget allows.
 
     Args:
-        candidates: Number of samples of each prompt; None takes as many as the budget pays for.
+        candidates: Number of samples of each prompt; None takes as many as the budget allows.
         kernel: Sampler of the candidates; None takes that of the sampling settings.
     """
 
@@ -78,12 +78,12 @@ class Prune(PruneSchedule):
 
     A candidate that is dropped after the network evaluation at sigma_s has cost s + 1 NFE. Several rewards count by the
     sum of ranks among the candidates left. ``scorer`` may be a noise-aware reward, and ``candidates`` None starts as
-    many as the budget pays for.
+    many as the budget allows.
 
     Args:
         steps: Network evaluations after which candidates are dropped, ascending from 0.
         keep: Fraction of the candidates that is kept after each of ``steps``.
-        candidates: Number of candidates of each prompt at the start; None takes as many as the budget pays for.
+        candidates: Number of candidates of each prompt at the start; None takes as many as the budget allows.
         scorer: A scorer of previews, such as a noise-aware reward; None decodes them and takes the rewards.
     """
 
@@ -108,14 +108,14 @@ class Prune(PruneSchedule):
 class Beam:
     """Beam search over stochastic steps, which keeps the ``chains`` best of all proposals of a prompt at every step.
 
-    Each chain makes ``proposals`` by the stochastic ``kernel``, None for as many as the budget pays for. A proposal is
+    Each chain makes ``proposals`` by the stochastic ``kernel``, None for as many as the budget allows. A proposal is
     scored by the preview that the network predicts at its own latents. That prediction is the winner's next step, so
-    that a step costs one NFE for each proposal (public code pays one more for the winner). One chain is SVDD-PM (arXiv
+    a step costs one NFE for each proposal (public code needs one more for the winner). One chain is SVDD-PM (arXiv
     2408.08252).
 
     Args:
         chains: Number of chains of each prompt.
-        proposals: Number of next states that each chain proposes at a step; None takes as many as the budget pays for.
+        proposals: Number of next states that each chain proposes at a step; None takes as many as the budget allows.
         kernel: The stochastic sampler of the proposals.
         scorer: A scorer of previews, such as a noise-aware reward; None decodes them and takes the rewards.
     """

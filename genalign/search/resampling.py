@@ -72,7 +72,7 @@ def ssp(weights: Tensor, generator: torch.Generator) -> Tensor:
     """Draw ancestors by the Srinivasan sampling process (Gerber, Chopin and Whiteley 2019, arXiv 1707.01845).
 
     K W_k copies of k are made, rounded up or down, with negative association. Two particles pool the fractional parts
-    of K W_k, so that one of them gets 0 or 1 and the mean of neither changes; the other meets the next particle.
+    of K W_k, so one of them gets 0 or 1 and the mean of neither changes; the other meets the next particle.
     """
     whole, rest = _parts(weights)
     beyond = rest.tolist()

@@ -30,7 +30,7 @@ class PlainSample:
         sample: The decoded sample (...).
         scores: Its scores (K,).
         ledger: The calls that it took.
-        extra: Whether they were made for the comparison alone; False for a candidate of the search, whose cost contains
+        extra: Whether they were made only for the comparison; False for a candidate of the search, whose cost contains
             them.
     """
 

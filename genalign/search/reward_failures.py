@@ -1,4 +1,4 @@
-"""What the rewards of a search raised or returned, so that a reward that never scores ends the search by name."""
+"""What the rewards of a search raised or returned, so a reward that never scores ends the search with its name."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ class RewardFailures:
             if not bool(column.isfinite().any()):
                 outcome = self.last.get(reward.name, "returned NaN or infinite scores")
                 raise RewardError(
-                    f"reward {reward.name!r} scored none of {scored}: it {outcome}; check it alone by: genalign reward"
-                    " check"
+                    f"reward {reward.name!r} scored none of {scored}: it {outcome}; check it separately with: genalign"
+                    " reward check"
                 )

@@ -136,8 +136,8 @@ class _Advancing(Ledger):
         super().__init__()
         self._phase = phase
 
-    def bill(self, call: str, samples: int) -> None:
-        super().bill(call, samples)
+    def record(self, call: str, samples: int) -> None:
+        super().record(call, samples)
         if call == NFE:
             self._phase(samples)
 
@@ -167,7 +167,7 @@ def search_prompt(run: SearchRun, strategy: Strategy, budget: Budget | None) -> 
 
 
 def _plain_sample(run: SearchRun) -> PlainSample:
-    """Return the plain sample of a run's only prompt, made and billed apart if no candidate is it."""
+    """Return the plain sample of a run's only prompt, generated and counted separately if no candidate is it."""
     if 0 in run.plain:
         sample = run.plain[0]
         return PlainSample(sample.samples[0], sample.scores[0], count_calls(run, BestOfN(1)), extra=False)

@@ -20,7 +20,7 @@ from genalign.types import Conditioning, NoiseLevel, Pipeline, Prompt, RewardFun
 class Strategy(Protocol):
     """A search: turns noise into finished candidates of every prompt of a run, the best of which are returned.
 
-    It spends at most ``budget`` on each prompt, and raises ValueError if that does not pay for one sample. Without a
+    It spends at most ``budget`` on each prompt, and raises ValueError if that is not enough for one sample. Without a
     budget, the strategy's own settings say how many candidates it makes.
     """
 
@@ -45,7 +45,7 @@ class _CountingRun(SearchRun):
     """A twin of ``run`` for one of its prompts, with an empty ledger of its own.
 
     Latents and samples have the shape (N, 0), the network and the decoder copy their inputs, and all scores are 0.
-    Gradients flow as in the real run, so that backward passes are counted too.
+    Gradients flow as in the real run, so backward passes are counted too.
     """
 
     def __init__(self, run: SearchRun) -> None:
@@ -91,7 +91,7 @@ _MOST = 2**12  # the largest size of a strategy whose calls are counted to meet 
 def largest_size(
     run: SearchRun, budget: Budget | None, size: int | None, sized: Callable[[int], Strategy], unit: str
 ) -> int:
-    """Return ``size`` if the budget pays for it, or for None the largest size that the budget pays for.
+    """Return ``size`` if the budget allows it, or for None the largest size that the budget allows.
 
     Args:
         run: The run to plan for; its networks are not called.
@@ -130,7 +130,7 @@ def largest_size(
         high *= 2
         if high > _MOST:
             raise ValueError(
-                f"the budget of {budget.limit:.4g} for each prompt pays for more than {_MOST} {unit} at its prices:"
+                f"the budget of {budget.limit:.4g} for each prompt allows more than {_MOST} {unit} at its prices:"
                 " give their number, or a smaller budget"
             )
     return bisect_right(range(high), limit, lo=high // 2, key=cost) - 1
@@ -157,7 +157,7 @@ class Previews:
         noise_share: Noise level of the step, sigma / (alpha + sigma).
         rewards: The rewards that the search selects by; calls of their functions are not counted.
         decode: Decodes latents to samples.
-        metered: Wraps a scoring network, by name, so that its calls are counted.
+        metered: Wraps a scoring network, by name, so its calls are counted.
         batch_size: Largest number of previews in a call; None for all of them.
         device: The device of the networks.
     """
@@ -181,7 +181,7 @@ class Previews:
 
 @runtime_checkable
 class StandaloneScorer(Protocol):
-    """A scorer that needs nothing but previews, so that it also works in pipelines of the user's own."""
+    """A scorer that needs nothing but previews, so it also works in pipelines of the user's own."""
 
     def score(self, previews: Previews) -> Tensor:
         """Return scores (N, K) of the previews, NaN where one failed."""
@@ -191,7 +191,7 @@ def standalone(scorer: PreviewScorer | None) -> StandaloneScorer | None:
     """Return ``scorer`` for a pipeline of the user's own. Raises ValueError for one that needs more than previews."""
     if scorer is not None and not isinstance(scorer, StandaloneScorer):
         raise ValueError(
-            f"{type(scorer).__name__} scores the candidates of a search, and a pipeline of your own has previews alone:"
+            f"{type(scorer).__name__} scores the candidates of a search, and a pipeline of your own has only previews:"
             " give it a method score, as scorers of genalign.search.noise_aware have, or call genalign.search.search"
         )
     return scorer

@@ -1,1 +1,1 @@
-"""The training loop: sampler, trainer, runs on disk, resume, and reactions to reward hacking and faults."""
+"""The training loop: sampler, trainer, runs on disk, resume, and reactions to reward hacking and failures."""

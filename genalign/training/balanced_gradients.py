@@ -1,4 +1,4 @@
-"""Gradients of several rewards in balance during training, see ``genalign.algorithms.gradient_balance``.
+"""Balancing the gradients of several rewards during training, see ``genalign.algorithms.gradient_balance``.
 
 B samples, S stored steps, K rewards of non-zero weight.
 """
@@ -21,9 +21,9 @@ from genalign.scoring.score import NamedReward
 
 
 def credit_by_reward(credit: Credit, scores: RoundScores) -> Tensor:
-    """Compute the credit by each of K rewards of non-zero weight alone, (B, K) or (B, S, K).
+    """Compute the credit by each of K rewards of non-zero weight separately, (B, K) or (B, S, K).
 
-    Of the weights only the signs count. Raises ValueError, by name, for a credit that needs other rewards beside one.
+    Only the signs of the weights count. Raises ValueError for a credit that needs several rewards at once.
     """
     alone = []
     for column, weight in enumerate(scores.weights):
@@ -38,18 +38,18 @@ def credit_by_reward(credit: Credit, scores: RoundScores) -> Tensor:
             raise
         except ValueError as error:
             raise ValueError(
-                f"with_gradient_balance takes the credit by each reward alone, which {type(credit).__name__} refuses"
-                f" ({error}): choose a credit such as GroupRelative, or leave the balance out"
+                f"with_gradient_balance computes the credit by each reward separately, which {type(credit).__name__}"
+                f" refuses ({error}): choose a credit such as GroupRelative, or leave the balance out"
             ) from error
     return torch.stack(alone, -1)
 
 
 class BalancedGradients:
-    """The weights of a run's rewards, which balance their gradients; the same on all ranks.
+    """The weights that balance the gradients of a run's rewards; the same on all ranks.
 
     Args:
         settings: When the weights are computed, and how they are averaged.
-        rewards: The rewards of the run. Of their weights only the signs, and whether they are 0, matter.
+        rewards: The rewards of the run. Only the signs of their weights matter, and whether they are 0.
         objective: The objective.
         policy: The policy.
 
@@ -68,7 +68,7 @@ class BalancedGradients:
             raise ValueError(f"a balance of rewards needs 2 to {MOST_REWARDS} of non-zero weight, not {count}")
         if objective.unit != "sample":
             raise ValueError(
-                f"a balance of rewards adds up their credits, which this recipe's loss on a whole {objective.unit}"
+                f"a balance of rewards sums their credits, which this recipe's loss over a whole {objective.unit}"
                 " does not allow: choose a recipe such as flow_grpo, nft or awm"
             )
         if policy.sharded:
@@ -84,9 +84,9 @@ class BalancedGradients:
         return [gradient.detach() for gradient in own]
 
     def solve(self, gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Move the averaged weights by the gradients of K rewards; return the factors (K,) of their credits in a step.
+        """Update the averaged weights from the gradients of K rewards; return the factors (K,) of their credits.
 
-        Without finite gradients that differ from 0 the weights stay, and are the factors.
+        Without finite, non-zero gradients the weights are unchanged, and are the factors.
         """
         gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
         for tensors in zip(*gradients, strict=True):
@@ -101,7 +101,7 @@ class BalancedGradients:
         return direction.factors
 
     def metrics(self) -> dict[str, float]:
-        """Return the averaged weights, and the least cosine of a gradient with the latest direction, for the log."""
+        """Return the averaged weights, and the smallest cosine of a gradient with the latest direction, for the log."""
         weights = {f"balance/{name}": weight for name, weight in zip(self.names, self.weights.tolist(), strict=True)}
         return weights if self.least_cosine is None else weights | {"balance/least_cosine": self.least_cosine}
 

@@ -26,8 +26,8 @@ HELD_OUT_FILE = "held_out.json"
 def deciding_weights(scores: Sequence[str], rewards: Sequence[NamedReward]) -> dict[str, float]:
     """Choose the held-out scores that decide which weights are best, and their weights in the sum.
 
-    These are the rewards that are trained on, weighted as in training; where none of them is scored, the first score. A
-    reward that is itself trained has another scale in every round, and never decides.
+    These are the rewards that are trained on, weighted as in training; if none of them is scored, the first score. A
+    reward that is itself trained changes its scale every round, and never decides.
 
     Args:
         scores: The names of the held-out scores.
@@ -70,8 +70,8 @@ class BestRound:
     Args:
         rounds: The number of rounds after which the run had these weights.
         score: The name of the score that decided.
-        estimate: Its estimate on the held-out prompts, whose interval is over prompts. That the round was chosen by it
-            makes it optimistic.
+        estimate: Its estimate on the held-out prompts, whose interval is over prompts. It is biased upward, as the
+            round was selected by it.
         prompts: The name of the held-out prompts.
         evaluations: The number of evaluations so far.
     """
@@ -88,7 +88,7 @@ class BestRound:
         return f"round {self.rounds}, {among} on held-out prompts ({self.prompts}): {score}"
 
     def same_weights(self, other: BestRound) -> bool:
-        """Whether the same weights were chosen, by the same estimate, perhaps of fewer evaluations."""
+        """Whether the same weights were chosen, by the same estimate, possibly among fewer evaluations."""
         return replace(self, evaluations=other.evaluations) == other
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class BestRound:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Read held_out.json of a folder; None if it has none, as its weights or samples were not chosen so."""
+        """Read held_out.json of a folder; None if there is none, as nothing was selected by held-out scores."""
         path = folder / HELD_OUT_FILE
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 

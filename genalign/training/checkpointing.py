@@ -1,4 +1,4 @@
-"""Checkpoints to resume a run from: numbered, checksummed, written atomically; the last few are retained.
+"""Checkpoints for resuming a run: numbered, checksummed and written atomically; the last few are retained.
 
 ``checkpoints/round-000012/`` holds state.safetensors, state.json, and manifest.json with the size and SHA-256 of both,
 and lora/, the averaged adapter for use elsewhere, which resuming does not read.
@@ -38,7 +38,7 @@ class Checkpointing:
     """Checkpoints of a run, from which it is resumed.
 
     Args:
-        every: Number of rounds between two checkpoints; also the most that a crash costs.
+        every: Number of rounds between two checkpoints, which is also the most that a crash can lose.
         keep: Number of newest checkpoints that are retained, each with the adapter of its round in lora/.
     """
 
@@ -63,7 +63,7 @@ class RunCheckpoint:
     rounds: int
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Restore the state of ``parts``, by name."""
+        """Restore the states of the named ``parts``."""
         tensors, _ = load_state(self.path / _TENSORS)
         numbers = json.loads((self.path / _NUMBERS).read_text(encoding="utf-8"))
         ordered = {name: tensors[name] for name in numbers["tensors"]}
@@ -97,7 +97,7 @@ class Checkpoints:
         return path
 
     def _save(self, path: Path, rounds: int, states: Mapping[str, State], write_adapter: AdapterWriter | None) -> None:
-        """Write a checkpoint beside its place, flush it to the disk and rename it: it is complete or absent."""
+        """Write a checkpoint under a temporary name, flush it to the disk and rename it: it is complete or absent."""
         for unfinished in self.folder.glob(f"round-*{_PART}"):  # left by a killed process
             shutil.rmtree(unfinished, ignore_errors=True)
         beside = path.with_name(path.name + _PART)
@@ -192,7 +192,7 @@ def _verify(path: Path) -> RunCheckpoint:
 
 
 def _discard(path: Path) -> None:
-    """Rename a folder, if it exists, and then remove it, so that half of it is never taken for a checkpoint."""
+    """Rename a folder, if it exists, and then remove it, so a half-deleted one is never taken for a checkpoint."""
     if not path.exists():
         return
     doomed = path.with_name(f"{path.name}.old{_PART}")
@@ -206,7 +206,7 @@ class CheckpointWriter:
 
     Args:
         checkpoints: The checkpoints of the run.
-        parts: What is saved, by name.
+        parts: The parts to save, by name.
         score_log: The log of reward calls since the last checkpoint.
         every: The number of rounds between two checkpoints.
         adapter: Gather the averaged adapter, and return a function that writes it into a folder; None for no adapter.

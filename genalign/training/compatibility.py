@@ -1,4 +1,4 @@
-"""Which recipes, settings and policies fit together."""
+"""Checks that a recipe, the settings and the policy fit together."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from genalign.training.settings import FittedSettings, TrainerSettings
 
 
 def _require_current_samples(recipe: Recipe, settings: FittedSettings, policy: Policy) -> None:
-    """Raise ValueError for what a pathwise objective cannot do: its gradient is that of the policy that sampled."""
+    """Raise ValueError for what a pathwise objective cannot do: its gradient is that of the sampling policy."""
     if settings.epochs > 1:
         raise ValueError(
-            "this recipe follows the gradient of the sampler that made the samples, and does not learn from them again:"
-            " set training.epochs to 1"
+            "this recipe differentiates the sampler that made the samples, and cannot learn from them twice: set"
+            " training.epochs to 1"
         )
     if recipe.lag or recipe.balance:
         name = "lag" if recipe.lag else "balance of rewards"
-        raise ValueError(f"this recipe follows the rewards' gradients through the sampler, and takes no {name}")
+        raise ValueError(f"this recipe backpropagates rewards through the sampler, and takes no {name}: leave it out")
     if policy.sharded:
-        raise ValueError("gradients through the sampler are not trained with FSDP: train a LoRA without it")
+        raise ValueError("recipes that backpropagate through the sampler do not support FSDP: train a LoRA without it")
 
 
 def require_comparable(recipe: Recipe, settings: TrainerSettings) -> None:
-    """Raise ValueError for one sample of a prompt, and a recipe that compares several."""
+    """Raise ValueError for a group size of 1 with a recipe that compares the samples of a prompt."""
     alone = recipe.objective.unit != "group" and isinstance(recipe.credit, SingleSampleCredit)
     if settings.group_size == 1 and not alone:
         raise ValueError(
@@ -43,14 +43,14 @@ def require_fit(recipe: Recipe, settings: FittedSettings, policy: Policy, batch_
         _require_equal_work(recipe, settings, batch_sizes, policy.processes.world_size)
     if settings.group_reward and recipe.redraw and not recipe.redraw.whole_groups:
         raise ValueError(
-            f"reward {settings.group_reward!r} compares all samples of a prompt with each other, and with_more_samples"
-            " draws some of them later: choose with_further_prompts"
+            f"reward {settings.group_reward!r} compares all samples of a prompt with each other, and"
+            " with_adaptive_group_size draws some of them later: choose with_dynamic_sampling"
         )
     if recipe.companion is not None and policy.sharded:
-        raise ValueError("what this recipe learns beside the policy is not trained with FSDP: train without it")
+        raise ValueError("this recipe trains a second network, for which FSDP is not supported: train without it")
     if policy.shifts_noise and not recipe.shifts_noise:
         raise ValueError(
-            "the adapter on this model is a noise hypernetwork, which is off while samples are made: train it with"
+            "the adapter on this model is a noise hypernetwork, which is off during sampling: train it with"
             " noise_hypernetwork, or open the model without it"
         )
     if recipe.shifts_noise and settings.data:
@@ -70,6 +70,6 @@ def _require_equal_work(recipe: Recipe, settings: FittedSettings, batch_sizes: S
         )
     if recipe.redraw:
         raise ValueError(
-            "drawing other samples in place of groups without spread gives ranks unequal work, which FSDP does not"
-            " allow: leave with_further_prompts or with_more_samples out"
+            "drawing other samples in place of zero-variance groups gives ranks unequal work, which FSDP does not"
+            " allow: leave with_dynamic_sampling or with_adaptive_group_size out"
         )

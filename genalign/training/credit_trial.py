@@ -1,4 +1,4 @@
-"""A trial of a recipe's credit on made-up scores, before anything is sampled."""
+"""A trial run of a recipe's credit on random scores, before anything is sampled."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SHRUNK = 0.01  # of the spread of the scores: well above the epsilon of the sta
 
 
 def try_credit(recipe: Recipe, rewards: Sequence[NamedReward], prompts: int, group_size: int, steps: int) -> None:
-    """Compute the credit of a round of random scores in [0, 1], to refuse at once what the first round would.
+    """Compute the credit of a round of random scores in [0, 1], to raise errors now instead of after the first round.
 
-    Log a warning where the credit undoes the purpose of a reward that levels off (``types.SaturatingReward``): if the
-    scores of a group differ a hundredth as much, and their credit nearly as much as before. A recipe with features is
-    not tried: its credit depends on what they are.
+    Log a warning if the credit undoes a saturating reward (``types.SaturatingReward``): if the scores of a group differ
+    a hundredth as much, but their credit nearly as much as before. A recipe with features is not tried, as its credit
+    depends on their values.
 
     Args:
         recipe: The method.
@@ -72,7 +72,7 @@ def try_credit(recipe: Recipe, rewards: Sequence[NamedReward], prompts: int, gro
     if _spread(faded, prompts) > 0.5 * _spread(credit, prompts):
         name, kind = saturating[0]
         logger.warning(
-            "reward %r levels off (%s), but the credit %s stretches its differences to full size, however small they"
+            "reward %r saturates (%s), but the credit %s normalizes its differences to full size, however small they"
             " are: use genalign.algorithms.credit.LeaveOneOut, whose advantages are in units of the score",
             name,
             kind,

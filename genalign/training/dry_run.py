@@ -1,4 +1,4 @@
-"""The calls of a training run, counted by running its real loop on a toy pipeline whose samples are one number."""
+"""Counts the calls of a training run by running its real loop on a toy pipeline whose samples are single numbers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, PromptSet
 
 COUNTED_ROUNDS = 10_000
-"""The number of rounds whose trained steps are chosen one by one, in seconds; a longer run repeats them."""
+"""The number of rounds whose trained steps are chosen individually, within seconds; a longer run repeats them."""
 
 
 class ToyPipeline:
-    """A pipeline on a real path and grid, whose latents and samples are one number, (B, 1)."""
+    """A pipeline with a real path and grid, whose latents and samples are single numbers, (B, 1)."""
 
     compute_dtype = torch.float32
 
@@ -52,12 +52,12 @@ class ToyPipeline:
 
     @classmethod
     def like(cls, pipeline: Pipeline, sampling: Sampling) -> Self:
-        """Take path, grid and training levels from a pipeline, which may be on the meta device."""
+        """Copy path, grid and training levels from a pipeline, which may be on the meta device."""
         return cls(pipeline.path, sampling.grid(pipeline), pipeline.level, pipeline.grid)
 
     @classmethod
     def flow(cls, num_steps: int) -> Self:
-        """Take a flow on equal steps, for a checkpoint that could not be opened."""
+        """Use a flow with equal steps, for a checkpoint that could not be opened."""
 
         def grid(steps: int) -> Grid:
             sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -99,7 +99,7 @@ class _MeanOfLatents(nn.Module):
 
 @dataclass(frozen=True)
 class _CreditOfToyScores:
-    """A credit, or GRPO's (B,) where it refuses scores that have not the range or the groups of the run's own."""
+    """A credit, or GRPO's (B,) if it refuses scores whose range or groups differ from those of the real run."""
 
     takes_single_samples: ClassVar[bool] = True
     credit: Credit
@@ -112,7 +112,7 @@ class _CreditOfToyScores:
 
 
 def without_networks(recipe: Recipe) -> Recipe:
-    """Replace what needs weights or real scores.
+    """Replace the parts that need weights or real scores.
 
     The features of samples become their first number, the reward of a set a mean, and the credit takes any scores.
     """
@@ -149,11 +149,11 @@ def dry_run(
     guidance: float,
     kernel: Kernel | None = None,
 ) -> DryRun:
-    """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
+    """Count every call of a run, assuming that no two scores are equal if a method's calls depend on them.
 
-    A round of each set of trained steps is run by the real ``Trainer``, with and without the gradients of a balance of
-    rewards; the other rounds repeat it. The sets of trained steps are those of the first ``COUNTED_ROUNDS`` rounds,
-    which the rest of a longer run repeats in their order.
+    For each set of trained steps one round is run by the real ``Trainer``, with and without the gradients of a balance
+    of rewards; the other rounds repeat it. The sets of trained steps are those of the first ``COUNTED_ROUNDS`` rounds,
+    which a longer run repeats in order.
 
     Args:
         toy: The pipeline to run on.
@@ -161,7 +161,7 @@ def dry_run(
         prompts: The prompts of the run, or as many others.
         recipe: The method.
         settings: Size and number of rounds.
-        guidance: The guidance scale; above 1 a prediction is billed twice.
+        guidance: The guidance scale; above 1 a prediction counts twice.
         kernel: The kernel of the steps that the recipe does not train; None is the ODE.
 
     Raises:

@@ -17,7 +17,7 @@ Batches = Mapping[int, UpdateBatch]
 def updates_of_round(
     batches: Batches, sizes: Sequence[int], updates: int, epochs: int, unit: int, seed: int
 ) -> Iterator[Batches]:
-    """Return this rank's part of each update: in the order of the round, then ``epochs`` - 1 times shuffled.
+    """Return this rank's part of each update: first in the order of the round, then shuffled ``epochs`` - 1 times.
 
     Args:
         batches: This rank's batches of the round.
@@ -37,7 +37,7 @@ def updates_of_round(
 def shuffled(batches: Batches, sizes: Sequence[int], updates: int, unit: int, seed: int) -> Iterator[Batches]:
     """Divide the samples of a round among the updates at random, the same way for any number of ranks.
 
-    Of each of its batches a rank has those samples that are in the update. The arguments are those of
+    A rank's part of an update is the samples of its own batches that fall into the update. The arguments are those of
     ``updates_of_round``.
     """
     starts = [0, *itertools.accumulate(sizes)]

@@ -1,4 +1,4 @@
-"""The optimizer steps of a round: credit, losses and gradients on replays of its samples, and what learns beside them.
+"""The optimizer steps of a round: credit, losses and gradients on replays of its samples, and companion networks.
 
 B = P prompts x G samples, S trained steps, K rewards.
 """
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 class Learner:
-    """Learns from the samples of a round: ``learn`` makes its optimizer steps, on this rank's part of them.
+    """Learns from this rank's part of the samples of a round: ``learn`` makes the optimizer steps.
 
     Args:
         recipe: The method.
@@ -65,13 +65,13 @@ class Learner:
         policy: Its trainable weights.
         sampling: Steps and guidance of the rollouts, and the kernel of the steps that the recipe does not train.
         rewards: The rewards, whose calls are counted.
-        parts: The sizes in which samples are decoded and scored, which the ranks agree on after each round.
-        suspects: The folder for the tensors of updates with gradients that are not finite; None writes none.
+        parts: The batch sizes of decoding and scoring, on which the ranks agree after each round.
+        skipped_updates: The folder for the tensors of updates with non-finite gradients; None writes none.
 
     Attributes:
-        old: The weights that sample, where they lag behind the trained ones; None otherwise.
+        old: The sampling weights if they lag behind the trained ones, else None.
         micro_batch: The number of samples in a backward pass.
-        silent: Whether the latest round taught nothing: no sample had credit, or the loss had no term.
+        without_credit: Whether no sample of the latest round had credit, or the loss had no term.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Learner:
         sampling: Sampling,
         rewards: Sequence[NamedReward],
         parts: PartSizes,
-        suspects: Path | None = None,
+        skipped_updates: Path | None = None,
     ) -> None:
         self.recipe, self.settings, self.pipeline, self.policy = recipe, settings, pipeline, policy
         self.rewards, self.processes, self.parts = rewards, policy.processes, parts
@@ -102,14 +102,14 @@ class Learner:
         self.rates = RateController(region.target, region.initial_rate) if auto else None
         self.optimizer = optimizer_class(settings)(policy.parameters, weight_decay=settings.weight_decay)
         self.old = policy.snapshot() if recipe.lag else None
-        self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
+        self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, skipped_updates)
         self.compile()
         self.loss_scale = LossScale.for_dtype(pipeline.compute_dtype, settings.loss_scale)
         self.kl_floors: list[float] = []
-        self.silent = False
+        self.without_credit = False
 
     def compile(self) -> None:
-        """Compile the network, if it was opened so, for the batches of sampling and of learning."""
+        """Compile the network for the batch sizes of sampling and of learning, if ``model.compile`` is on."""
         if isinstance(self.pipeline.pipeline, CompilesBlocks):
             self.pipeline.pipeline.compile_blocks((max(self.batch_sizes), self.micro_batch))
 
@@ -132,7 +132,7 @@ class Learner:
             scores: The scores of all ranks.
             kernel: The stochastic sampler that made them.
             progress: Shows the updates.
-            rate_factor: The learning rate as a fraction of the highest.
+            rate_factor: The learning rate as a fraction of its maximum.
         """
         sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         model = self.pipeline, self.policy, self.grid, kernel, self.guidance
@@ -140,7 +140,7 @@ class Learner:
         beside = memory, self.companion, self.elsewhere
         context = UpdateContext(*model, self.old, sums, prompts, self.rewards, *beside)
         own = self._own_batches(sampled, scores)
-        self.silent = self._is_silent(own.values())
+        self.without_credit = self._is_without_credit(own.values())
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
         seed = derived_seed(self.settings.seed, index)
         parts = updates_of_round(own, self.batch_sizes, updates, epochs, unit, seed)
@@ -168,7 +168,7 @@ class Learner:
         return sums
 
     def _own_batches(self, sampled: Sequence[SampledBatch], scores: RoundScores) -> Batches:
-        """Credit the samples of a round, and return this rank's batches; each update weighs rewards in balance anew."""
+        """Compute the credit of a round, and return this rank's batches; a balance reweighs rewards in each update."""
         sizes, alone = list(self.batch_sizes), None
         if self.balance:
             by_reward = credit_by_reward(self.recipe.credit, scores)
@@ -182,8 +182,8 @@ class Learner:
             for n, batch in zip(numbers, sampled, strict=True)
         }
 
-    def _is_silent(self, batches: Iterable[UpdateBatch]) -> bool:
-        """Whether the samples of a round, on all ranks, have no credit, or make no term of the loss."""
+    def _is_without_credit(self, batches: Iterable[UpdateBatch]) -> bool:
+        """Whether no sample of a round, on any rank, has credit, or the loss has no terms."""
         whole = [
             batch if batch.by_reward is None else replace(batch, credit=batch.by_reward.abs().sum(-1))
             for batch in batches
@@ -192,20 +192,20 @@ class Learner:
         return not any(self.processes.all_gather_object(credited)) or not self._counts(whole).losses
 
     def _warn_of_mismatch(self, index: int, sums: MetricSums) -> None:
-        """Warn if the first update of a round replayed other transitions than were sampled."""
+        """Warn if the first update of a round did not reproduce the sampled transitions."""
         clip_range = self.recipe.objective.clip_range
         if clip_range is not None and sums.log_ratio_max > 0.02 * clip_range:
             logger.warning(
                 "Round %d: the first update's log-ratio reached %.1e, above 2%% of the clip range %.1e: sampling and"
-                " training disagree. Likely causes: another batch size or guidance order, mixed precision, a compiled"
-                " network, dropout, a kernel whose arguments changed",
+                " training disagree. Likely causes: a different batch size or guidance order, mixed precision, a"
+                " compiled network, dropout, a kernel whose arguments changed",
                 index + 1,
                 sums.log_ratio_max,
                 clip_range,
             )
 
     def _limit(self, context: UpdateContext, batches: Batches, index: int, rate_factor: float) -> RoundLimit | None:
-        """Begin the trust region of round ``index``, measured on a few samples of each batch, whatever rank has it."""
+        """Begin the trust region of round ``index``, measured on a few samples of each batch on any rank."""
         if self.rates is None:
             return None
         seed = derived_seed(self.settings.seed, index, "d")
@@ -223,7 +223,7 @@ class Learner:
         return RoundLimit(self.rates, distance, rate_factor**2)
 
     def _set_rate(self, factor: float) -> None:
-        """Set the learning rate to the highest, or that of the trust region, times ``factor``."""
+        """Set the learning rate to its maximum, or that of the trust region, times ``factor``."""
         highest = self.rates.rate if self.rates else float(self.settings.learning_rate)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = highest * factor
@@ -242,7 +242,8 @@ class Learner:
         Args:
             context: What the objective needs besides the batches.
             index: The round.
-            update: The update of the round, over all epochs, which is skipped if its gradient or loss is not finite.
+            update: The index of the update over all epochs of the round; it is skipped if its gradient or loss is not
+                finite.
             prompts: The round's prompts.
             batches: This rank's batches of the update, by their number in the round.
             limit: The trust region of the round; None if the learning rate is a number.
@@ -281,7 +282,7 @@ class Learner:
     def _balanced(
         self, context: UpdateContext, index: int, update: int, batches: Batches, balance: BalancedGradients
     ) -> Batches:
-        """Weigh the credits of the rewards in the batches of an update, by their own gradients if that is due."""
+        """Weigh the rewards' credits in the batches of an update, recomputing the weights from gradients if due."""
         weights = balance.weights
         if balance.settings.times(index * self.settings.epochs * self.settings.updates_per_round + update, 1):
             seeds, gradients = self._seeds(index, update, batches), []
@@ -337,12 +338,12 @@ class Learner:
             context.metrics.rollback(before)
 
     def raise_kl(self, least: float) -> None:
-        """Double the weight of the KL to the untrained policy, and raise it to ``least`` if it is below."""
+        """Double the weight of the KL to the untrained policy, and raise it to at least ``least``."""
         self.recipe = replace(self.recipe, objective=with_stronger_kl(self.recipe.objective, least))
         self.kl_floors.append(least)
 
     def after_round(self, index: int) -> None:
-        """Move the weights that sample, the trailing weights, and the reset of the policy, after round ``index``."""
+        """Update the sampling weights and the trailing weights after round ``index``, and reset the policy if due."""
         if self.old is not None and self.recipe.lag is not None:
             self.old.update(self.recipe.lag.decay(index))
         if self.memory:
@@ -352,7 +353,7 @@ class Learner:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """What has a state of its own, by name."""
+        """The parts that have a state of their own, by name."""
         parts: dict[str, Stateful | None] = {"reset": self.reset, "balance": self.balance}
         parts |= {"memory": self.memory, "companion": self.companion}
         return {name: part for name, part in parts.items() if part is not None}

@@ -16,7 +16,7 @@ class LossScale:
     """A factor of the loss that is halved when gradients overflow, by the rule of ``torch.amp.GradScaler``.
 
     The gradient of a mean over many samples and latent values is about 1e-8 at the network's output; float16 ends at
-    6e-8. The scale is a power of two, so that dividing the gradients by it changes no digit of them.
+    6e-8. The scale is a power of two, so dividing the gradients by it is exact.
 
     Attributes:
         value: The scale; 1 scales nothing.
@@ -49,7 +49,7 @@ class LossScale:
                     parameter.grad.div_(self.value)
 
     def step(self, overflow: bool) -> bool:
-        """Count an update; return whether its ``overflow`` is the scale's fault, which is halved then."""
+        """Count an update; return whether the scale caused its ``overflow``, and halve it in that case."""
         if overflow and self.value > 1:
             self.value, self.updates = self.value / 2, 0
             return True

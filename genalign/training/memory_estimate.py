@@ -1,6 +1,6 @@
-"""The GPU memory of a training run, estimated before any weights are read. Checked on no GPU yet.
+"""The GPU memory of a training run, estimated before any weights are read. Not yet checked on a GPU.
 
-``genalign.training.meta_round`` counts one batch; what other batches hold is added here.
+``genalign.training.meta_round`` counts one batch; the memory of other batches is added here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def estimate_memory(
     generations: Sequence[GeneratedSamples] = (),
     processes: int = 1,
 ) -> dict[str, MemoryEstimate]:
-    """Count the memory of the training device of each rank; rewards' networks and what libraries take are left out.
+    """Count the memory of each rank's training device, without the rewards' networks and library overhead.
 
     Args:
         outline: The checkpoint.
@@ -96,7 +96,7 @@ def estimate_memory(
 
 
 def _held(outline: Outline, policy: Policy, counted: RoundMemory) -> dict[str, float]:
-    """Return the bytes held during the whole run, by name."""
+    """Return the named bytes held during the whole run."""
     denoiser = outline.networks[0]
     trained = sum(parameter.nbytes for parameter in policy.parameters)
     copies = sum(tensor.nbytes for copy in policy.snapshots for tensor in copy.tensors) + counted.lagging
@@ -124,7 +124,7 @@ def _moved(outline: Outline, phase: Literal["encoding", "decoding"]) -> dict[str
 def _round_phases(
     outline: Outline, settings: FittedSettings, counted: RoundMemory, own: Sequence[int], largest: int
 ) -> dict[str, dict[str, float]]:
-    """Return the bytes of each phase of a round of one rank, by name.
+    """Return the named bytes of each phase of a round of one rank.
 
     Args:
         outline: The checkpoint.

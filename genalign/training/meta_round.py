@@ -1,4 +1,4 @@
-"""The memory of the parts of a run, each run once on torch's meta device, where tensors have shapes and no values.
+"""The memory of the parts of a run, each run once on torch's meta device, where tensors have shapes but no values.
 
 One batch is sampled, decoded and scored, one micro-batch is trained, and a batch between rounds is generated.
 """
@@ -36,7 +36,7 @@ class RoundMemory:
     """Bytes of a round of one batch.
 
     Attributes:
-        decoder: Tensors that layers of the decoder hold from the first call on, such as the products of weight norm.
+        decoder: Tensors that the decoder's layers hold after the first call, such as the products of weight norm.
         moments: The optimizer's moments.
         lagging: The lagging copy of the weights.
         sampling: The peak until the batch is sampled.
@@ -66,7 +66,7 @@ class GeneratedSamples:
         batch_size: Samples that are generated at once.
         count: All samples.
         joined: Whether all samples are held together at the end.
-        on_main: Whether the main rank alone generates them.
+        on_main: Whether only the main rank generates them.
     """
 
     name: str
@@ -125,7 +125,7 @@ class MemoryCounter:
             logging.disable(disabled)
 
     def trainer(self, batch: int) -> Trainer:
-        """Return a trainer whose round is a batch, of whole groups if it divides, and at least two samples."""
+        """Return a trainer whose round is one batch of at least two samples, in whole groups if they divide it."""
         whole = batch % self.settings.group_size == 0
         prompts, group = (batch // self.settings.group_size, self.settings.group_size) if whole else (1, max(batch, 2))
         sizes: dict[str, Any] = {
@@ -191,7 +191,7 @@ class MemoryCounter:
         return RoundMemory(decoder, moments, lagging, sampling, decoding, after, gradients, learning)
 
     def encoding(self, texts: int) -> dict[str, float]:
-        """Encode texts of the greatest length, and return the peak by name; empty if that needs a tokenizer's files."""
+        """Encode texts of maximum length, and return the named peak; empty if that needs a tokenizer's files."""
         with self.counting() as memory, torch.no_grad():
             start = memory.reset_peak()
             try:
@@ -227,7 +227,7 @@ class MemoryCounter:
 
 @dataclass
 class _Calls:
-    """A pipeline whose calls without gradients run once for each shape, since the same call takes the same memory.
+    """A pipeline whose calls without gradients run once per shape, since equal calls take equal memory.
 
     ``sampled`` is the peak until the first batch was decoded.
     """
@@ -266,7 +266,7 @@ class _Calls:
         )
 
     def _once(self, key: tuple[Any, ...], latents: Tensor, call: Callable[[], Tensor]) -> Tensor:
-        """Run a call, or count the memory that the same call took before."""
+        """Run a call, or count the memory of the same earlier call."""
         if key in self.done:
             extra, like = self.done[key]
             self.memory.raise_peak(extra)
@@ -307,7 +307,7 @@ def _first_scores(scores: RoundScores, count: int) -> RoundScores:
 
 
 class _EightBit(torch.optim.Optimizer):
-    """The moments of AdamW in 8 bits, without the package that needs a CUDA device."""
+    """The moments of 8-bit AdamW, without the package that needs a CUDA device."""
 
     def step(self, closure: Any = None) -> Any:
         for parameter in self.param_groups[0]["params"]:
@@ -316,7 +316,7 @@ class _EightBit(torch.optim.Optimizer):
 
 
 def _random_scores(samples: Tensor, prompts: object) -> Tensor:
-    """Random scores, or for samples with a gradient what has one, too: the memory of rewards is not counted."""
+    """Random scores, with a gradient if the samples have one: the memory of rewards is not counted."""
     if samples.requires_grad:
         return samples.flatten(1).mean(1).cpu()
     return torch.rand(len(samples), generator=torch.Generator().manual_seed(len(samples)))

@@ -1,8 +1,8 @@
 """Noise levels per step by DenseGRPO's reward-aware calibration (arXiv 2601.20218, algorithm 1).
 
 The paper leaves some choices open. Here the band within which gains and losses count as balanced is in standard
-deviations of the difference of the two counts, so that it does not shrink as more trajectories are sampled; a level
-moves by a fraction of its first value and stays within ``bounds`` of it; gains of exactly 0 count as neither; and the
+deviations of the difference of the two counts, so it does not shrink as more trajectories are sampled; a level
+moves by a fraction of its initial value and stays within ``bounds`` of it; gains of exactly 0 count as neither; and the
 result is the mean over the second half of the iterations.
 """
 
@@ -33,10 +33,10 @@ class Calibration:
 
     Args:
         iterations: Number of rounds of samples.
-        step: Move of a level, as a fraction of its first value.
-        band: Difference of the numbers of gains and losses, in standard deviations, below which a level rises; above
-            it falls.
-        bounds: Smallest and largest level, as multiples of its first value.
+        step: The change of a level per iteration, as a fraction of its initial value.
+        band: A level rises if the numbers of gains and losses differ by less than this many standard deviations, and
+            falls otherwise.
+        bounds: Smallest and largest level, as multiples of its initial value.
     """
 
     iterations: int = 20
@@ -107,11 +107,11 @@ def combined_gains(stepwise: Tensor, weights: Sequence[float]) -> Tensor:
 def moved_levels(
     levels: Tensor, first: Tensor, steps: Sequence[int], gains: Tensor, settings: Calibration = Calibration()
 ) -> Tensor:
-    """Move the levels of some steps after a round: up if gains and losses balance, down if not, not without any.
+    """Move the levels of some steps after a round: up if gains and losses balance, else down; unchanged without any.
 
     Args:
         levels: The levels (T,) of all steps.
-        first: Their first values (T,), in which moves and bounds are measured.
+        first: Their initial values (T,), to which step size and bounds are relative.
         steps: The S steps that were sampled with noise.
         gains: The gain (N, S) of the completed reward by every step.
         settings: Step size, band and bounds.
@@ -129,13 +129,13 @@ class MovingNoise:
 
     Args:
         settings: When the levels move, and how far.
-        kernel: The kernel that training begins with.
+        kernel: The initial kernel.
         grid: The grid of the rollouts.
         guidance: Their guidance scale.
         rewards: The names of the rewards of non-zero weight.
 
     Raises:
-        ValueError: The kernel has no noise rate that could move.
+        ValueError: The kernel has no adjustable noise rate.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ class MovingNoise:
             )
 
     def after_round(self, index: int, steps: Sequence[int], scores: RoundScores) -> dict[str, float]:
-        """Move the levels if that is due after round ``index``; return the levels of the stored ``steps`` as metrics.
+        """Move the levels if due after round ``index``; return the levels of the stored ``steps`` as metrics.
 
-        A level does not rise to where its step could no longer be trained.
+        A level never rises so far that its step can no longer be trained.
         """
         if (index + 1) % self.settings.every == 0 and scores.stepwise is not None:
             gains = combined_gains(scores.stepwise, scores.weights)
@@ -172,7 +172,7 @@ class MovingNoise:
         return State({"levels": self.levels}, {"moved": self.kernel == self._kernel(self.levels)})
 
     def restore(self, state: State) -> None:
-        """Restore the levels, and the kernel that has them; before the first move it is the recipe's own."""
+        """Restore the levels and their kernel, which is the recipe's own before the first move."""
         self.levels = state.tensors["levels"]
         if state.numbers["moved"]:
             self.kernel = self._kernel(self.levels)

@@ -1,4 +1,4 @@
-"""Updates whose gradient is not finite."""
+"""Updates with non-finite gradients, which are skipped and saved."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-    """Too many consecutive updates had a gradient that is not finite."""
+    """Too many consecutive updates had non-finite gradients."""
 
 
 @dataclass(frozen=True)
 class SkippedUpdate:
-    """An update whose gradient was not finite.
+    """An update that was skipped because its gradient was not finite.
 
     Args:
         round: Index of the round.
@@ -50,7 +50,7 @@ class SkippedUpdate:
         return tensors
 
     def as_dict(self) -> dict[str, object]:
-        """Return everything else for JSON, with the names of the tensors that are not finite."""
+        """Return everything else for JSON, with the names of the non-finite tensors."""
         batches = [
             {
                 "steps": list(batch.rollout.steps),
@@ -72,7 +72,7 @@ class SkippedUpdate:
 
 @dataclass
 class NonFiniteGuard:
-    """A counter of consecutive skipped updates, which stops the run after ``max_in_row`` of them.
+    """Counts consecutive skipped updates, and stops the run after ``max_in_row`` of them.
 
     The first ``max_written`` of a rank are written to ``folder``, as round-000012-update-0.safetensors and .json.
     """

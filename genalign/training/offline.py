@@ -1,4 +1,4 @@
-"""Learning from a pool in place of sampling: the batches of a round, of samples on disk."""
+"""Learning from a pool instead of sampling: batches of a round from samples on disk."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from genalign.types import EncodesSamples, Pipeline, Prompt
 logger = logging.getLogger(__name__)
 
 
-def recorded(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """A reward that exists as a column of a pool alone, such as people's preferences: name it so in ``rewards``.
+def stored_score(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward that exists only as a column of a pool, such as people's preferences: name it like the column.
 
     Raises ValueError where a sample would have to be scored, as for an evaluation.
     """
-    raise ValueError("genalign.recorded is a column of a pool, which scores no other samples: name a reward for these")
+    raise ValueError(
+        "genalign.stored_score is a column of a pool and cannot score other samples: name a reward for these"
+    )
 
 
 @dataclass(frozen=True)
 class OfflineSampler:
-    """A callable that gives groups of a pool as the batches of a round: it stands in for ``Sampler``.
+    """A callable that returns groups of a pool as the batches of a round, in place of ``Sampler``.
 
-    A reward of the name of one of the pool's scores takes it from there; any other scores the decoded samples.
+    A reward named like one of the pool's scores uses that score; any other scores the decoded samples.
     """
 
     pipeline: Pipeline
@@ -74,12 +76,12 @@ class OfflineSampler:
                 advance(len(drawn[number]) * share.world_size)
 
     def draw(self, prompts: Sequence[Prompt], name: str) -> tuple[list[int], list[Prompt]]:
-        """Draw a group of each of P prompts by the seed ``name``: the numbers of its samples, and its own prompt.
+        """Draw a group for each of P prompts by the seed ``name``: the numbers of its samples, and its own prompt.
 
-        A text may be of several users, so that a prompt of the group drawn for it has other metadata.
+        Several users may share a text, so the prompt of the drawn group may have other metadata.
 
         Args:
-            prompts: The prompts, of which the texts count.
+            prompts: The prompts, of which only the texts matter.
             name: The seed, different in every round.
 
         Returns:
@@ -101,7 +103,7 @@ class OfflineSampler:
     def _batch(
         self, recipe: Recipe, inputs: RolloutInputs, rows: Sequence[int], prompts: Sequence[Prompt]
     ) -> SampledBatch:
-        """Read, and where it is needed decode and score, some samples; one that is not finite has no score."""
+        """Read some samples, and decode and score them if needed; a non-finite sample has no score."""
         device = next(self.pipeline.denoiser.parameters()).device
         latents = self.pool.read(rows).to(device)
         final, finite = blank_nonfinite(latents), rows_are_finite(latents)
@@ -125,12 +127,12 @@ class OfflineSampler:
 
 
 def pool_of(folder: str, pipeline: Pipeline, group_size: int, processes: ProcessGroup = SINGLE_PROCESS) -> Pool:
-    """Open a pool for a model, with the groups that have enough samples; the main rank's log says how many have not.
+    """Open a pool for a model, with the groups that have enough samples; the main rank logs how many do not.
 
-    Raises ValueError for another model's.
+    Raises ValueError for a pool of another model.
     """
     if not isinstance(pipeline, EncodesSamples):
-        raise ValueError(f"{type(pipeline).__name__} names no autoencoder, to which a pool's latents would belong")
+        raise ValueError(f"{type(pipeline).__name__} has no autoencoder fingerprint, which learning from a pool needs")
     pool = Pool.load(Path(folder))
     pool.require(pipeline.autoencoder, pipeline.latent_shape)
     large = pool.with_groups_of(group_size)
@@ -144,14 +146,14 @@ def pool_of(folder: str, pipeline: Pipeline, group_size: int, processes: Process
 
 
 def require_offline(recipe: Recipe, steps: Sequence[int]) -> None:
-    """Raise ValueError for a recipe that needs more of its samples than what a pool has."""
+    """Raise ValueError for a recipe that needs more about its samples than a pool contains."""
     if steps or recipe.completion:
         raise ValueError(
-            "this recipe learns from the steps of its own samples, which a pool has not: choose one that learns from"
-            " final samples, such as dpo, sft, gdro or dragon"
+            "this recipe learns from the sampling steps of its own samples, which a pool does not contain: choose one"
+            " that learns from final samples, such as dpo, sft, gdro or dragon"
         )
     if recipe.lag or recipe.redraw:
         raise ValueError(
-            "this recipe decides how its own samples are drawn (a lag, or others in place of groups without spread),"
-            " which a pool has been: choose one such as dpo, sft, gdro or dragon"
+            "this recipe controls how samples are drawn (by a lag, or redraws of zero-variance groups), but those of a"
+            " pool exist already: choose one such as dpo, sft, gdro or dragon"
         )

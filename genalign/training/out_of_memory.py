@@ -1,4 +1,4 @@
-"""Smaller parts where memory runs out."""
+"""Smaller batches after running out of memory."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def free_memory() -> None:
-    """Return the memory that torch's allocator holds for later to the GPU."""
+    """Return memory that torch's allocator has cached to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @dataclass
 class PartSizes:
-    """The largest numbers of samples that are sampled, and decoded, at once; None stands for whole batches.
+    """The largest numbers of samples that are sampled, and decoded, at once; None for whole batches.
 
-    With ``halving`` they are halved, for the rest of the run, where memory runs out. Samples of smaller parts may
-    differ in the last bits.
+    With ``halving`` they are halved for the rest of the run when memory runs out. Samples of smaller parts may differ
+    in the last bits.
     """
 
     halving: bool = False

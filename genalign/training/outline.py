@@ -1,4 +1,4 @@
-"""The outline of a checkpoint: its networks on torch's meta device, with shapes and no values."""
+"""The outline of a checkpoint: its networks on torch's meta device, with shapes but no values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes per number; nf4 has a f
 
 
 class MetaPipeline(Pipeline, Protocol):
-    """A diffusers pipeline whose networks are on the meta device, with shapes and no values."""
+    """A diffusers pipeline whose networks are on the meta device, with shapes but no values."""
 
     pipe: Any
 
@@ -38,7 +38,7 @@ class MetaPipeline(Pipeline, Protocol):
     def zeros(self, *shape: int) -> Tensor: ...
 
     def encode_longest(self, count: int) -> None:
-        """Run the text encoders on ``count`` texts of the greatest length."""
+        """Run the text encoders on ``count`` texts of maximum length."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class NetworkSize:
     Attributes:
         name: The name of the component.
         parameters: The number of its parameters.
-        linear: The number of weights in linear layers, which quantization takes.
+        linear: The number of weights in linear layers, which quantization applies to.
         nbytes: The bytes of its parameters and buffers, without quantization.
-        largest: The bytes of the largest linear layer's weight, which is held without quantization for a moment.
+        largest: The bytes of the largest linear layer's weight, which is briefly held without quantization.
         kind: Whether it is trained, encodes texts, or decodes latents.
     """
 

@@ -1,4 +1,4 @@
-"""Snapshots of a model for the reward-hacking report: measurements of samples of fixed prompts and noises."""
+"""Snapshots of a model for the reward-hacking report: measurements of samples from fixed prompts and noises."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PanelMeasures:
 
     Args:
         rewards: Held-out rewards, none of which is trained on.
-        features: The feature extractor for variety and drift.
+        features: The feature extractor for diversity and drift.
         diagnostics: Measures of the whole set without a limit, such as a verifier's entropy.
     """
 

@@ -28,13 +28,13 @@ INFO = "pool.json"
 
 @dataclass(frozen=True)
 class PoolInfo:
-    """What the samples of a pool are of.
+    """What the samples of a pool are.
 
     Attributes:
         autoencoder: The fingerprint of the autoencoder that made the latents.
         latent_shape: The shape of a sample's latents.
         scores: The names of the scores.
-        made_by: How the pool was made, for readers.
+        made_by: How the pool was made, for human readers.
     """
 
     autoencoder: str
@@ -51,10 +51,10 @@ class PoolInfo:
         """Read pool.json. Raises FileNotFoundError where there is none, ValueError for another format."""
         path = folder / INFO
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no pool: it has no {INFO}; make one with genalign collect")
+            raise FileNotFoundError(f"{folder} is not a pool: it has no {INFO}; make one with genalign collect")
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.get("format") != FORMAT:
-            raise ValueError(f"{path} has the format {value.get('format')}, and this version reads {FORMAT}")
+            raise ValueError(f"{path} has format {value.get('format')}, but this version reads format {FORMAT}")
         return cls(value["autoencoder"], tuple(value["latent_shape"]), tuple(value["scores"]), value["made_by"])
 
 
@@ -62,7 +62,7 @@ class PoolInfo:
 class PoolSample:
     """A sample of a pool: its prompt, its scores by name (NaN where a reward failed), and its group.
 
-    Samples of one group are compared with each other; without a name it is that of the prompt.
+    Samples of one group are compared with each other; without a group name, the prompt defines the group.
     """
 
     prompt: Prompt
@@ -104,11 +104,11 @@ def write_part(folder: Path, number: int, latents: Tensor, samples: Sequence[Poo
 
 @dataclass(frozen=True)
 class Pool:
-    """The n samples of a pool, whose latents are read when they are used.
+    """The n samples of a pool, whose latents are read when needed.
 
     Attributes:
         folder: The folder.
-        info: What the samples are of.
+        info: What the samples are.
         samples: The samples, in the order of the parts.
         read: Reads the latents (N, ...) of samples by their numbers, in float32.
     """
@@ -120,7 +120,7 @@ class Pool:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Open a pool. Raises FileNotFoundError or ValueError, by name, for one that is missing or incomplete."""
+        """Open a pool. Raises FileNotFoundError or ValueError for one that is missing or incomplete."""
         info, samples, places = PoolInfo.read(folder), list[PoolSample](), list[tuple[Path, int]]()
         for lines in sorted(folder.glob("part-*.jsonl")):
             tensors = lines.with_suffix(".safetensors")
@@ -129,7 +129,7 @@ class Pool:
             samples += own
             places += [(tensors, row) for row in range(len(own))]
         if not samples:
-            raise ValueError(f"{folder} has no samples yet: run genalign collect again, which goes on")
+            raise ValueError(f"{folder} has no samples yet: run genalign collect again, which continues")
         return cls(folder, info, tuple(samples), lambda rows: _read([places[row] for row in rows]))
 
     def require(self, autoencoder: str, latent_shape: Sequence[int]) -> None:
@@ -141,7 +141,7 @@ class Pool:
             )
         if tuple(latent_shape) != self.info.latent_shape:
             own, other = ("x".join(map(str, shape)) for shape in (self.info.latent_shape, latent_shape))
-            raise ValueError(f"{self.folder} has latents of {own}, and the model samples {other}: set its size alike")
+            raise ValueError(f"{self.folder} has latents of {own}, but the model samples {other}: set the same size")
 
     @property
     def prompts(self) -> PromptSet:
@@ -150,12 +150,12 @@ class Pool:
         return PromptSet(self.folder.name, tuple(reversed(distinct.values())))
 
     def restricted(self, prompts: PromptSet) -> PromptSet:
-        """Keep the prompts that the pool has samples of. Raises ValueError if there are none."""
+        """Keep only the samples of the given prompts. Raises ValueError if there are none."""
         own = {sample.prompt.text for sample in self.samples}
         common = tuple(prompt for prompt in prompts.prompts if prompt.text in own)
         if not common:
             raise ValueError(
-                f"{self.folder} has no samples of the prompts of {prompts.name}: name the pool as prompts, too"
+                f"{self.folder} has no samples of the prompts in {prompts.name}: set prompts to the pool, too"
             )
         return PromptSet(prompts.name, common)
 
@@ -164,7 +164,7 @@ class Pool:
         rows = [row for groups in self.groups().values() for group in groups if len(group) >= size for row in group]
         if not rows:
             raise ValueError(
-                f"no group of {self.folder} has {size} samples: lower training.group_size, or collect more of a prompt"
+                f"no group of {self.folder} has {size} samples: lower training.group_size, or collect more per prompt"
             )
         rows.sort()
         return Pool(
@@ -175,7 +175,7 @@ class Pool:
         )
 
     def groups(self) -> dict[str, list[list[int]]]:
-        """The numbers of the samples in each group, by the text of their prompt; those of two users are never one."""
+        """The numbers of the samples in each group, by the text of their prompt; groups never mix users."""
         by_prompt: dict[str, dict[tuple[str | None, str], list[int]]] = {}
         for row, sample in enumerate(self.samples):
             key = sample.group, repr(users_of(sample.prompt))
@@ -193,7 +193,7 @@ def drawn_group(groups: Sequence[Sequence[int]], size: int, name: str) -> list[i
 def _require_part(tensors: Path, count: int, info: PoolInfo) -> None:
     """Raise ValueError unless a part has as many latents as lines, of the pool's shape."""
     if not tensors.is_file():
-        raise FileNotFoundError(f"there is no {tensors}, whose samples are listed beside it: collect the pool again")
+        raise FileNotFoundError(f"{tensors} is missing, although its samples are listed: collect the pool again")
     with safe_open(tensors, framework="pt") as file:
         shape = tuple(file.get_slice("latents").get_shape())
     if shape != (count, *info.latent_shape):

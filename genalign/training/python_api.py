@@ -1,4 +1,4 @@
-"""Training in one call, offered as ``genalign.train``; ``Trainer`` is the loop with every part at hand."""
+"""Training in one call, offered as ``genalign.train``; use ``Trainer`` for control over the loop."""
 
 from __future__ import annotations
 

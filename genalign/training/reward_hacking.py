@@ -1,9 +1,9 @@
 """The reward-hacking report: changes of the samples that the trained reward does not measure.
 
-Every sample is compared with the one that the untrained model generated from the same prompt and noise. Statistics of
-images or audio, and rewards that are not trained on, shift in standard deviations of the untrained samples; variety
-(Vendi scores, arXiv 2210.02410) relative to the untrained model's; and drift relative to the distance between two
-samples of one prompt. So the same limits serve every model and reward.
+Every sample is compared with the one that the untrained model generated from the same prompt and noise. Shifts of
+image or audio statistics, and of rewards that are not trained on, are in standard deviations of the untrained samples;
+those of variety (Vendi scores, arXiv 2210.02410) relative to the untrained model's; and drift is relative to the
+distance between two samples of one prompt. So the same limits apply to every model and reward.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Side = Literal["either", "fall", "rise"]
 
 @dataclass(frozen=True)
 class Limit:
-    """The shifts beyond which a signal is amber, or red; the whole 95% interval must lie beyond them.
+    """The shifts at which a signal turns amber or red; the whole 95% interval must lie beyond them.
 
     Args:
-        amber: Shift from which a signal is amber.
-        red: Shift from which it is red.
+        amber: Shift at which the signal turns amber.
+        red: Shift at which it turns red.
     """
 
     amber: float
@@ -56,12 +56,12 @@ class Limits:
 
     Args:
         statistics: Statistics of the samples, in standard deviations of the untrained samples.
-        rewards: Held-out rewards, in the same.
-        variety_within: Variety within a prompt, in fractions of the untrained model's.
-        variety_across: Variety of all samples, in the same.
+        rewards: Held-out rewards, in the same unit.
+        variety_within: Variety within a prompt, as fractions of the untrained model's.
+        variety_across: Variety of all samples, in the same unit.
         drift: Drift of features, in mean distances between two untrained samples of a prompt.
-        drift_without_gain: The same, less the mean shift of the held-out rewards.
-        kl: The KL to the untrained policy in the training's own units; None gives it no status.
+        drift_without_gain: The drift minus the mean shift of the held-out rewards.
+        kl: The KL to the untrained policy in the units of the training loss; None gives it no status.
     """
 
     statistics: Limit = Limit(0.25, 0.45)
@@ -212,8 +212,8 @@ class Actions:
 
     Args:
         stop: End the run.
-        raise_kl: Double the weight of the KL to the reference policy, and raise it to this value if it is below.
-        keep_best: Write the weights with the best mean shift of the held-out rewards to ``best/``, leaving out red
+        raise_kl: Double the weight of the KL to the reference policy, and raise it to at least this value.
+        keep_best: Write the weights with the best mean shift of the held-out rewards to ``best/``, ignoring red
             reports.
     """
 
@@ -227,7 +227,7 @@ class Actions:
 
 
 def due(rounds: int, every: int, last: bool) -> bool:
-    """Return whether an action of every ``every`` rounds is due; it also is after the first round and the last."""
+    """Return whether an action is due that runs every ``every`` rounds, and after the first and the last round."""
     return rounds == 1 or rounds % every == 0 or last
 
 

@@ -25,7 +25,7 @@ from genalign.training.settings import TrainerSettings
 
 @dataclass
 class RoundDisplay:
-    """The rounds of a run: beside the bar of the phase ``rounds`` in a terminal, elsewhere one log line a round."""
+    """The rounds of a run: beside the bar of the phase ``rounds`` in a terminal, elsewhere one log line per round."""
 
     settings: TrainerSettings
     rounds: Phase
@@ -101,10 +101,10 @@ def log_round(trackers: Sequence[Any], step: int, row: Mapping[str, Any], folder
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Pictures, or clips, of what the model generates during training.
+    """Images or clips that the model generates during training.
 
     Args:
-        every: Number of rounds between two grids, beside those after the first and the last round; 0 turns them off.
+        every: Number of rounds between two grids, besides those after the first and the last round; 0 turns them off.
         count: Number of samples, of evenly spaced training prompts.
     """
 

@@ -15,8 +15,8 @@ class RoundResult:
 
     ``log_ratio_max`` is the largest |log-ratio| of the round's first update, 0 in exact arithmetic. Updates that were
     skipped because their gradient was not finite (``skipped_updates``) are in no mean. ``metrics`` come from the method
-    and from rewards that are trained along. ``samples``, ``nfe`` (denoiser evaluations of single samples), ``calls``
-    (everything billed, see ``budget.Ledger``) and ``seconds`` count from the start of the run.
+    and from trainable rewards. ``samples``, ``nfe`` (denoiser evaluations of single samples), ``calls`` (all counted
+    calls, see ``budget.Ledger``) and ``seconds`` count from the start of the run.
     """
 
     round: int
@@ -39,7 +39,7 @@ class RoundResult:
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
-        """Return the row of metrics.jsonl, with null for values that are not finite and the machine's figures apart."""
+        """Return the row of metrics.jsonl, with null for non-finite values and the machine's figures in ``machine``."""
 
         def finite(value: object) -> object:
             if isinstance(value, dict):

@@ -33,7 +33,7 @@ RUN_FORMAT = 2
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
 _PEFT_README = """\
 The adapter of `../lora` in PEFT's format, for `PeftModel.from_pretrained(network, "peft/adapter")`.
-diffusers' `load_lora_weights` would load nothing of it, without an error: give that `lora/`.
+diffusers' `load_lora_weights` would load nothing from it, without an error: use `lora/` for it.
 """
 
 
@@ -91,7 +91,7 @@ class RunFolder:
         write_json(self.path / "config.json", config | {"training": config["training"] | {"rounds": rounds}})
 
     def resume(self, config: Mapping[str, Any], rounds: int) -> None:
-        """Return to the state after ``rounds`` rounds, with ``config`` from there on, and warn if the machine differs.
+        """Return to the state after ``rounds`` rounds, continuing with ``config``, and warn if the machine differs.
 
         Raises ValueError if metrics.jsonl has fewer rounds.
         """
@@ -130,13 +130,13 @@ class RunFolder:
     def save(self, policy: Policy, pipeline: WeightStore, last: bool = False) -> None:
         """Write the averaged weights: lora/ (diffusers) and peft/, or, if the whole network was trained, denoiser/.
 
-        An adapter that is no plain LoRA is written into lora/ alone, in genalign's own format. Under FSDP every rank
+        An adapter that is not a plain LoRA is written only into lora/, in genalign's own format. Under FSDP every rank
         must call this.
 
         Args:
             policy: The weights.
             pipeline: The pipeline, which writes them.
-            last: Write lora-last/ or denoiser-last/ in their place, beside weights that were chosen.
+            last: Write lora-last/ or denoiser-last/ instead, beside the selected weights.
         """
         with policy.averaged():
             self._save(policy, pipeline, "-last" if last else "")
@@ -147,7 +147,7 @@ class RunFolder:
             self._save(best.policy, pipeline, "", best.round)
 
     def _save(self, policy: Policy, pipeline: WeightStore, suffix: str, best: BestRound | None = None) -> None:
-        """Write the current weights of the network, and how they were chosen, if they were."""
+        """Write the current weights of the network, and how they were selected, if they were."""
         whole = policy.network_state() if policy.config is None else None
         state = {} if policy.config is None else policy.adapter_state()
         if not self.processes.is_main:
@@ -164,9 +164,9 @@ class RunFolder:
                 write_text(self.path / "peft" / "README.md", _PEFT_README)
 
     def _replace(self, name: str, write: Callable[[Path], None], best: BestRound | None) -> None:
-        """Write a folder of weights beside its place, and then replace each file at once.
+        """Write a folder of weights under a temporary name, and then replace each file atomically.
 
-        held_out.json is removed first and written last, so that it never stands beside other weights.
+        held_out.json is removed first and written last, so it never lies beside other weights.
         """
         folder = self.path / name
         part = folder.with_name(f"{folder.name}.part")
@@ -181,11 +181,11 @@ class RunFolder:
             best.write(folder)
 
     def best_round(self) -> BestRound | None:
-        """Read how the weights in lora/ or denoiser/ were chosen; None if they were not."""
+        """Read how the weights in lora/ or denoiser/ were selected; None if they were not."""
         return BestRound.read(self.path / "lora") or BestRound.read(self.path / "denoiser")
 
     def update_best_round(self, best: BestRound) -> None:
-        """Write how the weights were chosen again, where their folders say it: there were more evaluations since."""
+        """Update held_out.json beside the weights after further evaluations."""
         for name in ("lora", "peft/adapter", "denoiser"):
             if self.processes.is_main and (self.path / name / HELD_OUT_FILE).is_file():
                 best.write(self.path / name)
@@ -210,7 +210,7 @@ def adapter_writer(policy: Policy, pipeline: WeightStore) -> Callable[[Path], No
 
 
 def environment(world_size: int) -> dict[str, Any]:
-    """Return the versions and sizes that a result may depend on, and nothing that names the machine."""
+    """Return the versions and sizes that a result may depend on, without anything that identifies the machine."""
     return {
         "run_format": RUN_FORMAT,
         "processes": world_size,

@@ -58,9 +58,9 @@ class SampledBatch:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A callable that samples and scores a group of samples of every prompt, in batches, as ``settings`` say.
+    """A callable that samples and scores a group of samples of every prompt in batches.
 
-    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
+    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so two
     batches are in memory; on a GPU the thread has a stream of its own. Decoded samples are part of the result only with
     ``keep_samples``. A batch is sampled and decoded in ``parts``. ``elsewhere`` is the kernel of the steps that are not
     stored.
@@ -88,13 +88,13 @@ class Sampler:
         """Yield this rank's batches of a round that are not empty, in the order of ``batch_sizes`` of the settings.
 
         Args:
-            recipe: The method: its kernel, and whether samples of a prompt share their first noise.
+            recipe: The method: its kernel, and whether samples of a prompt share their initial noise.
             steps: The steps to store.
             prompts: The prompts of the round.
             name: The seed of all noise, different in every round.
             share: This rank's share of the batches.
             progress: Shows the samples of all ranks.
-            members: The samples of the round, of which None are not drawn; without them, whole groups in order.
+            members: The samples of the round, where None is not drawn; by default whole groups in order.
         """
         members = self.members(len(prompts)) if members is None else members
         total = len(members) - members.count(None)
@@ -111,7 +111,7 @@ class Sampler:
     def inputs(
         self, recipe: Recipe, prompts: Sequence[Prompt], name: str, members: Sequence[Member | None] | None = None
     ) -> RolloutInputs:
-        """Return the conditioning and noise seeds of a round's samples, in order; None stands for any sample."""
+        """Return the conditioning and noise seeds of a round's samples, in order; None may be any sample."""
         members = self.members(len(prompts)) if members is None else members
         samples = [member or (0, 0) for member in members]
         return RolloutInputs(
@@ -185,9 +185,9 @@ class Sampler:
 
 
 def score_finite(rewards: Sequence[NamedReward], decoded: Tensor, prompts: Sequence[Prompt], finite: Tensor) -> Tensor:
-    """Score decoded samples (B, ...) of the mask ``finite`` (B,) bool alone; the others' scores (B, K) are NaN.
+    """Score only the decoded samples (B, ...) of the mask ``finite`` (B,) bool; other scores (B, K) are NaN.
 
-    No reward sees a stand-in for a sample that is not finite, which would compete with the others of its prompt.
+    No reward sees a substitute for a non-finite sample, which would compete with the others of its prompt.
     """
     if bool(finite.all()):
         return score(rewards, decoded, prompts)
@@ -204,7 +204,7 @@ def features_of_finite(features: FeatureFunction, samples: Tensor, finite: Tenso
 
 
 def blank_nonfinite(decoded: Tensor) -> Tensor:
-    """Replace samples (B, ...) that are not finite by zeros: one NaN must not cost the scores of a batch."""
+    """Replace non-finite samples (B, ...) by zeros: one NaN must not lose the scores of a batch."""
     finite = rows_are_finite(decoded)
     return decoded if finite.all() else decoded.index_fill(0, (~finite).nonzero()[:, 0], 0)
 

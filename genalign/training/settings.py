@@ -27,52 +27,51 @@ class TrainerSettings:
     """Size of a round, optimization, and limits on failures.
 
     A round samples ``prompts_per_round`` x ``group_size`` samples in batches, and makes ``updates_per_round`` optimizer
-    steps on them. Sizes that are null fit the prompt set (``fit``).
+    steps on them. Sizes that are null are fitted to the prompt set (``fit``).
 
     Args:
-        rounds: Number of rounds after which the run ends; null takes 100, or, in a run with a ``time_budget``, as many
-            as fit it.
-        max_nfe: Number of denoiser evaluations of single samples (guidance counts twice) with whose round the run ends,
-            if that comes first; null for no limit.
-        prompts_per_round: Number of different prompts in a round; null takes 16, or as many as a small prompt set has.
-        group_size: Number of samples of each prompt, which are compared with each other; 1 for recipes that compare
-            none, such as sft and kto, on a pool of single samples (``data``).
+        rounds: Number of rounds after which the run ends; null takes 100, or as many as fit a ``time_budget``.
+        max_nfe: Stop after the round in which the total NFE (denoiser evaluations of single samples; guidance counts
+            twice) reaches this number; null for no limit.
+        prompts_per_round: Number of different prompts per round; null takes 16, or as many as a small prompt set has.
+        group_size: Number of samples per prompt, which are compared with each other; 1 for recipes that compare none,
+            such as sft and kto, on a pool of single samples (``data``).
         batch_size: Largest number of samples that are sampled at once; null takes up to 96. An update's samples are
-            divided into batches of nearly equal size, as many on each process.
-        micro_batch: Largest number of samples in one backward pass, whose size does not change gradients; null takes
-            whole batches. Less memory is needed with fewer.
-        updates_per_round: Number of optimizer steps in a round, each on another part of its samples; null takes 2, or 1
-            where the prompts do not divide.
-        epochs: Number of passes over a round's samples, each after the first in a new random order and of
-            ``updates_per_round`` updates.
-        learning_rate: Learning rate of the optimizer, at its highest; "auto" adapts it after every round so that the
-            policy moves as far as ``trust_region`` says.
-        trust_region: How far a round moves the policy, for the learning rate "auto".
+            divided into batches of nearly equal size, the same number on each process.
+        micro_batch: Largest number of samples per backward pass, which does not change gradients; null takes whole
+            batches. Smaller values need less memory.
+        updates_per_round: Number of optimizer steps per round, each on a different part of its samples; null takes 2,
+            or 1 if the prompts do not divide.
+        epochs: Number of passes over a round's samples, each of ``updates_per_round`` updates; all but the first are in
+            random order.
+        learning_rate: The highest learning rate of the optimizer; "auto" adapts it after every round so that the policy
+            moves as far as ``trust_region`` says.
+        trust_region: How far each round moves the policy, for the learning rate "auto".
         learning_rate_schedule: Learning rate after the warm-up: constant, or falling to zero at the end of the run,
             linearly or as half a cosine.
         warmup_rounds: Number of rounds in which the learning rate rises linearly to ``learning_rate``.
-        optimizer: "adamw", or "adamw8bit" with moments in 8 bits (bitsandbytes, an extra).
+        optimizer: "adamw", or "adamw8bit" with 8-bit moments (bitsandbytes, an extra).
         weight_decay: Weight decay of the optimizer.
-        loss_scale: First factor of the loss of a network that computes in float16: a power of two, which is halved when
+        loss_scale: Initial loss scale of a network that computes in float16: a power of two, which is halved when
             gradients overflow. It has no effect on other networks.
         max_grad_norm: Norm to which gradients are clipped.
-        seed: Seed of the prompts' order, of all noise and of a new adapter.
-        max_failed_fraction: Fraction of a round's samples without a score above which the run stops.
-        max_skipped_updates: Number of consecutive updates with a gradient that is not finite after which the run stops.
-        max_silent_rounds: Number of consecutive rounds without credit for any sample, as where all scores are equal,
-            after which the run stops; null never stops it.
-        on_out_of_memory: Whether a run stops if memory runs out, or continues with half as many samples at a time where
-            it did: in sampling, in decoding, or in an update. Results change by rounding only.
-        deterministic: Whether torch takes only algorithms that give the same bits each time, or stops where it has
-            none. On a CPU results are the same without it; on a GPU it costs speed, and needs the environment variable
+        seed: Seed of the prompt order, of all noise and of a new adapter.
+        max_failed_fraction: Stop if more than this fraction of a round's samples has no score.
+        max_skipped_updates: Stop after this many consecutive updates with non-finite gradients.
+        max_rounds_without_credit: Stop after this many consecutive rounds in which no sample had credit, as when all
+            scores are equal; null never stops.
+        on_out_of_memory: Whether the run stops when memory runs out, or continues with half as many samples at a time
+            in that phase: sampling, decoding, or updates. Results change only by rounding.
+        deterministic: Use only algorithms of torch that give the same bits each time, and stop where there is none. On
+            a CPU results are the same without it; on a GPU it costs speed, and needs the environment variable
             CUBLAS_WORKSPACE_CONFIG.
-        overlap_scoring: Whether a batch is decoded and scored in a thread while the next one is sampled, for rewards
-            that wait, such as for a server. Results are the same; one more batch is in memory.
-        offload_rollouts: Whether the stored states of a round wait on the CPU until they are trained. Results are the
-            same; a round of large images does not fit into a GPU otherwise.
-        data: Folder of a pool (genalign collect) to learn from in place of sampling, for recipes on final samples; null
+        overlap_scoring: Decode and score a batch in a thread while the next one is sampled, which helps rewards that
+            wait, such as for a server. Results are the same; one more batch is in memory.
+        offload_rollouts: Keep the stored states of a round on the CPU until they are trained. Results are the same; a
+            round of large images may not fit into a GPU otherwise.
+        data: Folder of a pool (genalign collect) to learn from instead of sampling, for recipes on final samples; null
             samples.
-        user_dropout: Fraction of the prompts of a round whose user (model.users) the network is not told.
+        user_dropout: Fraction of a round's prompts for which the network does not see the user (model.users).
     """
 
     rounds: int | None = None
@@ -94,7 +93,7 @@ class TrainerSettings:
     seed: int = 0
     max_failed_fraction: float = 0.05
     max_skipped_updates: int = 5
-    max_silent_rounds: int | None = 20
+    max_rounds_without_credit: int | None = 20
     on_out_of_memory: Literal["stop", "halve"] = "stop"
     deterministic: bool = False
     overlap_scoring: bool = True
@@ -104,7 +103,7 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "micro_batch", "updates_per_round")
-        for name in (*counts, "group_size", "epochs", "max_skipped_updates", "max_silent_rounds"):
+        for name in (*counts, "group_size", "epochs", "max_skipped_updates", "max_rounds_without_credit"):
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {value}")
@@ -117,7 +116,7 @@ class TrainerSettings:
                 f" instead of {self.learning_rate}, or leave trust_region out"
             )
         if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"training.seed must fit into 64 bits, not be {self.seed}")
+            raise ValueError(f"training.seed must fit into 64 bits, which {self.seed} does not")
         for name in ("max_failed_fraction", "user_dropout"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"training.{name} must be in [0, 1], not {vars(self)[name]}")
@@ -147,15 +146,14 @@ class TrainerSettings:
     ) -> FittedSettings:
         """Choose the sizes of a round that are None.
 
-        As many updates as fit are preferred, then as many prompts, then batches as large as possible, each up to its
-        default.
+        Updates are maximized first, then prompts, then batches, each up to its default.
 
         Args:
             prompts: The prompts, of which a round takes different ones.
-            unit: The samples that the loss ties together, which stay in one batch.
+            unit: The samples that the loss couples, which stay in one batch.
             processes: The ranks that share the samples of an update.
-            notice: Whether a line in the log names sizes that are smaller for a small prompt set.
-            group_reward: The name of a reward that compares the samples of a group, which no batch may split then.
+            notice: Whether to log sizes that are smaller for a small prompt set.
+            group_reward: The name of a reward that compares the samples of a group, so that no batch may split one.
 
         Raises:
             ValueError: No sizes fit the prompts, the ranks and the sizes that are set.
@@ -188,7 +186,7 @@ class TrainerSettings:
         return fitted
 
     def _prompts_and_updates(self, most: int, least: int) -> tuple[int, int]:
-        """Choose the prompts of a round, up to ``most``, and its updates, if possible of ``least`` samples or more."""
+        """Choose the numbers of prompts, up to ``most``, and of updates, of at least ``least`` samples if possible."""
         updates = [self.updates_per_round] if self.updates_per_round else range(_UPDATES, 0, -1)
         counts = [self.prompts_per_round] if self.prompts_per_round else range(most, 0, -1)
         fitting = [(count, steps) for steps, count in itertools.product(updates, counts) if count % steps == 0]
@@ -201,11 +199,11 @@ class TrainerSettings:
         return next(large, fitting[0])
 
     def progress(self, rounds: int, nfe: int) -> float:
-        """The fraction of the run that is complete after ``rounds`` and ``nfe``; 1 or more at its end."""
+        """The fraction of the run that is complete after ``rounds`` and ``nfe``; at least 1 at its end."""
         return max(rounds / (self.rounds or _ROUNDS), nfe / self.max_nfe if self.max_nfe else 0.0)
 
     def rate_factor(self, rounds: int, nfe: int) -> float:
-        """The learning rate of the round after ``rounds`` and ``nfe``, as a fraction of the highest."""
+        """The learning rate of the round after ``rounds`` and ``nfe``, as a fraction of its maximum."""
         if rounds < self.warmup_rounds:
             return (rounds + 1) / self.warmup_rounds
         progress = self.progress(rounds, nfe)
@@ -217,7 +215,7 @@ class TrainerSettings:
 class FittedSettings(TrainerSettings):
     """Trainer settings with all sizes, as ``TrainerSettings.fit`` returns them.
 
-    ``group_reward`` names a reward that compares the samples of a group, so that batches hold whole groups.
+    ``group_reward`` names a reward that compares the samples of a group, so batches hold whole groups.
     """
 
     rounds: int = _ROUNDS
@@ -229,11 +227,11 @@ class FittedSettings(TrainerSettings):
     def batch_sizes(self, unit: Unit, processes: int = 1) -> tuple[int, ...]:
         """Divide a round into batches, which the ranks take in turn; return their sizes, in the order of the samples.
 
-        Every update has the same number of batches, a multiple of ``processes``, which differ by one unit at most. A
-        batch is empty where a rank has none.
+        Every update has the same number of batches, a multiple of ``processes``, which differ by at most one unit. A
+        batch is empty if a rank has none.
 
         Args:
-            unit: The samples that the loss ties together, which stay in one batch.
+            unit: The samples that the loss couples, which stay in one batch.
             processes: The number of ranks.
 
         Raises:
@@ -246,11 +244,11 @@ class FittedSettings(TrainerSettings):
             if size and size % of:
                 reason = "" if tied > 1 else f" for reward {self.group_reward!r}"
                 raise ValueError(
-                    f"training.{name} {size} must be a multiple of group_size {of}, so that groups stay whole{reason}:"
+                    f"training.{name} {size} must be a multiple of group_size {of}, so groups stay whole{reason}:"
                     f" try {of * max(1, size // of)}"
                 )
         if unit == "batch" and self.micro_batch and self.micro_batch < self.batch_size:
-            raise ValueError("the loss of this recipe ties a whole batch together: leave training.micro_batch out")
+            raise ValueError("the loss of this recipe couples a whole batch: leave training.micro_batch out")
         units = self.prompts_per_round * self.group_size // self.updates_per_round // multiple
         if processes > units:
             raise ValueError(
@@ -264,13 +262,13 @@ class FittedSettings(TrainerSettings):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that fit the prompts, by the names of their settings."""
+        """The fitted sizes, by the names of their settings."""
         return {name: vars(self)[name] for name in ("prompts_per_round", "batch_size", "updates_per_round")}
 
 
 @cache
 def _schedule(name: str) -> Callable[[float], float]:
-    """Return a schedule of diffusers as the factor of the learning rate at a fraction of the run."""
+    """Return a schedule of diffusers as a function from the fraction of the run to the learning rate's factor."""
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))])

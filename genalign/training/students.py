@@ -1,4 +1,4 @@
-"""The guidance of a run that trains a few-step student, which has that of its teacher in its weights."""
+"""The guidance of a run that trains a few-step student, into which the teacher's CFG scale is distilled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from genalign.types import Pipeline, RecordsStudent
 def rollout_guidance(pipeline: Pipeline, sampling: Sampling, objective: Objective) -> float:
     """Return the guidance scale of a run's rollouts, which is 1 for a few-step student.
 
-    That the weights become a student's is recorded in the pipeline, so that whatever they are saved to says so.
+    The pipeline records that its weights become a student's, so every file that they are saved to says so.
 
     Raises:
         ValueError: The student would be sampled with guidance.
@@ -21,7 +21,7 @@ def rollout_guidance(pipeline: Pipeline, sampling: Sampling, objective: Objectiv
     guidance = sampling.guidance_scale(pipeline)
     if student is not None and guidance > 1:
         raise ValueError(
-            f"this recipe trains a few-step student that has guidance {student:g} in its weights: set sampling.guidance"
-            f" to 1 or null, not {guidance:g}"
+            f"this recipe distills guidance {student:g} into a few-step student: set sampling.guidance to 1 or null,"
+            f" not {guidance:g}"
         )
     return guidance

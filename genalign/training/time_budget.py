@@ -1,7 +1,7 @@
 """A number of rounds that fits a time budget, chosen after the first round.
 
-The learning rate's schedule depends on the number of rounds, so that it is chosen once, before the second round, and
-recorded: a resumed run has the same schedule. The rate of the first round is the same for any number.
+The learning rate schedule depends on the number of rounds, so it is chosen once, before the second round, and recorded:
+a resumed run has the same schedule. The rate of the first round is the same for any number.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SHARE = 0.9
-"""The share of the time left that is planned: rounds differ in length, and imports, saving and the report take some."""
+"""The share of the remaining time that is planned: rounds vary, and imports, saving and the report take time, too."""
 
 
 @dataclass(frozen=True)
 class TimeBudget:
-    """A time budget to which ``training.rounds`` is fitted after the first round, where it is null.
+    """A time budget to which ``training.rounds``, if null, is fitted after the first round.
 
-    The number is written into config.json, from where a resumed run takes it; ``training.rounds`` overrides it. Nothing
+    The number is written into config.json, from which a resumed run reads it; ``training.rounds`` overrides it. Nothing
     stops a run that becomes slower after its first round.
 
     Args:
-        training_minutes: Minutes of training, with the evaluations between rounds; null for no limit.
-        total_minutes: Minutes of the whole command, of which training takes what loading and the evaluations before and
-            after it leave; null for no limit.
-        least_rounds: Smallest number of rounds, even if they take longer than the budget, which a line says.
+        training_minutes: Minutes of training, including the evaluations between rounds; null for no limit.
+        total_minutes: Minutes of the whole command, including loading and the evaluations before and after training;
+            null for no limit.
+        min_rounds: Smallest number of rounds, even if they take longer than the budget; the log says so then.
     """
 
     training_minutes: float | None = None
     total_minutes: float | None = None
-    least_rounds: int = 2
+    min_rounds: int = 2
 
     def __post_init__(self) -> None:
         for name in ("training_minutes", "total_minutes"):
             value = vars(self)[name]
             if value is not None and not value > 0:
                 raise ValueError(f"time_budget.{name} must be positive, not {value}; null sets no limit")
-        if self.least_rounds < 2:
-            raise ValueError(f"time_budget.least_rounds must be at least 2, not {self.least_rounds}")
+        if self.min_rounds < 2:
+            raise ValueError(f"time_budget.min_rounds must be at least 2, not {self.min_rounds}")
 
     @property
     def is_set(self) -> bool:
@@ -55,25 +55,25 @@ class TimeBudget:
         return self.training_minutes is not None or self.total_minutes is not None
 
     def seconds_left(self, training: float, total: float, afterwards: float) -> float:
-        """Return the seconds that training may still take, after so many of ``training`` and in ``total``.
+        """Return the seconds that training may still take.
 
         Args:
-            training: Seconds since the training began.
+            training: Seconds since training began.
             total: Seconds since the command began.
-            afterwards: Seconds that the command takes after the training.
+            afterwards: Seconds that the command takes after training.
         """
         minutes = {self.training_minutes: training, self.total_minutes: total + afterwards}
         return min(60 * limit - spent for limit, spent in minutes.items() if limit is not None)
 
 
 def rounds_in(seconds: float, per_round: float, between: float, observed: Callable[[int, bool], bool]) -> int:
-    """Return the largest number of rounds, the first one included, of which those after it take at most ``seconds``.
+    """Return the largest number of rounds, including the first, such that the others take at most ``seconds``.
 
     Args:
         seconds: The time for all rounds after the first.
         per_round: Seconds of a round.
-        between: Seconds of what is observed after a round.
-        observed: Whether something is observed after a round, given its number and whether it is the last.
+        between: Seconds of the observations after a round.
+        observed: Whether there are observations after a round, given its number and whether it is the last.
     """
     rounds, spent = 1, 0.0
     while per_round > 0:
@@ -92,10 +92,10 @@ class RoundFitter:
     Args:
         budget: The time budget.
         started: When the command began, in seconds of ``time.monotonic``.
-        afterwards: Seconds that the evaluation after training takes, as the one before it did.
+        afterwards: Seconds of the evaluation after training, as measured for the one before it.
         every: Rounds between two observations, for each kind of observation.
         record: Write the number into the configuration of the run.
-        every_seconds: Seconds of training between two observations of one more kind; None for no such kind.
+        every_seconds: Seconds of training between observations that are scheduled by time; None for none.
         training_started: When the training began.
     """
 
@@ -108,9 +108,9 @@ class RoundFitter:
     training_started: float = field(default_factory=time.monotonic)
 
     def fit(self, trainer: Trainer) -> int:
-        """Fix the rounds of ``trainer`` after its first round and what is observed then, and return their number.
+        """Set the number of rounds of ``trainer`` after its first round and the observations then, and return it.
 
-        A line in the log says how many there are. All ranks call this, and take the number of the main rank.
+        The number is logged. All ranks call this, and take the number of the main rank.
         """
         now, per_round = time.monotonic(), trainer.seconds
         between = max(0.0, now - self.training_started - per_round)
@@ -121,7 +121,7 @@ class RoundFitter:
 
         left = self.budget.seconds_left(now - self.training_started, now - self.started, self.afterwards)
         fitting = rounds_in(SHARE * left, per_round, between, observed)
-        least = max(self.budget.least_rounds, trainer.settings.warmup_rounds + 1)
+        least = max(self.budget.min_rounds, trainer.settings.warmup_rounds + 1)
         rounds: int
         rounds, fitting = trainer.processes.all_gather_object((max(fitting, least), fitting))[0]
         trainer.settings = replace(trainer.settings, rounds=rounds)
@@ -139,11 +139,11 @@ class RoundFitter:
 
 
 def _log(rounds: int, fitting: int, times: str) -> None:
-    """Log the number of rounds, of which ``fitting`` fit the budget, and the time that they take."""
+    """Log the number of rounds, of which ``fitting`` fit the budget, and their time."""
     if rounds > fitting:
         logger.warning(
-            "%d rounds (training.rounds), the fewest allowed, although the time budget has room for %d only: this takes"
-            " longer than planned; %s",
+            "%d rounds (training.rounds), the minimum, although only %d fit the time budget: this takes longer than"
+            " planned; %s",
             *(rounds, fitting, times),
         )
     else:

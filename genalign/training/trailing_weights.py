@@ -1,4 +1,4 @@
-"""A copy of the weights that trails behind them, for losses and anchors that compare with it."""
+"""A moving average of the weights, for losses and anchors that compare with it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from genalign.runtime.state import State
 
 
 class TrailingWeights:
-    """The ``weights`` of a recipe's memory: they begin as the policy's and move towards them after every round.
+    """The ``weights`` of a recipe's memory: a moving average of the policy's, updated after every round.
 
     Args:
-        lag: How much of them is kept.
-        policy: The policy, with the weights that training begins with.
+        lag: The decay of the average.
+        policy: The policy, with its initial weights.
     """
 
     def __init__(self, lag: Lag, policy: Policy) -> None:
         self.lag, self.weights = lag, policy.snapshot()
 
     def after_round(self, index: int) -> None:
-        """Move towards the policy's weights after round ``index``."""
+        """Update the average after round ``index``."""
         self.weights.update(self.lag.decay(index))
 
     def state(self) -> State:

@@ -45,7 +45,7 @@ from genalign.types import Pipeline, Prompt, PromptSet, RewardFunction, Trainabl
 
 
 class Trainer:
-    """The loop that trains a policy: ``rounds()`` yields after every round, when it may be evaluated or saved.
+    """The loop that trains a policy: ``rounds()`` yields after every round, so it can be evaluated or saved.
 
     Args:
         pipeline: The model.
@@ -55,7 +55,7 @@ class Trainer:
         recipe: The method.
         settings: Size of a round, optimization, limits.
         sampling: Steps and guidance of the rollouts, and the kernel of the steps that the recipe does not train.
-        suspects: The folder for the tensors of updates with gradients that are not finite; None writes none.
+        skipped_updates: The folder for the tensors of updates with non-finite gradients; None writes none.
 
     Raises:
         ValueError: The recipe, the rewards and the settings do not fit together.
@@ -70,7 +70,7 @@ class Trainer:
         recipe: Recipe,
         settings: TrainerSettings = TrainerSettings(),
         sampling: Sampling = Sampling(),
-        suspects: Path | None = None,
+        skipped_updates: Path | None = None,
     ) -> None:
         rewards, prompts = named(rewards), PromptSet.of(prompts)
         pool = pool_of(settings.data, pipeline, settings.group_size, policy.processes) if settings.data else None
@@ -103,8 +103,8 @@ class Trainer:
         # Refuse an impossible recipe before any compute
         try_credit(recipe, rewards, settings.prompts_per_round, settings.group_size, len(steps))
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
-        self.monitor = RewardMonitor(settings.max_failed_fraction, settings.max_silent_rounds)
-        self.learner = Learner(recipe, settings, self.pipeline, policy, sampling, self.rewards, parts, suspects)
+        self.monitor = RewardMonitor(settings.max_failed_fraction, settings.max_rounds_without_credit)
+        self.learner = Learner(recipe, settings, self.pipeline, policy, sampling, self.rewards, parts, skipped_updates)
         self.rounds_done = 0
         self.samples = 0
         self.seconds = 0.0
@@ -120,7 +120,7 @@ class Trainer:
 
     def _round(self, index: int, prompts: Sequence[Prompt], progress: Progress) -> RoundResult:
         """Sample and train round ``index``; its samples are freed before the caller evaluates."""
-        start, billed = time.perf_counter(), self.ledger.copy()
+        start, before = time.perf_counter(), self.ledger.copy()
         factor = self.settings.rate_factor(index, self.ledger.nfe)
         if isinstance(self.sampler, OfflineSampler):
             _, prompts = self.sampler.draw(prompts, self._name(index))
@@ -132,10 +132,10 @@ class Trainer:
         self.monitor.see_scores(drawn.scores)
         reward_metrics = self._update_rewards(batches, prompts, scores.group)
         sums = self.learner.learn(index, prompts, batches, scores, self.kernel, progress, factor)
-        self.monitor.see_round(self.learner.silent)
+        self.monitor.see_round(self.learner.without_credit)
         self.learner.after_round(index)
         noise_metrics = self.noise.after_round(index, self._steps(index), scores) if self.noise else {}
-        self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
+        self.ledger.add(self.processes.all_gather_object(self.ledger.since(before).counts), before)
         self.rounds_done += 1
         self.samples += len(scores.scores) + further
         self.seconds += time.perf_counter() - start
@@ -162,9 +162,9 @@ class Trainer:
         progress: Progress = SILENT,
         members: Sequence[Member | None] | None = None,
     ) -> list[SampledBatch]:
-        """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one.
+        """Sample and score this rank's batches of round ``index``, with the lagging policy if the recipe has one.
 
-        Only some ``members`` are drawn if they are given, see ``Sampler``.
+        If ``members`` are given, only those are drawn, see ``Sampler``.
         """
         recipe = replace(self.recipe, kernel=self.kernel)
         arguments = (recipe, self._steps(index), prompts, self._name(index), self.processes, progress)
@@ -173,7 +173,7 @@ class Trainer:
             return list(self.sampler(*arguments) if members is None else self.sampler(*arguments, members))
 
     def _name(self, index: int) -> str:
-        """The seed of what round ``index`` draws."""
+        """The seed of round ``index``."""
         return f"{self.settings.seed}/{index}"
 
     def _steps(self, index: int) -> tuple[int, ...]:
@@ -205,10 +205,10 @@ class Trainer:
         scores: RoundScores,
         progress: Progress,
     ) -> tuple[Sequence[Prompt], list[SampledBatch], RoundScores, int]:
-        """Draw other samples in place of groups without spread, if the recipe says so.
+        """Draw other samples in place of zero-variance groups, if the recipe says so.
 
         Every rank draws those of its own batches. Returns the prompts, batches and scores to train, and the number of
-        samples that were drawn beyond the round's.
+        additional samples that were drawn.
         """
         rule, drawn = self.recipe.redraw, 0
         if rule is None:
@@ -278,11 +278,13 @@ class Trainer:
         """
         pipeline = self.pipeline.pipeline
         if not isinstance(pipeline, WeightStore):
-            raise TypeError(f"{type(pipeline).__name__} has no save_lora and save_denoiser: train a pipeline that has")
+            raise TypeError(
+                f"{type(pipeline).__name__} has no save_lora and save_denoiser: train a pipeline that defines them"
+            )
         RunFolder(Path(directory), self.processes).save(self.policy, pipeline)
 
     def state(self) -> State:
-        """Return the state that later rounds depend on, except for what follows from the seed and the round."""
+        """Return the state that later rounds depend on, except what is derived from the seed and the round."""
         learned = self.learner.state()
         tensors, numbers = dict(learned.tensors), dict(learned.numbers)
         for place, reward in enumerate(self.trainable.values()):
@@ -296,7 +298,7 @@ class Trainer:
             "samples": self.samples,
             "seconds": self.seconds,
             "calls": dict(self.ledger.counts),
-            "silent_rounds": self.monitor.silent,
+            "rounds_without_credit": self.monitor.rounds_without_credit,
         }
         return State(tensors, numbers)
 
@@ -309,5 +311,5 @@ class Trainer:
         if self.noise:
             self.noise.restore(State(without_prefix("noise.", state.tensors), numbers["noise"]))
         self.rounds_done, self.samples, self.seconds = numbers["rounds"], numbers["samples"], numbers["seconds"]
-        self.monitor.silent = numbers["silent_rounds"]
+        self.monitor.rounds_without_credit = numbers["rounds_without_credit"]
         self.ledger.counts.update(numbers["calls"])

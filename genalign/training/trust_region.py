@@ -1,8 +1,8 @@
-"""A trust region: a learning rate that moves the policy by a set distance in every round, whatever rate it began with.
+"""A trust region: a learning rate that moves the policy by a set distance in every round, whatever the initial rate.
 
 The distance is the mean squared change of predictions on a few samples of the round, noised to random levels. It means
-the same for every recipe, sampler and step, unlike the Kullback-Leibler divergence of a sampling step, which the noise
-of that step divides. An update that moves the policy too far is shortened, or taken back.
+the same for every recipe, sampler and step, unlike the KL divergence of a sampling step, which is divided by the noise
+of that step. An update that moves the policy too far is shortened or undone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class RoundLimit:
         rates: The learning rate of the run, which this round adapts.
         distance: Measures the distance of the current weights from those at the start of the round.
         share: The target of this round as a fraction of the run's, which falls with the schedule. Below a quarter the
-            rate follows the schedule alone: in bfloat16 the distance of so small an update is mostly rounding.
+            rate follows only the schedule: in bfloat16 the distance of so small an update is mostly rounding.
         moved: The distance after the latest update.
     """
 
@@ -79,12 +79,12 @@ class RoundLimit:
     moved: float = 0.0
 
     def shorten(self, policy: Policy, before: WeightSnapshot, done: float) -> None:
-        """Shorten the latest update until the round stays near its target, or take it back.
+        """Shorten the latest update until the round stays near its target, or undo it.
 
         Args:
             policy: The policy after the update.
             before: Its weights before the update.
-            done: The fraction of the round's updates that are made, this one included.
+            done: The fraction of the round's updates so far, including this one.
         """
         target = self.rates.target * max(self.share, _MEASURABLE) * done
         for _ in range(_TRIES):
@@ -96,7 +96,7 @@ class RoundLimit:
             self.rates.rate *= fraction
         policy.shorten_update(before, 0.0)
         self.moved = self.distance()
-        logger.info("An update was taken back: it moved the policy too far at each of %d lengths", _TRIES)
+        logger.info("An update was undone: it moved the policy too far at each of %d lengths", _TRIES)
 
     def adapt_rate(self) -> None:
         """Set the learning rate of the next round from the distance of this one: it grows with the rate squared."""
@@ -106,9 +106,9 @@ class RoundLimit:
 
 
 def change_of_predictions(context: UpdateContext, batch: UpdateBatch, seed: int) -> Callable[[], Tensor]:
-    """Predict each sample at one random noise level; return what measures the mean squared change (B,) since then.
+    """Predict each sample at one random noise level; return a function of the mean squared change (B,) since then.
 
-    The level of a noise hypernetwork is the first, where alone its adapter is on.
+    A noise hypernetwork is measured at the first level, the only one where its adapter is on.
 
     Args:
         context: The model, the sampler and the policy.

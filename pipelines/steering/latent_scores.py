@@ -66,15 +66,15 @@ class PipelineScorer:
         Raises ValueError for a pipeline without a transformer or a unet.
         """
 
-        def bill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def count_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
-            self.ledger.bill(NFE, len(x))
+            self.ledger.record(NFE, len(x))
 
         def note_size(arguments: Mapping[str, Any]) -> None:
             if "height" in arguments and "width" in arguments:
                 self._size = int(arguments["height"]), int(arguments["width"])
 
-        handle = denoiser_of(self.pipe).register_forward_pre_hook(bill, with_kwargs=True)
+        handle = denoiser_of(self.pipe).register_forward_pre_hook(count_call, with_kwargs=True)
         try:
             with observed(self.pipe, "prepare_latents", note_size):
                 yield
@@ -133,7 +133,7 @@ class PipelineScorer:
         )
 
     def _decode(self, latents: Tensor) -> Tensor:
-        self.ledger.bill(DECODE, len(latents))
+        self.ledger.record(DECODE, len(latents))
         return self.decode(latents) if self.decode else decode_latents(self.pipe, latents, self._size)
 
 

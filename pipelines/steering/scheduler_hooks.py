@@ -1,6 +1,6 @@
 """Hooks into unmodified diffusers pipelines, to observe or replace every step of the scheduler.
 
-A hook shadows a method on the scheduler's instance, so that the pipeline needs no change. B samples, T timesteps: one
+A hook shadows a method on the scheduler's instance, so the pipeline needs no change. B samples, T timesteps: one
 for each evaluation of the network (guidance not counted).
 """
 
@@ -230,19 +230,19 @@ def select_rows(state: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def require_stochastic(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError unless the scheduler draws fresh noise at each step, so that copies of a particle diverge.
+    """Raise ValueError unless the scheduler draws fresh noise at each step, so copies of a particle diverge.
 
     DDIM counts as deterministic: its eta is an argument of the call, and DDIM(eta) is a kernel for ``kernel_move``.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    instead = "leave out kernel=None, so that the strategy moves particles by DDIM(1.0)"
+    instead = "leave out kernel=None, so the strategy moves particles by DDIM(1.0)"
     if isinstance(scheduler, _BROWNIAN):
         raise ValueError(
             f"{name} draws its noise from one Brownian tree for the whole run, not at each step: {instead}"
         )
     solves_sde = str(config.get("algorithm_type", "")).startswith("sde-")
     if not (isinstance(scheduler, _STOCHASTIC) or solves_sde or config.get("stochastic_sampling", False)):
-        raise ValueError(f"{name} is deterministic, so that copies of a particle would stay equal: {instead}")
+        raise ValueError(f"{name} is deterministic, so copies of a particle would stay equal: {instead}")
 
 
 def _move(scheduler: SchedulerMixin, call: dict[str, Any], output: Any) -> Move:

@@ -269,7 +269,7 @@ class Steering(PipelineScorer):
         generators: Sequence[torch.Generator] | None,
         spent: Ledger,
     ) -> list[PlainSample] | None:
-        """Return the plain sample of each prompt: its first particle where that was never moved otherwise, else anew.
+        """Return the plain sample of each prompt: its first particle if that was never moved otherwise, else a new one.
 
         None if they are not wanted, or the call cannot be made for the first particles alone.
         """

@@ -112,7 +112,7 @@ class Adversary:
 
     ``scorer`` and its initial weights must be the same on every rank. Every rank has its own samples of a round, draws
     the same random numbers, and computes its own part of the mean over the pairs of a step; where ``torch.distributed``
-    is initialized, gradients and metrics are summed over ranks, so that all learn what one rank with all samples would.
+    is initialized, gradients and metrics are summed over ranks, so all learn what one rank with all samples would.
     Trained parameters are cast to float32, the scorer stays in evaluation mode (no dropout), and it follows the
     samples' device.
 
@@ -176,7 +176,7 @@ class Adversary:
         ``prompts`` are those of the samples of all ranks; ``rows`` are the numbers among them of ``samples``, which
         this rank has, None for all. The metrics are measured before training, on this round's samples, each against one
         reference: "accuracy", "generated" and "reference" (mean scores), "gap", "loss", "updated", "saturated" (1 where
-        every margin of the hinge is satisfied, so that there is nothing to learn), "replay" (samples stored) and
+        every margin of the hinge is satisfied, so there is nothing to learn), "replay" (samples stored) and
         "version" after it; with a gradient penalty also "gradient_norm", the mean of the norms that it bounds.
         Raises ValueError where no sample is finite, or a prompt has no reference.
         """
@@ -205,7 +205,7 @@ class Adversary:
     def tensors(self) -> dict[str, Tensor]:
         """Return trained weights, snapshot, optimizer state, replay, and the counters that seeds derive from.
 
-        Every rank must call this; the main rank alone gets the replayed samples.
+        Every rank must call this; only the main rank gets the replayed samples.
         """
         counters = torch.tensor([self.version, self._rounds, int(self._training)])
         return (
@@ -360,7 +360,7 @@ def _as_matrix(logits: Tensor, count: int) -> Tensor:
 
 
 def _generator(*parts: int | str) -> torch.Generator:
-    """Seed a generator by ``parts`` alone, so that a resumed run draws the same numbers."""
+    """Seed a generator by ``parts`` alone, so a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
 
 
@@ -382,7 +382,7 @@ def single(width: int, generator: torch.Generator) -> Tensor:
 class PatchWeights:
     """The logit of the whole image, and the mean of ``n_patches`` patch logits (Adv-GRPO, eqs. 9-14, appendix A).
 
-    The patches are drawn anew for each snapshot, the same for its scores and its training and on every rank. Both the
+    New patches are drawn for each snapshot, the same for its scores and its training and on every rank. Both the
     score and the loss use the weights.
 
     Args:

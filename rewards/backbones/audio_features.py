@@ -45,7 +45,7 @@ class LogMelFeatures(PatchFeatures):
 
     There are ``mels`` bands from 50 Hz to half of ``sample_rate``, in Hann windows of ``window`` seconds every ``hop``.
     They tell timbre, pitch and level apart, but no meaning. With a ``floor`` in dB levels are counted from there, and
-    lower ones as 0: silence is the origin, so that metrics by direction, such as
+    lower ones as 0: silence is the origin, so metrics by direction, such as
     ``rewards.set_rewards.VendiReward``, compare spectra.
     """
 
@@ -108,7 +108,7 @@ def extract_frame_features(clips: ReferenceSamples, encoder: AnyCallable) -> Ten
 def extract_text_features(texts: list[str], model: str) -> Tensor:
     """Compute CLAP's unit text embeddings (m, d): a reference set in words, for ``ClapFeatures(model, ...)``.
 
-    Texts and sounds lie apart in CLAP's space, so that a distance between them falls without reaching 0. Raises
+    Texts and sounds lie apart in CLAP's space, so a distance between them falls without reaching 0. Raises
     ValueError for fewer than 2 texts, which have no covariance.
     """
     if len(texts) < 2:

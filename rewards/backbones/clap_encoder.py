@@ -22,7 +22,7 @@ from rewards.backbones.encoders import DualEncoder, Features, read_config
 class ClapEncoder(DualEncoder):
     """A CLAP checkpoint of transformers, a folder or Hub id, with its processor next to the weights.
 
-    Spectrograms are made in torch, so that scores have a gradient, and without the processor's random crops. It hears
+    Spectrograms are made in torch, so scores have a gradient, and without the processor's random crops. It hears
     windows of ``length`` samples at ``rate`` Hz. A longer clip is covered by as few windows as possible, evenly spaced.
     A shorter one is padded as its checkpoint was trained: by whole repetitions and then silence ("repeatpad"),
     repetition ("repeat"), or silence ("pad").

@@ -218,7 +218,7 @@ class OpenVocabularyDetector(TransformersDetector, ABC):
 class Owlv2(OpenVocabularyDetector):
     """OWLv2 (arXiv:2306.09683), which detects classes by their names, beyond COCO's.
 
-    It gives boxes without masks, so that colors are judged with their surroundings, and its scores are on another scale
+    It gives boxes without masks, so colors are judged with their surroundings, and its scores are on another scale
     than GenEval's: the thresholds are round numbers, not fitted to anything. Overlapping boxes of a class are dropped,
     which GenEval need not do.
     """

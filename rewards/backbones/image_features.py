@@ -134,7 +134,7 @@ def extract_features(images: ReferenceSamples, features: AnyCallable, batch_size
 def extract_text_features(texts: list[str], model: str) -> Tensor:
     """Compute CLIP's unit text embeddings (m, d): a reference set in words, for ``ClipFeatures(model, unit=True)``.
 
-    Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. Raises
+    Texts and images lie apart in CLIP's space, so a distance between them falls without reaching 0. Raises
     ValueError for fewer than 2 texts, which have no covariance.
     """
     if len(texts) < 2:
@@ -182,6 +182,6 @@ def _load_siglip(model: str, dtype: Precision) -> tuple[Any, ImagePreprocessor]:
 
     config = read_config(model, "SigLIP").vision_config
     if not config.vision_use_head:
-        raise ValueError(f"{model} has no pooling head, so that it gives no embedding: take another SigLIP checkpoint")
+        raise ValueError(f"{model} has no pooling head, so it gives no embedding: take another SigLIP checkpoint")
     network = SiglipVisionModel.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
     return network, read_preprocessor(model)

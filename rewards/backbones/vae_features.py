@@ -28,7 +28,7 @@ class VaeFeatures(PatchFeatures):
     """Latents of a model's own VAE, as the mean and standard deviation over a sample's parts, and of each part.
 
     A part is a latent frame of a clip or a latent pixel of an image; with ``patch`` it is as many consecutive frames,
-    or a square of that side, whose latents follow each other in one vector, so that covariances tell neighbors apart.
+    or a square of that side, whose latents follow each other in one vector, so covariances tell neighbors apart.
 
     Attributes:
         model: The diffusers folder, Hub id or embedded name (shapes-sd3) of a model with an ``AutoencoderKL`` of images

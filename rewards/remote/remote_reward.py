@@ -57,7 +57,7 @@ class RemoteReward:
         token_variable: The environment variable that holds the server's token, if it needs one.
         batch_size: The largest number of samples in a request.
         concurrency: The largest number of requests under way at once.
-        version: The version that the server must have, so that all machines of a run are scored by the same one; null
+        version: The version that the server must have, so all machines of a run are scored by the same one; null
             takes any.
         cache: The number of scores that are cached, the latest ones: 0 for a reward that is meant to vary.
         failures: What a sample that could not be scored gives: "nan", with a warning, or "raise" for a RemoteError.
@@ -136,7 +136,7 @@ class RemoteReward:
 
     def _scored(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[Outcome]:
         """Send one request; if the server fails on it or finds it too large, send its halves."""
-        request_id = uuid.uuid4().hex  # the same for every attempt, so that it is scored once
+        request_id = uuid.uuid4().hex  # the same for every attempt, so it is scored once
         wait = max(0.001, min(client.remaining, self.patience.timeout))
         prompts, contents = tuple(item.prompt for item in items), tuple(item.content for item in items)
         body = protocol.ScoreRequest(request_id, wait, prompts, info.media, contents).to_json()

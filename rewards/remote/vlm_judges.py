@@ -3,7 +3,7 @@
 Such servers are vLLM, SGLang, llama.cpp and hosted ones. Probabilities are read from the first token's
 log-probabilities wherever an answer can be one token: they vary smoothly where a written answer takes few values, and
 cost one token. An answer that cannot be read is NaN, never a middle grade. Images travel as PNG in data URLs, before
-the text, so that a server's prefix cache can hold them.
+the text, so a server's prefix cache can hold them.
 
 Prompts are other people's text: they are put between tags, and an answer is only ever read as a number.
 ``YesNoJudge`` answers questions and is no reward by itself: put it into ``rewards.vqa.QuestionReward`` or
@@ -212,7 +212,7 @@ class GradedJudge:
         question: The question, which says what the grades mean; ``{prompt}`` in it is replaced by the prompt.
         low: The lowest grade, a digit.
         high: The highest grade, a digit.
-        penalty: The number of standard deviations of P that are subtracted, so that a judge that is unsure gives less.
+        penalty: The number of standard deviations of P that are subtracted, so a judge that is unsure gives less.
     """
 
     endpoint: Endpoint

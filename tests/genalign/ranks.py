@@ -54,7 +54,7 @@ ANCHORED = Ascent(anchor=0.1)
 
 
 def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """A reward without spread in most groups."""
+    """A reward with zero variance in most groups."""
     varied = torch.tensor([bool(prompt.metadata and prompt.metadata["n"] in (0, 1, 2)) for prompt in prompts])
     return torch.where(varied, redness(samples, prompts), 0.5)
 
@@ -106,12 +106,12 @@ CASES: Mapping[str, Case] = {
         lambda: Constrained({"red": redness, "green": greenness}, {"red": -9.0, "green": 9.0}, 1.0),
     ),
     "balanced": Case(recipe_changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3)),
-    "further prompts": Case(recipe_changes.with_further_prompts(recipes.flow_grpo(window=1)), lambda: seldom),
+    "dynamic sampling": Case(recipe_changes.with_dynamic_sampling(recipes.flow_grpo(window=1)), lambda: seldom),
     "student": Case(few_step_recipes.rg_lcd(proxy=Channels, steps=4, ascent=ANCHORED)),
     "distribution matching": Case(few_step_recipes.distribution_matching(reward=0.1, fake_steps=2, ascent=ANCHORED)),
     "noise hypernetwork": Case(pathwise_recipes.noise_hypernetwork()),
     "hypernetwork": Case(recipes.flow_grpo(window=1, kl=0.01), lora=Lora(rank=2, hypernetwork=Hypernetwork(width=8))),
-    "more samples": Case(recipe_changes.with_more_samples(recipes.flow_grpo(window=1)), lambda: seldom),
+    "adaptive group size": Case(recipe_changes.with_adaptive_group_size(recipes.flow_grpo(window=1)), lambda: seldom),
 }
 WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks
     "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),

@@ -135,7 +135,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(name: str, device: str, folder_of
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_network_learns_as_the_plain_one(device: str, folder_of: FolderOf) -> None:
-    pipeline = opened("sd3", folder_of("sd3"), device, compiled=True)
+    pipeline = opened("sd3", folder_of("sd3"), device, compile=True)
     trainer = trainer_of(pipeline, trained_policy(pipeline))
     pipeline.compile_blocks([4])
     compiled, log_ratio = first_gradient(trainer)

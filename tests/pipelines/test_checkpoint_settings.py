@@ -297,7 +297,7 @@ def test_noise_levels_of_a_record_are_taken_where_they_are_the_schedulers_own() 
     again = ours.grid(STEPS, [round(sigma, 9) for sigma in own.sigma[:-1].tolist()])
     assert torch.equal(again.sigma, own.sigma) and torch.equal(again.timestep, own.timestep)
     for wrong in (own.sigma[:-2].tolist(), (0.9 * own.sigma[:-1]).tolist()):
-        with pytest.raises(ValueError, match="takes integer timesteps alone"):
+        with pytest.raises(ValueError, match="takes only integer timesteps"):
             ours.grid(STEPS, wrong)
 
 

@@ -87,7 +87,7 @@ class _Saved:
 def test_sampling_and_learning_share_their_graphs(
     tiny_folder: Path, graphs: Any, checkpointing: bool, hypernetwork: Hypernetwork | None
 ) -> None:
-    tiny = SD3.load(tiny_folder, compiled=True, memory=Memory(checkpointing=checkpointing))
+    tiny = SD3.load(tiny_folder, compile=True, memory=Memory(checkpointing=checkpointing))
     policy = _policy(tiny, hypernetwork)
     tiny.compile_blocks((4,))
     with _Held() as sampling:
@@ -112,7 +112,7 @@ def test_sampling_and_learning_share_their_graphs(
 
 
 def test_nothing_is_compiled_before_the_adapter_is_on(tiny_folder: Path, graphs: Any) -> None:
-    tiny = SD3.load(tiny_folder, compiled=True)
+    tiny = SD3.load(tiny_folder, compile=True)
     _sample(tiny)
     assert graphs() == 0
     plain = SD3.load(tiny_folder)
@@ -123,14 +123,14 @@ def test_nothing_is_compiled_before_the_adapter_is_on(tiny_folder: Path, graphs:
 
 def test_too_many_graphs_are_an_error(tiny_folder: Path, graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "_GRAPHS", 1)
-    tiny = SD3.load(tiny_folder, compiled=True)
+    tiny = SD3.load(tiny_folder, compile=True)
     tiny.compile_blocks()
     step, conditioning = tiny.grid(3)[0], tiny.encode(["a circle"])
     with torch.no_grad():
         tiny.predict(tiny.initial_noise([1, 2]), step, conditioning[torch.zeros(2, dtype=torch.long)], 1.0)
         one = tiny.predict(tiny.initial_noise([1]), step, conditioning, 1.0)  # padded to two
         assert len(one) == 1
-        with pytest.raises(ValueError, match=r"model\.compiled: a block has 1 graphs already.* or leave model\.comp"):
+        with pytest.raises(ValueError, match=r"model\.compile: a block has 1 graphs already.* or leave model\.comp"):
             tiny.predict(tiny.initial_noise([1, 2, 3]), step, conditioning[torch.zeros(3, dtype=torch.long)], 1.0)
     assert torch.is_grad_enabled()
 
@@ -138,7 +138,7 @@ def test_too_many_graphs_are_an_error(tiny_folder: Path, graphs: Any, monkeypatc
 @pytest.mark.slow  # the compiler takes a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_it_samples_and_learns_as_the_plain_one(tiny_folder: Path) -> None:
-    plain, fast = SD3.load(tiny_folder), SD3.load(tiny_folder, compiled=True)
+    plain, fast = SD3.load(tiny_folder), SD3.load(tiny_folder, compile=True)
     expected_policy, policy = _policy(plain), _policy(fast)
     fast.compile_blocks((4,))
     sampled, compiled = _sample(plain), _sample(fast)
@@ -157,16 +157,16 @@ def test_a_platform_without_a_compiler_is_refused(tiny_folder: Path, monkeypatch
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler on the CPU: install g\+\+ .*, or leave model\.comp"):
-        SD3.load(tiny_folder, compiled=True)
+        SD3.load(tiny_folder, compile=True)
     monkeypatch.setattr("torch.utils._triton.has_triton_package", lambda: False)
-    with pytest.raises(ValueError, match=r"needs triton on a CUDA device: install it .*, or leave model\.compiled"):
+    with pytest.raises(ValueError, match=r"needs triton on a CUDA device: install it .*, or leave model\.compile"):
         require_compiler("cuda:1", Memory())
     with pytest.raises(ValueError, match="works on the devices cpu and cuda, not on mps"):
         require_compiler("mps", Memory())
     with pytest.raises(ValueError, match="does not go with quantization 'nf4'"):
         require_compiler("cuda", Memory(quantization="nf4"))
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
-    with pytest.raises(ValueError, match=r"needs a newer torch than .*: install 2\.14, or leave model\.compiled out"):
+    with pytest.raises(ValueError, match=r"needs a newer torch than .*: install 2\.14, or leave model\.compile out"):
         require_compiler("cpu", Memory())
 
 
@@ -180,7 +180,7 @@ def test_a_quantized_base_is_compiled(
     monkeypatch.setattr("pipelines.loading.require_quantization", lambda *_: None)
     monkeypatch.setattr(rowwise.__class__, "from_recipe_name", lambda _: float8.Float8LinearConfig(emulate=True))
     memory = Memory(quantization=quantization)
-    tiny = SD3.load(tiny_folder, compiled=True, memory=memory, autocast=torch.bfloat16)
+    tiny = SD3.load(tiny_folder, compile=True, memory=memory, autocast=torch.bfloat16)
     policy = _policy(tiny)
     tiny.compile_blocks((4,))
     sampled = _sample(tiny)

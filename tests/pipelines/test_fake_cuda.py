@@ -196,7 +196,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "awm": lambda: recipes.awm(draws=1),
     "align_prop": pathwise_recipes.align_prop,
     "direct_align": lambda: pathwise_recipes.direct_align(high=0.8, inversion=0.5),
-    "draft": lambda: pathwise_recipes.draft(2, Ascent(ceiling=9.0, equalized=True, limit=1.0, anchor=0.1, leash=0.1)),
+    "draft": lambda: pathwise_recipes.draft(
+        2, Ascent(ceiling=9.0, normalize_gradients=True, limit=1.0, anchor=0.1, weight_distance=0.1)
+    ),
     "draft_lv": pathwise_recipes.draft_lv,
     "drtune": pathwise_recipes.drtune,
     "flow_bp": lambda: pathwise_recipes.flow_bp(active=2),
@@ -215,8 +217,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "with_chi_squared": lambda: changes.with_chi_squared(recipes.flow_grpo(window=1, kl=0.01), 50.0),
     "with_credit": lambda: changes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
     "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1)),
-    "with_further_prompts": lambda: changes.with_further_prompts(recipes.flow_grpo(window=1)),
-    "with_more_samples": lambda: changes.with_more_samples(recipes.flow_grpo(window=1)),
+    "with_dynamic_sampling": lambda: changes.with_dynamic_sampling(recipes.flow_grpo(window=1)),
+    "with_adaptive_group_size": lambda: changes.with_adaptive_group_size(recipes.flow_grpo(window=1)),
     "with_recalibration": lambda: changes.with_recalibration(recipes.dense_grpo(window=1)),
     "with_elastic_reset": lambda: changes.with_elastic_reset(recipes.flow_grpo(window=1), every=1),
     "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),

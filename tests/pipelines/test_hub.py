@@ -63,7 +63,7 @@ def test_a_repository_that_gives_nothing_is_refused_in_one_line(
             pipelines.load(name, **options)
         assert "\n" not in str(caught.value)
     for token in ("hf_abcdef", "my token"):
-        with pytest.raises(ValueError, match=r"model\.token is the name of an environment variable"):
+        with pytest.raises(ValueError, match=r"model\.token must be the name of an environment variable"):
             Model(NAME, token=token)
 
 

@@ -105,7 +105,7 @@ def test_commands_take_it_by_its_import_path(checkpoint: Path, work: Path, capsy
     assert main(["train", "--output=run", *model, *training]) == 0
     assert json.loads((work / "run" / "config.json").read_text())["model"]["family"] == FAMILY
     assert main(["train", "--resume", "run", "--training.rounds", "2"]) == 0
-    assert main(["export", "--run", "run", "--output", "exported", "--form", "pipeline"]) == 0
+    assert main(["export", "--run", "run", "--output", "exported", "--format", "pipeline"]) == 0
     assert diffusers.AuraFlowPipeline.from_pretrained(work / "exported").transformer is not None
     search = ["--strategy=genalign.BestOfN", "--strategy.candidates=2", "--lora=run"]
     assert main(["steer", "--output=found", *model, *search]) == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, RewardFunction
-from rewards.audio_guards import LevelWithin, sounding, unclipped
+from rewards.audio_guards import LevelWithin, non_silent_fraction, unclipped
 from rewards.combine import Gate
 
 PROMPTS = [Prompt(f"clip {index}") for index in range(4)]
@@ -34,10 +34,10 @@ def test_levels_outside_the_range_cost_what_they_are_off() -> None:
 
 def test_shares() -> None:
     assert unclipped(clips(), PROMPTS)[:3].tolist() == [1, 1, 1] and 0.3 < float(unclipped(clips(), PROMPTS)[3]) < 0.5
-    assert sounding(clips(), PROMPTS).tolist() == [0, 1, 1, 1]
+    assert non_silent_fraction(clips(), PROMPTS).tolist() == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("guard", [LevelWithin(), unclipped, sounding])
+@pytest.mark.parametrize("guard", [LevelWithin(), unclipped, non_silent_fraction])
 def test_guards_keep_to_the_contract(guard: RewardFunction) -> None:
     gradient = isinstance(guard, LevelWithin)
     results = check(guard, Probe(clips(), PROMPTS), Expected(gradient=gradient))
@@ -48,7 +48,7 @@ def test_silence_does_not_pass_a_gate() -> None:
     def pleased(samples: Tensor, prompts: object) -> Tensor:
         return torch.ones(len(samples))
 
-    gate = Gate(pleased, sounding, threshold=0.5, otherwise=-1.0)
+    gate = Gate(pleased, non_silent_fraction, threshold=0.5, otherwise=-1.0)
     waves = clips()
     waves[1] = 0
     waves[2, 0, 7] = math.nan

@@ -80,7 +80,7 @@ GROUP_RELATIVE = {"class_path": "genalign.algorithms.credit.GroupRelative"}
         (f"{BALANCE}.CorrelationWeighted", {"temperature": 1.0}),
         (f"{BALANCE}.LogTamed", {"threshold": "median", "std": "global"}),
         (f"{BALANCE}.LogTamed", {"threshold": 0.5}),
-        (f"{BALANCE}.AmongRight", {"rule": "a", "weight": 0.2}),
+        (f"{BALANCE}.AmongCorrect", {"rule": "a", "weight": 0.2}),
         (f"{BALANCE}.GatedBySuccess", {"rule": "a", "rate": 0.25}),
         (f"{BALANCE}.Decorrelated", {"credit": GROUP_RELATIVE, "nuisances": ["c"]}),
     ],

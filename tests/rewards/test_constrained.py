@@ -89,7 +89,7 @@ def test_what_it_holds_is_seen_by_warnings_and_commands(caplog: pytest.LogCaptur
     assert [place for place, part in parts(reward) if part is bounded] == ["rewards.bounded"]
     assert referenced(RewardChoice(reward)) == [bounded]
     try_credit(flow_grpo(), [NamedReward("capped", reward)], prompts=3, group_size=4, steps=2)
-    assert "reward 'capped' levels off (PreferenceAsReward), but the credit GroupRelative" in caplog.text
+    assert "reward 'capped' saturates (PreferenceAsReward), but the credit GroupRelative" in caplog.text
 
 
 def test_a_reward_of_groups_is_not_constrained() -> None:

@@ -135,7 +135,7 @@ def _places(group: Sequence[Question], part: str, prompt: Prompt) -> list[int]:
     """Return the numbers of the questions of a part. Raises ValueError if questions have none."""
     if any(question.part is None for question in group):
         raise ValueError(
-            f"the questions of {prompt.text!r} have no categories, so that {part!r} selects none: add them to its"
+            f"the questions of {prompt.text!r} have no categories, so {part!r} selects none: add them to its"
             " metadata, or leave part out"
         )
     return [place for place, question in enumerate(group) if str(question.part).split(" - ")[0] == part]

@@ -192,7 +192,7 @@ class LabelStore:
     def _remove_last(self, annotator: str, index: int) -> set[str]:
         """Remove the last line by which an annotator judged a question, and return its dimensions.
 
-        The other lines stay as they are. The file is replaced at once, so that it is whole at every moment.
+        The other lines stay as they are. The file is replaced at once, so it is whole at every moment.
         """
         lines = self._path.read_bytes().splitlines(keepends=True)
         for place in range(len(lines) - 1, -1, -1):

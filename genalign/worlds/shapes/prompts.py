@@ -41,7 +41,7 @@ def is_held_out_pair(shape: str, color: str) -> bool:
 def held_out_triples() -> frozenset[tuple[str, str, str]]:
     """Return the triples (first, relation, second) that are never trained: a fifth of all, by hash.
 
-    Some are given back, so that every ordered pair of shapes has a trained relation, and every relation at least 15
+    Some are given back, so every ordered pair of shapes has a trained relation, and every relation at least 15
     trained triples.
     """
     pairs = list(permutations(_SHAPES, 2))

@@ -62,7 +62,7 @@ def detect(waveforms: Tensor) -> list[tuple[ToneDetection, ...]]:
 
 
 def levels(clip: Array) -> Array:
-    """RMS in dB of full scale of windows of 20 ms every 4 ms, centered, so that window i is about sample 32 i."""
+    """RMS in dB of full scale of windows of 20 ms every 4 ms, centered, so window i is about sample 32 i."""
     squares = np.concatenate([[0.0], np.cumsum(np.pad(clip, WINDOW // 2) ** 2)])
     means = (squares[WINDOW::HOP] - squares[:-WINDOW:HOP]) / WINDOW
     decibels: Array = 10 * np.log10(np.maximum(means, 1e-12))

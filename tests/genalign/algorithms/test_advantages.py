@@ -293,7 +293,7 @@ def test_a_missing_gain_is_missing_at_its_step_only() -> None:
     assert torch.equal(nothing, torch.zeros(3, 2))
 
 
-def test_variants_give_exactly_zero_to_a_group_without_spread() -> None:
+def test_variants_give_exactly_zero_to_a_zero_variance_group() -> None:
     scores = columns([0.1] * 3 + [1.0, 2.0, 6.0], [0.3] * 3 + [2.0, 4.0, 1.0])
     group = torch.tensor([0] * 3 + [1] * 3)
     for advantages in (

@@ -160,7 +160,7 @@ def test_a_proxy_learns_the_order_of_the_rewards(tiny: SD3) -> None:
 
 
 def test_a_proxy_without_weights_is_refused(tiny: SD3) -> None:
-    with pytest.raises(ValueError, match="the proxy Identity has no weights that could be trained"):
+    with pytest.raises(ValueError, match="the proxy Identity has no trainable weights"):
         LatentProxy(nn.Identity)(tiny, update_context(tiny, ODE()).policy, 0)
 
 

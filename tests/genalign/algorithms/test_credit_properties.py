@@ -9,7 +9,7 @@ GP1    Permuting the samples permutes the credit.
 GP2    Renaming the groups changes nothing.
 GP3    A group does not change the credit of another group.
 GP4    A NaN score gets exactly 0, and leaves the others as if the sample were absent.
-GP5    A group without spread gets exactly 0.
+GP5    A zero-variance group gets exactly 0.
 GP6    A group of one gets exactly 0.
 GP7    Where all scores are NaN, all credit is 0.
 GP8    Scores times 1e6 and 1e-6 have finite credit, and some that is not 0.
@@ -60,7 +60,7 @@ from genalign.algorithms.credit import (
 )
 from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.algorithms.multi_reward_credit import (
-    AmongRight,
+    AmongCorrect,
     CorrelationWeighted,
     Decorrelated,
     GatedBySuccess,
@@ -206,7 +206,7 @@ CASES: dict[str, Case] = {
             ],
         ),
         {
-            "GP5": "a group without spread below the best possible score gets negative credit",
+            "GP5": "a zero-variance group below the best possible score gets negative credit",
             "shift": "the best possible score is absolute",
         },
         refusals={"GP9": "is above best = 2: set best"},
@@ -228,7 +228,7 @@ CASES: dict[str, Case] = {
         (TaskNormalized("task"), SCALES, [-0.70705678, 0.0, -0.70705678, 1.41411356, -0.70710578, 0.70710578]),
         {
             "GP3": "the mean is that of all groups of a task",
-            "GP5": "a group without spread is compared with others of its task",
+            "GP5": "a zero-variance group is compared with others of its task",
             "GP6": "a group of one is compared with others of its task",
             "shift": "groups are compared with each other",
         },
@@ -262,7 +262,7 @@ CASES: dict[str, Case] = {
         (SpreadDiscounted(VirtualBest(2.0)), one_reward([1.0, 1.0, 1.0]), [-0.25 / (0.5 + 1e-6)] * 3),
         {
             "GP3": "the spread is relative to that of all groups",
-            "GP5": "a group without spread below the best possible score gets negative credit",
+            "GP5": "a zero-variance group below the best possible score gets negative credit",
             "shift": "the best possible score is absolute",
         },
         refusals={"GP9": "is above best = 2: set best"},
@@ -356,7 +356,7 @@ CASES: dict[str, Case] = {
         ),
         {
             **dict.fromkeys(("GP9", "shift"), SHARES),
-            "GP5": "the anchor is absolute: a group without spread gets credit",
+            "GP5": "the anchor is absolute: a zero-variance group gets credit",
             "GP6": "the anchor is absolute: a group of one gets credit",
         },
         refusals={"sign": NEGATIVE},
@@ -386,10 +386,10 @@ CASES: dict[str, Case] = {
         ),
         TAMED,
     ),
-    "AmongRight": Case(
-        lambda scale: AmongRight("first", threshold=scale / 2),
+    "AmongCorrect": Case(
+        lambda scale: AmongCorrect("first", threshold=scale / 2),
         (
-            AmongRight("first"),
+            AmongCorrect("first"),
             round_scores([[1, 0.2], [1, 0.6], [0, 0.9], [1, 0.4], [0, 0.1], [0, 0.5], [1, 0.4], [0, 0.3]]),
             [0.5758357593, 1.4237643207, *(0.99980004 * sign for sign in (-1, 1, -1, -1, 1, -1))],
         ),

@@ -88,7 +88,7 @@ def test_updates_with_own_gradients_are_counted() -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="every of 1 or more"):
+    with pytest.raises(ValueError, match="every of at least 1"):
         with_gradient_balance(flow_grpo(), every=0)
     with pytest.raises(ValueError, match=r"gram must be \(K, K\) for 1 to 8 vectors"):
         min_norm_weights(torch.eye(9))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.group_losses import (
-    CentredRewardLoss,
+    CenteredRewardLoss,
     GroupPreferenceLoss,
     RankedPreferenceLoss,
     ReferencePreferenceLoss,
@@ -36,37 +36,37 @@ def _noised(new: Tensor, old: Tensor, reference: Tensor) -> NoisedSamples:
 @pytest.mark.parametrize(
     ("loss", "value"),
     [
-        (CentredRewardLoss(1.0), 0.544666666667),
-        (CentredRewardLoss(2.0), 0.338444444444),
-        (CentredRewardLoss(1.0, temperature=0.5), 0.82057879509),
+        (CenteredRewardLoss(1.0), 0.544666666667),
+        (CenteredRewardLoss(2.0), 0.338444444444),
+        (CenteredRewardLoss(1.0, temperature=0.5), 0.82057879509),
     ],
 )
-def test_centred_reward_distillation(loss: CentredRewardLoss, value: float) -> None:
+def test_centered_reward_distillation(loss: CenteredRewardLoss, value: float) -> None:
     """An error of one value over its own mean absolute value is that value."""
     noised = _noised(NEW, OLD, OLD)
     assert float(loss(noised, ADVANTAGES, GROUP).mean()) == pytest.approx(value, abs=1e-9)
 
 
-def test_centred_rewards_pull_by_the_difference_of_gain_and_advantage() -> None:
+def test_centered_rewards_pull_by_the_difference_of_gain_and_advantage() -> None:
     """d L / d e of sample i is -10 (r_c - a_c) / N, where the mean of r has no gradient."""
     new = NEW.clone().requires_grad_()
-    CentredRewardLoss(1.0)(_noised(new, OLD, OLD), ADVANTAGES, GROUP).mean().backward()
+    CenteredRewardLoss(1.0)(_noised(new, OLD, OLD), ADVANTAGES, GROUP).mean().backward()
     gain, aim = OLD - NEW, ADVANTAGES.clamp(-5, 5) / 10 + 0.5
-    centred = [x - torch.stack([x[k == GROUP].mean() for k in (0, 1)])[GROUP] for x in (gain, aim)]
+    centered = [x - torch.stack([x[k == GROUP].mean() for k in (0, 1)])[GROUP] for x in (gain, aim)]
     # a prediction p has the error p^2 / sg(p), whose slope is 2
-    torch.testing.assert_close(new.grad, -10 / 6 * 2 * (centred[0] - centred[1]))
+    torch.testing.assert_close(new.grad, -10 / 6 * 2 * (centered[0] - centered[1]))
 
 
 def test_without_centres_the_gains_are_regressed_as_they_are() -> None:
     aim = ADVANTAGES.clamp(-5, 5) / 10 + 0.5
     expected = 5 * (OLD - NEW - aim + torch.stack([aim[k == GROUP].mean() for k in (0, 1)])[GROUP]).square()
-    torch.testing.assert_close(CentredRewardLoss(centred=False)(_noised(NEW, OLD, OLD), ADVANTAGES, GROUP), expected)
+    torch.testing.assert_close(CenteredRewardLoss(centered=False)(_noised(NEW, OLD, OLD), ADVANTAGES, GROUP), expected)
 
 
 def test_at_the_old_policy_the_loss_is_the_variance_of_the_advantages() -> None:
     aim = ADVANTAGES.clamp(-5, 5) / 10 + 0.5
     variance = (aim[:3].var(correction=0) + aim[3:].var(correction=0)) / 2
-    loss = CentredRewardLoss(1.0)(_noised(OLD, OLD, OLD), ADVANTAGES, GROUP).mean()
+    loss = CenteredRewardLoss(1.0)(_noised(OLD, OLD, OLD), ADVANTAGES, GROUP).mean()
     assert float(loss) == pytest.approx(5 * float(variance))
 
 

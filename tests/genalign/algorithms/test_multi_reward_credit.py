@@ -13,7 +13,7 @@ from genalign.algorithms.advantages import log_tamed
 from genalign.algorithms.credit import GroupRelative, PlainReward
 from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.multi_reward_credit import (
-    AmongRight,
+    AmongCorrect,
     CorrelationWeighted,
     Decorrelated,
     GatedBySuccess,
@@ -67,9 +67,9 @@ RULE, STYLE = [1.0, 1, 0, 1, 0, 0, 1, 0], [0.2, 0.6, 0.9, 0.4, 0.1, 0.5, 0.4, 0.
 
 
 def test_right_samples_compete_in_style() -> None:
-    strong = AmongRight("rule", weight=5.0)(round_scores(RULE, STYLE))
+    strong = AmongCorrect("rule", weight=5.0)(round_scores(RULE, STYLE))
     assert strong[0] == 0.0 and strong[1] == 5.0  # never against being right, and clipped
-    partial = AmongRight("rule", threshold=2.0)(round_scores(RULE, STYLE))
+    partial = AmongCorrect("rule", threshold=2.0)(round_scores(RULE, STYLE))
     assert torch.equal(partial, GroupRelative()(round_scores(RULE)))  # none is right
 
 
@@ -160,9 +160,9 @@ def random_scores() -> RoundScores:
         (lambda: Decorrelated(PlainReward(), ["size"])(random_scores()),
          "the credit names the reward 'size', but the rewards are rule, style, nuisance"),
         (lambda: Decorrelated(PlainReward(), ["style"])(random_scores()),
-         "the nuisance 'style' has weight 0.5, so that the credit contains it: give it weight 0"),
+         "the nuisance 'style' has weight 0.5, so the credit contains it: give it weight 0"),
         (lambda: Decorrelated(PlainReward(), "style"), "nuisances must be a list of names"),
-        (lambda: AmongRight("strict")(random_scores()), "the credit names the reward 'strict'"),
+        (lambda: AmongCorrect("strict")(random_scores()), "the credit names the reward 'strict'"),
         (lambda: GatedBySuccess("strict")(RoundScores(torch.rand(4, 1), (1.0,), torch.zeros(4).long())),
          "the credit names the reward 'strict', but the rewards have no names"),
         (lambda: CorrelationWeighted(0.0), "temperature must be positive, not 0"),

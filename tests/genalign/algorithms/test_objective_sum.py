@@ -119,5 +119,5 @@ def test_the_first_part_that_can_strengthens_its_penalty() -> None:
 
 def test_parts_need_names_of_their_own() -> None:
     for parts in ([], [ObjectivePart("one", SFT), ObjectivePart("one", DPO)]):
-        with pytest.raises(ValueError, match="need names of their own"):
+        with pytest.raises(ValueError, match="need different names"):
             SumObjective(parts)

@@ -221,8 +221,8 @@ def test_a_level_with_little_of_the_sample_is_refused() -> None:
     [
         ({"limit": 0.0}, r"ascent\.limit must be positive, not 0\.0; null sets no limit"),
         ({"batch_size": 0}, r"ascent\.batch_size must be at least 1 sample, not 0; null takes all"),
-        ({"anchor": -0.1}, r"ascent\.anchor and ascent\.leash must be at least 0, not -0\.1 and 0\.0"),
-        ({"leash": -1.0}, r"ascent\.anchor and ascent\.leash must be at least 0, not 0\.0 and -1\.0"),
+        ({"anchor": -0.1}, r"ascent\.anchor and ascent\.weight_distance must be at least 0, not -0\.1 and 0\.0"),
+        ({"weight_distance": -1.0}, r"ascent\.anchor and ascent\.weight_distance must be .*, not 0\.0 and -1\.0"),
     ],
 )
 def test_an_ascent_that_would_not_ascend_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -230,8 +230,9 @@ def test_an_ascent_that_would_not_ascend_is_refused(arguments: dict[str, Any], m
         Ascent(**arguments)
 
 
-def test_the_anchor_and_the_leash_are_subtracted() -> None:
-    gradient, metrics = gradient_of(PathwiseObjective(Chain(), Ascent(anchor=0.1, leash=0.01)), gaussian_flow(), [3])
+def test_the_anchor_and_the_distance_of_the_weights_are_subtracted() -> None:
+    objective = PathwiseObjective(Chain(), Ascent(anchor=0.1, weight_distance=0.01))
+    gradient, metrics = gradient_of(objective, gaussian_flow(), [3])
     assert gradient == pytest.approx((-0.313673661854, 0.0660934929237), abs=1e-8)
     value = -metrics.mean("loss") - 0.1 * metrics.mean("kl") - 0.01 * metrics.mean("drift")
     assert value == pytest.approx(-0.716972669191, abs=1e-7)

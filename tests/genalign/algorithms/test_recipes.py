@@ -183,10 +183,12 @@ def test_replays_have_the_gates_of_the_rollout(tiny_opened: SD3) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reads", ["state", "prompt"])
+@pytest.mark.parametrize("condition_on", ["state", "prompt"])
 @pytest.mark.parametrize("name", ["ddpo", "draft"])
-def test_the_reward_rises_with_a_hypernetwork(tiny_opened: SD3, name: str, reads: Literal["state", "prompt"]) -> None:
-    lora = Lora(rank=4, alpha=8, hypernetwork=Hypernetwork(reads, width=16))
+def test_the_reward_rises_with_a_hypernetwork(
+    tiny_opened: SD3, name: str, condition_on: Literal["state", "prompt"]
+) -> None:
+    lora = Lora(rank=4, alpha=8, hypernetwork=Hypernetwork(condition_on, width=16))
     results = _train(tiny_opened, RECIPES[name](), 24, 1e-2, lora=lora)
     first, last = (sum(result.reward for result in part) / 4 for part in (results[:4], results[-4:]))
     assert last > first + 0.5 * results[0].reward_std
@@ -359,7 +361,7 @@ def test_a_chi_squared_penalty_is_for_recipes_with_a_kl(tiny_opened: SD3) -> Non
 
 
 def test_arguments_that_exclude_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="branching completes none: leave it out"):
+    with pytest.raises(ValueError, match="completes no stored states: leave it out"):
         tempflow_grpo(completion_steps=2, branching=True)
     with pytest.raises(ValueError, match='link belongs to the loss "dpo"'):
         dragon("kto", link=ChiSquaredLink(10.0))

@@ -1,4 +1,4 @@
-"""What is drawn in place of groups without spread, on scores worked by hand."""
+"""What is drawn in place of zero-variance groups, on scores worked by hand."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from genalign.algorithms.advantages import group_advantages, group_spread
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.recipe_changes import with_further_prompts, with_more_samples
+from genalign.algorithms.recipe_changes import with_adaptive_group_size, with_dynamic_sampling
 from genalign.algorithms.recipes import dragon, flow_grpo
-from genalign.algorithms.redraws import FurtherPrompts, MoreSamples, allocation
+from genalign.algorithms.redraws import AdaptiveGroupSize, DynamicSampling, allocation
 from genalign.types import Prompt
 
 NAN = math.nan
 PROMPTS = tuple(map(Prompt, "abcd"))
 FURTHER = tuple(map(Prompt, "efg"))
-SILENT = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [3.0, 1.0]]  # the groups b and c
+ZERO_VARIANCE = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [3.0, 1.0]]  # the groups b and c
 
 
 def _scores(groups: list[list[float]], group: list[int] | None = None) -> RoundScores:
@@ -26,7 +26,7 @@ def _scores(groups: list[list[float]], group: list[int] | None = None) -> RoundS
     return RoundScores(scores, (1.0,), places if group is None else torch.tensor(group))
 
 
-def test_groups_without_spread_are_those_that_get_no_advantage() -> None:
+def test_zero_variance_groups_are_those_that_get_no_advantage() -> None:
     scores = torch.tensor([1.0, 2.0, 3.0, 3.0, 1.0, NAN, NAN, NAN, 5.0])
     group = torch.tensor([4, 4, 2, 2, 7, 7, 9, 9, 0])
     keys, std = group_spread(scores, group)
@@ -35,34 +35,35 @@ def test_groups_without_spread_are_those_that_get_no_advantage() -> None:
     assert set(group[live].tolist()) == set(keys[std > 0].tolist())
 
 
-def test_silent_groups_give_way_to_further_prompts_up_to_the_limit() -> None:
-    redraw = FurtherPrompts()(PROMPTS, _scores(SILENT), FURTHER, limit=8)
+def test_zero_variance_groups_give_way_to_further_prompts_up_to_the_limit() -> None:
+    redraw = DynamicSampling()(PROMPTS, _scores(ZERO_VARIANCE), FURTHER, limit=8)
     assert redraw is not None and redraw.prompts == tuple(map(Prompt, "abcdef"))
     assert redraw.members == (None, None, (4, 0), (4, 1), (5, 0), (5, 1), None, None)
-    assert redraw.group(_scores(SILENT).group).tolist() == [0, 0, 4, 4, 5, 5, 3, 3]
+    assert redraw.group(_scores(ZERO_VARIANCE).group).tolist() == [0, 0, 4, 4, 5, 5, 3, 3]
     for further, limit in ((FURTHER, 3), (FURTHER[:1], 8)):  # one more group
-        fewer = FurtherPrompts()(PROMPTS, _scores(SILENT), further, limit)
+        fewer = DynamicSampling()(PROMPTS, _scores(ZERO_VARIANCE), further, limit)
         assert fewer is not None and fewer.members == (None, None, (4, 0), (4, 1), None, None, None, None)
-    assert FurtherPrompts()(PROMPTS, _scores(SILENT), FURTHER, limit=1) is None
-    assert FurtherPrompts()(PROMPTS, _scores(SILENT), (), limit=8) is None
-    assert FurtherPrompts()(PROMPTS, _scores([[0.0, 1.0]] * 4), FURTHER, limit=8) is None
-    again = _scores([[0.0, 1.0], [1.0, 1.0], [0.0, 2.0], [3.0, 1.0]], redraw.group(_scores(SILENT).group).tolist())
-    second = FurtherPrompts()(redraw.prompts, again, FURTHER[2:], limit=4)  # the place of e is silent again
+    assert DynamicSampling()(PROMPTS, _scores(ZERO_VARIANCE), FURTHER, limit=1) is None
+    assert DynamicSampling()(PROMPTS, _scores(ZERO_VARIANCE), (), limit=8) is None
+    assert DynamicSampling()(PROMPTS, _scores([[0.0, 1.0]] * 4), FURTHER, limit=8) is None
+    group = redraw.group(_scores(ZERO_VARIANCE).group).tolist()
+    again = _scores([[0.0, 1.0], [1.0, 1.0], [0.0, 2.0], [3.0, 1.0]], group)
+    second = DynamicSampling()(redraw.prompts, again, FURTHER[2:], limit=4)  # the place of e has zero variance again
     assert second is not None and second.prompts[-1] == "g"
     assert second.members == (None, None, (6, 0), (6, 1), None, None, None, None)
 
 
-def test_silent_groups_give_way_to_samples_of_the_groups_that_vary_most() -> None:
-    redraw = MoreSamples()(PROMPTS, _scores(SILENT), (), limit=8)
+def test_zero_variance_groups_give_way_to_samples_of_the_groups_that_vary_most() -> None:
+    redraw = AdaptiveGroupSize()(PROMPTS, _scores(ZERO_VARIANCE), (), limit=8)
     assert redraw is not None and redraw.prompts == PROMPTS  # the scores of d vary twice as much as those of a
     assert redraw.members == (None, None, (0, 2), (3, 2), (3, 3), (3, 4), None, None)
-    assert redraw.group(_scores(SILENT).group).tolist() == [0, 0, 0, 3, 3, 3, 3, 3]
-    limited = MoreSamples()(PROMPTS, _scores(SILENT), (), limit=1)
+    assert redraw.group(_scores(ZERO_VARIANCE).group).tolist() == [0, 0, 0, 3, 3, 3, 3, 3]
+    limited = AdaptiveGroupSize()(PROMPTS, _scores(ZERO_VARIANCE), (), limit=1)
     assert limited is not None and limited.members == (None, None, (3, 2), *[None] * 5)
-    assert MoreSamples()(PROMPTS, _scores([[1.0, 1.0]] * 4), (), limit=8) is None  # none varies
-    assert MoreSamples()(PROMPTS, _scores([[0.0, 1.0]] * 4), (), limit=8) is None  # all vary
-    after = _scores(SILENT, redraw.group(_scores(SILENT).group).tolist())
-    assert MoreSamples()(PROMPTS, after, (), limit=4) is None
+    assert AdaptiveGroupSize()(PROMPTS, _scores([[1.0, 1.0]] * 4), (), limit=8) is None  # none varies
+    assert AdaptiveGroupSize()(PROMPTS, _scores([[0.0, 1.0]] * 4), (), limit=8) is None  # all vary
+    after = _scores(ZERO_VARIANCE, redraw.group(_scores(ZERO_VARIANCE).group).tolist())
+    assert AdaptiveGroupSize()(PROMPTS, after, (), limit=4) is None
 
 
 def test_samples_are_divided_as_neyman_does() -> None:
@@ -79,9 +80,9 @@ def test_samples_are_divided_as_neyman_does() -> None:
 
 
 def test_impossible_redraws_are_refused() -> None:
-    for make in (with_further_prompts, with_more_samples):
-        with pytest.raises(ValueError, match="extra must be positive and finite"):
+    for make in (with_dynamic_sampling, with_adaptive_group_size):
+        with pytest.raises(ValueError, match="extra must be a positive, finite multiple"):
             make(flow_grpo(), extra=0.0)
-    with pytest.raises(ValueError, match="ties a whole group together, which unequal groups do not allow"):
-        with_more_samples(dragon())
-    assert with_further_prompts(dragon()).redraw == FurtherPrompts()
+    with pytest.raises(ValueError, match="couples all samples of a group, which unequal groups do not allow"):
+        with_adaptive_group_size(dragon())
+    assert with_dynamic_sampling(dragon()).redraw == DynamicSampling()

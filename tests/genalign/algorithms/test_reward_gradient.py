@@ -50,11 +50,14 @@ def test_two_stages_are_one_back_propagation() -> None:
 def test_rewards_add_up_by_weight_or_by_their_direction() -> None:
     """g1 = (3, 4), g2 = (0, -0.5) with weights 1 and 2: (3, 3), or (0.6, 0.8) + 2 (0, -1)."""
     rewards = [linear(3.0, 4.0), NamedReward("other", linear(0.0, -0.5).function, 2.0)]
-    plain, equal = (latent_gradient(gaussian_flow(), rewards, LATENTS, PROMPTS, equalized=e) for e in (False, True))
+    plain, equal = (
+        latent_gradient(gaussian_flow(), rewards, LATENTS, PROMPTS, normalize_gradients=normalize)
+        for normalize in (False, True)
+    )
     torch.testing.assert_close(plain.gradient, torch.tensor([[3.0, 3.0]] * 2, dtype=torch.float64))
     torch.testing.assert_close(equal.gradient, torch.tensor([[0.6, -1.2]] * 2, dtype=torch.float64))
     one, zero = linear(3.0, 4.0), NamedReward("flat", lambda samples, prompts: 0 * samples.sum(1), 2.0)
-    flat = latent_gradient(gaussian_flow(), [one, zero], LATENTS, PROMPTS, equalized=True)
+    flat = latent_gradient(gaussian_flow(), [one, zero], LATENTS, PROMPTS, normalize_gradients=True)
     torch.testing.assert_close(flat.gradient, torch.tensor([[0.6, 0.8]] * 2, dtype=torch.float64))
 
 

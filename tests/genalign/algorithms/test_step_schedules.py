@@ -89,7 +89,7 @@ def test_the_last_steps_by_number_fraction_and_all() -> None:
     assert LastSteps(0.3)((), 8, 0, 0) == (5, 6, 7) and LastSteps()((), 3, 0, 0) == (0, 1, 2)
     with pytest.raises(ValueError, match="trains the last 9 steps, but there are only 8: lower its steps"):
         LastSteps(9)((), 8, 0, 0)
-    with pytest.raises(ValueError, match="the recipe needs 4 active steps, but there are only 3"):
+    with pytest.raises(ValueError, match="the recipe needs 4 active steps or more, but there are only 3"):
         LastSteps(least=4)((), 3, 0, 0)
     for size in (0, -1, 1.5):
         with pytest.raises(ValueError, match="a number of at least 1, or a fraction"):

@@ -269,7 +269,7 @@ def test_a_chi_squared_penalty_is_sharper_but_the_metric_stays_the_kl(tiny: SD3)
 
 @pytest.mark.parametrize("sharpness", [-1.0, math.inf, math.nan])
 def test_settings_of_a_penalty_and_a_trust_region_are_checked(sharpness: float) -> None:
-    with pytest.raises(ValueError, match="kl_sharpness must be a number of 0 or more"):
+    with pytest.raises(ValueError, match="kl_sharpness must be at least 0"):
         PolicyGradient(ClippedSurrogate(1e-3), kl=1.0, kl_sharpness=sharpness)
     with pytest.raises(ValueError, match="limit must be a KL divergence of 0 or more"):
         MaskedSurrogate(-1e-5)

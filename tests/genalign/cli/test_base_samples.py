@@ -54,7 +54,7 @@ def test_references_are_written_and_read_by_a_run(
     # The same again, and a run that reads it, with one warning of its credit
     assert main(command) == 0 and (folder / "refs.json").read_text() == first
     assert main(["train", "--config", "run.json"]) == 0
-    assert caplog.text.count("levels off (PreferenceAsReward), but the credit GroupRelative") == 1
+    assert caplog.text.count("saturates (PreferenceAsReward), but the credit GroupRelative") == 1
     metrics = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < metrics["rewards"]["red"] < 1
 
@@ -103,7 +103,7 @@ def test_prompts_without_references_are_refused_before_anything_is_loaded(
         rewards = {"capped": {"function": function}}
         write_config(folder / "few.json", folder / "no model", RED, {}, prompts="prompts.txt", rewards=rewards)
         assert (
-            "reward 'capped' lacks the references of 2 of the 3 training prompts: the prompt 'a square' is not in the"
+            "reward 'capped' has no references for 2 of the 3 training prompts: the prompt 'a square' is not in the"
             " references: score base samples of it first" in error("train", "--config", "few.json")
         )
     assert not (folder / "few").exists()
@@ -119,6 +119,6 @@ def test_a_direction_is_learned(folder: Path, tiny_folder: Path, error: Callable
     direction = read_tensors("d.safetensors")["direction"]
     assert direction.shape == (128,) and 0 < float(direction.norm()) < 1
     assert main(["train", "--config", "guided.json"]) == 0
-    assert "a direction is learned for one reward, and 0 of this configuration have one" in error(
+    assert "a direction is learned for exactly one reward, but 0 in this configuration need one" in error(
         "reward", "direction", "--config", "run.json", "--output", "d.safetensors"
     )

@@ -15,7 +15,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "with_recalibration": {"every": 1, "step": 0.1},
     "with_elastic_reset": {"every": 1, "decay": 0.5},
     "with_gradient_balance": {"every": 2, "decay": 0.5},
-    "with_further_prompts": {"extra": 0.5},
+    "with_dynamic_sampling": {"extra": 0.5},
 }
 CONSTRAINED = {
     "class_path": "rewards.constrained.Constrained",
@@ -53,20 +53,21 @@ def test_all_changes_of_a_recipe_and_constraints_run_from_a_configuration(tiny_f
     assert kernel["init_args"]["kernel"]["class_path"].endswith("FlowSDE")  # the one that training began with
 
 
-def test_more_samples_run_and_other_choices_are_refused_in_one_line(
+def test_adaptive_group_size_runs_and_other_choices_are_refused_in_one_line(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     red = {"red": {"function": "tests.genalign.training.toy_runs.redness"}}
-    recipe = {"class_path": "genalign.with_more_samples", "init_args": {"recipe": {"class_path": "genalign.flow_grpo"}}}
+    inner = {"class_path": "genalign.flow_grpo"}
+    recipe = {"class_path": "genalign.with_adaptive_group_size", "init_args": {"recipe": inner}}
     assert main(["train", "--config", str(_run(tmp_path, tiny_folder, recipe, red))]) == 0
     capsys.readouterr()
     refused = {
-        "choose with_further_prompts, or a recipe such as flow_grpo": ("with_more_samples", "dragon"),
+        "choose with_dynamic_sampling, or a recipe such as flow_grpo": ("with_adaptive_group_size", "dragon"),
         "choose a recipe with a completion, such as dense_grpo": ("with_recalibration", "flow_grpo"),
         "needs 2 to 8 of non-zero weight, not 1": ("with_gradient_balance", "flow_grpo"),
     }
-    for message, (change, inner) in refused.items():
-        recipe = {"class_path": f"genalign.{change}", "init_args": {"recipe": {"class_path": f"genalign.{inner}"}}}
+    for message, (change, changed) in refused.items():
+        recipe = {"class_path": f"genalign.{change}", "init_args": {"recipe": {"class_path": f"genalign.{changed}"}}}
         (folder := tmp_path / change).mkdir()
         assert main(["train", "--config", str(_run(folder, tiny_folder, recipe, red))]) != 0
         assert message in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_pool_of_a_model_is_collected_resumed_and_learned_from(tiny_folder: Pa
         "output": str(tmp_path / "run"),
         "model": {"path": str(tiny_folder), "height": 32, "width": 32},
         "prompts": str(tmp_path / "pool"),
-        "rewards": {"size": {"function": "genalign.recorded"}},
+        "rewards": {"size": {"function": "genalign.stored_score"}},
         "recipe": {"class_path": "genalign.dpo", "init_args": {"draws": 1}},
         "sampling": {"num_steps": 2, "guidance": 1.0},
         "training": {"data": str(tmp_path / "pool"), "rounds": 2, "group_size": 3, "learning_rate": 0.01},
@@ -83,7 +83,7 @@ def test_images_of_others_are_fitted_encoded_and_scored(tiny_folder: Path, tmp_p
     image = torch.tensor([200 / 255, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     torch.testing.assert_close(pool.read([0]), tiny.encode_samples(image).half().float(), atol=2e-3, rtol=1e-3)
     assert fitted(torch.rand(3, 64, 48), (3, 32, 32)).shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="a clip has the shape"):
+    with pytest.raises(ValueError, match="a clip has shape"):
         fitted(torch.rand(1, 10), (1, 20))
 
 
@@ -106,10 +106,10 @@ def test_scores_that_a_folder_lists_are_columns_of_the_pool(
     assert [sample.scores for sample in Pool.load(tmp_path / "alone").samples][1] == {"human": 2.0, "size": -1.0}
     (folder / "prompts.jsonl").write_text(lines[2])
     assert main(["collect", "--config", alone, "--output", str(tmp_path / "none")]) == 2
-    assert "rewards is empty: nothing could be learned" in capsys.readouterr().err
+    assert "rewards is empty: samples without scores cannot be trained on" in capsys.readouterr().err
     (folder / "prompts.jsonl").write_text(lines[0].replace("4.5", '"good"'))
     assert main(["collect", "--config", alone, "--output", str(tmp_path / "none")]) == 2
-    assert "the scores of a sample of 'a circle' must be numbers by name" in capsys.readouterr().err
+    assert "the scores of a sample of 'a circle' must map names to numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pick", "hpd", "files", "own"])
@@ -147,11 +147,11 @@ def test_preferences_become_groups_of_two(
 
 def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "--config", _config(tmp_path / "a.yaml", tiny_folder)]) == 2
-    assert "give one of prompts, samples and preferences, not none" in capsys.readouterr().err
+    assert "give exactly one source of samples (prompts, samples or preferences), not none" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("a circle\n")
     own = {"prompts": str(tmp_path / "prompts.txt")}
     assert main(["collect", "--config", _config(tmp_path / "b.yaml", tiny_folder, rewards={}, **own)]) == 2
-    assert "rewards is empty: nothing could be learned" in capsys.readouterr().err
+    assert "rewards is empty: samples without scores cannot be trained on" in capsys.readouterr().err
     assert main(["collect", "--config", _config(tmp_path / "c.yaml", tiny_folder, **own)]) == 0
     assert main(["collect", "--config", _config(tmp_path / "c.yaml", tiny_folder, seed=1, **own)]) == 2
     assert "was collected with other settings: choose another output" in capsys.readouterr().err

@@ -83,10 +83,10 @@ def test_wrong_settings_of_references_are_named(
 
     best = {"class_path": "genalign.BestOfN", "init_args": {"candidates": 2}}
     references = {"references": True}
-    assert "rewards select references by a strategy: give one" in error("a", **references, rewards=SIZE)
+    assert "have no effect on references without a strategy" in error("a", **references, rewards=SIZE)
     assert "rewards is empty" in error("b", **references, strategy=best)
-    assert "give prompts, and leave samples" in error("c", **references, samples=str(tmp_path))
-    assert "a strategy searches for references: set references" in error("d", rewards=SIZE, strategy=best)
+    assert "give prompts instead of samples" in error("c", **references, samples=str(tmp_path))
+    assert "strategy and budget are for references: set references" in error("d", rewards=SIZE, strategy=best)
     own = {**references, "samples_per_prompt": 1}
     assert main(["collect", "--config", _config(tmp_path / "e.yaml", tiny_folder, **own)]) == 0
     assert "holds references of other settings: choose another output" in error("e", **own, seed=1)

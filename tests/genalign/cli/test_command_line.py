@@ -43,8 +43,8 @@ def test_help_is_short_and_says_what_a_setting_may_be(monkeypatch: pytest.Monkey
     assert all(text.startswith(f"usage: genalign {name}") for name, text in texts.items())
     assert len(texts["train-noise-aware"].splitlines()) < 200
     train = " ".join(texts["train"].split())
-    assert "Training method, as in genalign.flow_grpo. Its advantages" in train
-    assert "lists the rules for them. One of adv_grpo, align_prop, awm" in train
+    assert "Training method, as in genalign.flow_grpo. with_credit changes" in train
+    assert "lists the rules. One of adv_grpo, align_prop, awm" in train
     assert "(also --lr) (float or auto, default: auto)" in train
     assert "reward_hacking.limits.statistics.amber" in train and "default: 0.25)" in train
     assert "--run RUN" in texts["report"] and "(required, text)" in texts["report"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from genalign.cli.compare import Compare, OwnSettings, _standings, own_settings, run_settings
+from genalign.cli.compare import SOME_FAILED, Compare, OwnSettings, _standings, own_settings, run_settings
 from genalign.cli.context import CommandContext
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
@@ -25,7 +26,7 @@ COMPARE = """
 output: {folder}/compared
 base: base.json
 seeds: [3, 4]
-once: [dense]
+first_seed_only: [dense]
 runs:
   flow: {{training: {{learning_rate: 1.0e-3}}}}
   dense:
@@ -82,6 +83,50 @@ def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsy
     assert main(["compare", str(source)]) == 0
     assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == written
     assert (folder / "flow" / "seed-4" / "gain.json").is_file()
+
+    # A finished run of other settings is not taken for the requested one
+    capsys.readouterr()
+    source.write_text(source.read_text().replace("1.0e-3", "2.0e-3"))
+    base = tmp_path / "base.json"
+    base.write_text(base.read_text().replace('"max_nfe": 60', '"max_nfe": 80'))
+    assert main(["compare", str(source)]) == 2
+    flow, dense, other = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    changed = (
+        "was trained with other settings: training.learning_rate was 0.001 and is 0.002; training.max_nfe was 60 and"
+    )
+    delete = "is 80. Delete this folder to train it again, or choose another --output"
+    assert flow == f"error: {folder / 'flow' / 'seed-3'} {changed} {delete}"
+    assert dense.endswith(f"seed-3 was trained with other settings: training.max_nfe was 60 and {delete}")
+    assert other == f"error: {folder / 'flow' / 'seed-4'} {changed} {delete}"
+    assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == written
+
+
+def test_a_run_that_stops_in_training_is_left_out_and_the_others_go_on(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = "rewards: {partial: {function: tests.genalign.training.toy_runs.constant}}"
+    own = f"{{training: {{max_rounds_without_credit: 1}}, {rewards}}}"
+    source.write_text(source.read_text().replace("{training: {learning_rate: 1.0e-3}}", own))
+    assert main(["compare", str(source)]) == SOME_FAILED
+    folder = tmp_path / "compared"
+    failed = folder / "flow" / "seed-3"
+    error = json.loads((failed / "error.json").read_text())
+    assert error["error"] == "RewardError" and "for 1 rounds no sample had credit" in error["message"]
+    assert [recipe["name"] for recipe in json.loads((folder / "comparison.json").read_text())] == ["dense"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(f"failed, and not compared: {failed}: Training stopped at round 1: ")
+    assert lines[-2].endswith("To train it from its start, delete this folder")
+    assert lines[-1].startswith(f"failed, and not compared: {folder / 'flow' / 'seed-4'}: ")
+
+    # It is not tried again before its folder is deleted, and counts as any run once it has been resumed to its end
+    written = (failed / "environment.json").stat().st_mtime_ns
+    assert main(["compare", str(source)]) == SOME_FAILED
+    assert (failed / "environment.json").stat().st_mtime_ns == written
+    assert main(["train", "--resume", str(failed), "--training.max_rounds_without_credit", "null"]) == 0
+    shutil.rmtree(folder / "flow" / "seed-4")
+    assert main(["compare", str(source)]) == SOME_FAILED
+    recipes = {recipe["name"]: recipe for recipe in json.loads((folder / "comparison.json").read_text())}
+    assert recipes["flow"]["seeds"] == 1 and (folder / "flow" / "seed-4" / "error.json").is_file()
 
 
 def test_runs_without_held_out_scores_have_no_standings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +204,7 @@ def test_every_run_is_checked_before_the_first_is_trained(
 def _parsed(*arguments: str) -> tuple[Compare, dict[str, Train]]:
     settings, plain = parse(Compare, arguments, "compare")
     runs = own_settings(plain).items()
-    return settings, {name: run_settings(settings.base.absolute, name, own) for name, own in runs}
+    return settings, {name: run_settings(settings.base.absolute, name, own)[0] for name, own in runs}
 
 
 def test_runs_of_their_own_budgets_have_no_standings(source: Path) -> None:
@@ -174,12 +219,14 @@ def test_import_paths_within_classes_stay_as_they_are_written(tmp_path: Path, so
     credit = {"class_path": "rewards.combine.EnsembleCredit", "init_args": {"pool": "rewards.combine.median"}}
     inner = {"recipe": {"class_path": "genalign.flow_grpo", "init_args": {"window": 1}}, "credit": credit}
     runs = {"median": {"recipe": {"class_path": "genalign.with_credit", "init_args": inner}}}
-    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs, "once": []}))
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs, "first_seed_only": []}))
     arguments = ["--config", str(source), "--config", str(tmp_path / "runs.json")]
     _, plain = parse(Compare, arguments, "compare")
     assert own_settings(plain) == runs
     _, wrong = parse(Compare, [*arguments, "--runs", '{"flow": 3}'], "compare")
-    with pytest.raises(ValueError, match=r"runs\.flow must be settings by name, as in \{training: \{rounds: 9\}\}"):
+    with pytest.raises(
+        ValueError, match=r"runs\.flow must be a mapping of settings, as in \{training: \{rounds: 9\}\}"
+    ):
         own_settings(wrong)
 
 
@@ -211,13 +258,13 @@ OUTSIDE = [({name: {}}, [], "cannot name a run's folder") for name in ("../x", "
 
 
 @pytest.mark.parametrize(
-    ("runs", "once", "message"),
+    ("runs", "first_seed_only", "message"),
     [
         *OUTSIDE,
         ({}, [], "at least one entry in runs and one in seeds"),
-        ({"flow_grpo 2.0": {}}, ["b"], "once names b, which runs does not have"),
+        ({"flow_grpo 2.0": {}}, ["b"], "first_seed_only names b, which is not among the runs"),
     ],
 )
-def test_impossible_comparisons(runs: dict[str, Any], once: list[str], message: str) -> None:
+def test_impossible_comparisons(runs: dict[str, Any], first_seed_only: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Compare("out", "base.yaml", {name: OwnSettings(own) for name, own in runs.items()}, [1], once)
+        Compare("out", "base.yaml", {name: OwnSettings(own) for name, own in runs.items()}, [1], first_seed_only)

@@ -17,6 +17,7 @@ from genalign.cli.error_messages import error_line
 from genalign.cli.parsing import parse
 from genalign.cli.train_settings import Train
 from genalign.scoring.score import RewardError
+from genalign.training.errors import TrainingStoppedError
 from genalign.training.nonfinite import DivergedError
 from tests.packages import folder_of
 
@@ -101,7 +102,7 @@ def test_a_file_that_hides_a_package_of_genalign_is_named(name: str, tmp_path: P
     (tmp_path / f"{name}.py").write_text("")
     command = [sys.executable, "-m", "genalign", "train", "--output", "run"]  # -m puts the working directory first
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    hidden = f"error: {tmp_path / name}.py is imported as {name!r} in place of genalign's package "
+    hidden = f"error: {tmp_path / name}.py is imported as {name!r} instead of genalign's package "
     assert done.returncode == 2 and done.stderr.startswith(hidden) and done.stderr.count("\n") == 1
     assert f"rename it, e.g. to my_{name}, or run genalign in another folder" in done.stderr
 
@@ -157,6 +158,7 @@ def test_errors_of_the_system_and_of_libraries_are_one_line(error: Exception, li
         SafetensorError("bad header"),
         RewardError("bad reward"),
         DivergedError("bad round"),
+        TrainingStoppedError("bad run"),
     ],
     ids=lambda raised: type(raised).__name__,
 )
@@ -186,7 +188,7 @@ def test_home_and_variables_are_expanded_and_empty_paths_refused(
         assert parsed.output == plain["output"] == str(tmp_path / "home" / "runs")
     for path in ("", "$UNSET", "$UNSET/runs"):
         answer = error("train", "--output", path, *settings)
-        assert answer == f"error: output is {path!r}, which names no path: is a variable of the shell unset?\n"
+        assert answer == f"error: output is {path!r}, which is not a path: is a shell variable unset?\n"
     assert list(tmp_path.iterdir()) == []
 
 

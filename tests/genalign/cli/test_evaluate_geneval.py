@@ -175,7 +175,7 @@ def test_invalid_image_folders_are_refused(tmp_path: Path, error: Callable[..., 
     circle = shapes.prompts("iid").prompts[0]
     write_samples(images, 0, circle, torch.rand(2, 3, 64, 64))
     write_samples(images, 7, circle, torch.rand(2, 3, 64, 64))
-    assert "are of the same prompt: put its images into one folder" in error(*command)
+    assert "have the same prompt: put its images into one folder" in error(*command)
     shutil.rmtree(images / "00007")
     (images / "00000" / "samples" / "0001.png").write_bytes(b"\x89PNG")
     assert "0001.png cannot be read as an image" in error(*command)

@@ -109,7 +109,7 @@ def test_a_model_is_evaluated_on_own_prompts_by_own_rewards(
     variety = evaluation.sets["variety"]
     assert (variety.value, variety.n) == (pytest.approx(vendi_score(images.flatten(2).mean(2)), rel=1e-3), 8)
     printed = capsys.readouterr().out
-    assert "variety: " in printed and "of all 8 samples, one set without an interval" in printed
+    assert "variety: " in printed and "(a score of the set of all 8 samples, without an interval)" in printed
     assert "cost of base: 16 NFE, " in printed and "report: base/report.html" in printed
     page = Path("base/report.html").read_text()
     assert '<a href="images/00000.png" target="_blank">' in page and 'data-label="prompts"' in page
@@ -278,7 +278,7 @@ def test_folders_are_compared(
     arguments = ["evaluate", "prompts", "--rewards.red.function", "my_scores.redness", "--samples"]
     assert main([*arguments, "$MINE/one", "--output", "a"]) == 0
     unset = error(*arguments, "two", "--output", "b", "--against", "$UNSET/a")
-    assert "against is '$UNSET/a', which names no path" in unset
+    assert "against is '$UNSET/a', which is not a path" in unset
     assert main([*arguments, "two", "--output", "b", "--against", "a"]) == 0
     assert "red against a: +0.000" in capsys.readouterr().out
     assert "samples of the same number, whose noises are not known" in Path("b/report.html").read_text()
@@ -302,9 +302,10 @@ def test_clips_are_scored(error: Callable[..., str]) -> None:
     assert load_evaluation(Path("out")).overall["length"].mean == 6
     assert Path("out/report.html").read_text().count("<audio") == 3
     soundfile.write("clips/1.wav", np.full(2000, 0.1), 8000)
-    assert "clips/1.wav is at 8000 Hz, and the first clip at 16000: convert" in error(*arguments, "--output", "other")
+    mixed = "clips/1.wav is at 8000 Hz, but the first clip is at 16000 Hz: convert"
+    assert mixed in error(*arguments, "--output", "other")
     level = ["--rewards.length.function", "rewards.tones.TonesReward", "--output", "other"]
-    assert "takes waveforms at 8000 Hz, but they come at 16000" in error(*arguments, *level)
+    assert "expects waveforms at 8000 Hz, but gets 16000" in error(*arguments, *level)
 
 
 def test_failing_rewards(command: list[str], error: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
@@ -319,7 +320,7 @@ def test_failing_rewards(command: list[str], error: Callable[..., str], caplog: 
     assert evaluation.failed == 2 and evaluation.overall["picky"].n == 1
     assert "reward 'picky' raised ValueError: I take no blue (my_scores.py:21)" in caplog.text
     nothing = error(*command, "--rewards.none.function", "my_scores.missing", "--output", "none")
-    assert "'none' scored none of the samples, so that it has no mean" in nothing and nothing.count("\n") == 1
+    assert "'none' scored none of the samples, so it has no mean" in nothing and nothing.count("\n") == 1
 
 
 def test_incomplete_settings_are_refused(tiny_folder: Path, error: Callable[..., str]) -> None:
@@ -332,7 +333,9 @@ def test_incomplete_settings_are_refused(tiny_folder: Path, error: Callable[...,
         "evaluate", "prompts", *model, *prompts, *reward, *output, "--seeds", "0"
     )
     both = [*model, "--samples", "mine", *prompts, *reward, *output]
-    assert "samples is a folder to score, but model or lora asks for new samples" in error("evaluate", "prompts", *both)
+    assert "samples is a folder to score, but model and lora generate new samples" in error(
+        "evaluate", "prompts", *both
+    )
     shapes = ["evaluate", "shapes", "--samples", "mine", *output]
     assert "give one or the other" in error(*shapes, "--lora", "my_lora") and "mine" in error(*shapes)
     twice = ["--prompts", "shapes:comp", "--rewards.strict.function", "my_scores.redness"]

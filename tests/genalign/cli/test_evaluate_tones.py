@@ -153,7 +153,7 @@ def test_invalid_folders_are_refused(tmp_path: Path, error: Callable[..., str]) 
         ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is not a prompt of the tones world"),
         ('{"file_name": "../0.wav", "prompt": "a sine tone"}', "leads out of"),
         ('{"file_name": "1.wav", "prompt": "a sine tone"}', "there is no"),
-        ("", "has no sample to evaluate: list one or more"),
+        ("", "has no samples to evaluate: list at least one"),
     ):
         listing.write_text(line + "\n")
         assert message in error(*command)
@@ -183,10 +183,10 @@ def test_rewards_and_features_of_another_sample_rate_are_refused() -> None:
     gated = Gate(LevelWithin(), PerSampleFrechetReward(LogMelFeatures(8000, mels=8), torch.randn(9, 8)), 0.0)
     recipe = dragon_set(VendiReward(), FrameFeatures(LogMelFeatures(16000)))
     for settings, rate, message in (
-        ({"clap": clap}, 8000, r"^clap takes waveforms at 48000 Hz, but they come at 8000: set its sample_r"),
-        ({"partial": TonesReward()}, 16000, r"^partial takes waveforms at 8000 Hz, but they come at 16000"),
-        ({"quiet": gated}, 44100, r"^quiet\.condition\.encoder takes waveforms at 8000 Hz"),
-        ({"recipe": recipe}, 8000, r"^recipe\.features\.encoder takes waveforms at 16000 Hz, but they come at 8000"),
+        ({"clap": clap}, 8000, r"^clap expects waveforms at 48000 Hz, but gets 8000 Hz: set its sample_r"),
+        ({"partial": TonesReward()}, 16000, r"^partial expects waveforms at 8000 Hz, but gets 16000"),
+        ({"quiet": gated}, 44100, r"^quiet\.condition\.encoder expects waveforms at 8000 Hz"),
+        ({"recipe": recipe}, 8000, r"^recipe\.features\.encoder expects waveforms at 16000 Hz, but gets 8000"),
     ):
         with pytest.raises(ValueError, match=message):
             require_rate(settings, rate)
@@ -199,7 +199,7 @@ def test_training_refuses_rewards_of_another_sample_rate(
     reward = "{class_path: rewards.clap.ClapReward, init_args: {model: tones-clap, sample_rate: 44100}}"
     base = ["--config", str(CONFIGS / "compare" / "base_tones.yaml"), "--output", str(tmp_path / "x")]
     settings = [*base, "--model.path", str(model), "--reward_hacking.rewards", f"{{clap: {reward}}}"]
-    message = "reward_hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to"
+    message = "reward_hacking.rewards.clap expects waveforms at 44100 Hz, but gets 8000 Hz: set its sample_rate to"
     assert message in error(command, *settings)
     assert not (tmp_path / "x").exists()
 
@@ -209,9 +209,9 @@ def test_a_model_of_another_medium_is_refused(
 ) -> None:
     small = ["--samples_per_task", "1", "--seeds", "1", "--output", str(tmp_path / "out")]
     message = error("evaluate", "tones", "--model.path", str(tiny_folder), *small)
-    assert "the verifier of 'tones:comp' takes waveforms at 8000 Hz, but this model makes images" in message
+    assert "the verifier of 'tones:comp' expects waveforms at 8000 Hz, but this model generates" in message
     message = error("evaluate", "shapes", "--model.path", str(model), "--sampling.sigmas", "null", *small)
-    assert "the verifier of 'shapes:comp' takes images, but this model makes waveforms at 8000 Hz" in message
+    assert "the verifier of 'shapes:comp' expects images, but this model generates waveforms at 8000 Hz" in message
 
 
 def test_the_error_for_a_missing_embedded_model_says_how_to_make_it(
@@ -253,8 +253,8 @@ def test_reward_commands_refuse_another_sample_rate(tmp_path: Path, error: Calla
     texts, clips = render(per_task=1)
     write(tmp_path / "samples", texts, clips, rate=16000)
     check = ["reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "samples")]
-    assert "reward takes waveforms at 8000 Hz, but they come at 16000" in error(*check)
+    assert "reward expects waveforms at 8000 Hz, but gets 16000" in error(*check)
     soundfile.write(tmp_path / "samples" / "1.wav", clips[1, 0].numpy(), 8000)
     assert "differ in size or sample rate" in error(*check)
     message = error("serve", "rewards.tones:TonesReward", "--sample_rate", "44100")
-    assert "reward takes waveforms at 8000 Hz, but they come at 44100" in message
+    assert "reward expects waveforms at 8000 Hz, but gets 44100" in message

@@ -76,9 +76,9 @@ def _checkpoint(run: Path, rounds: int) -> Path:
     return folder
 
 
-def _export(run: Path, form: str) -> Path:
-    output = run.parent / form
-    assert main(["export", "--run", str(run), "--output", str(output), "--form", form]) == 0
+def _export(run: Path, format: str) -> Path:
+    output = run.parent / format
+    assert main(["export", "--run", str(run), "--output", str(output), "--format", format]) == 0
     return output
 
 
@@ -115,16 +115,16 @@ def test_a_whole_trained_network_has_no_lora_to_export(tiny_folder: Path, run: P
     (run / "lora").rename(run / "elsewhere")
     merged = run.parent / "tuned"
     arguments = ["export", "--run", str(run), "--output", str(merged)]
-    assert "has no weights yet: its first checkpoint after a round will have them" in error(*arguments)
+    assert "has no weights yet: wait for its first checkpoint" in error(*arguments)
     changed = SD3.load(tiny_folder)
     with torch.no_grad():
         for parameter in changed.denoiser.parameters():
             parameter.mul_(1.1)
     changed.save_denoiser(run / "denoiser")
-    assert "trained the whole network: export it with --form merged or pipeline" in error(*arguments)
-    assert main([*arguments, "--form", "pipeline"]) == 0
+    assert "trained the whole network: export it with --format merged or pipeline" in error(*arguments)
+    assert main([*arguments, "--format", "pipeline"]) == 0
     _assert_same_predictions(changed, SD3.load(merged))
-    assert "exists: choose another output" in error(*arguments, "--form", "pipeline")
+    assert "exists: choose another output" in error(*arguments, "--format", "pipeline")
 
 
 def test_the_card_has_the_metadata_of_the_hub_and_samples(run: Path, tiny_folder: Path) -> None:
@@ -142,9 +142,11 @@ def test_the_card_has_the_metadata_of_the_hub_and_samples(run: Path, tiny_folder
     assert "![before](samples/0-before.png)" in card.content and (output / "samples" / "0-before.png").is_file()
 
 
-@pytest.mark.parametrize("form", ["lora", "comfy", "merged", "pipeline"])
-def test_the_snippet_of_the_card_runs(run: Path, tiny_folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = _export(run, form)
+@pytest.mark.parametrize("format", ["lora", "comfy", "merged", "pipeline"])
+def test_the_snippet_of_the_card_runs(
+    run: Path, tiny_folder: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = _export(run, format)
     monkeypatch.chdir(output.parent)
     snippet = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     here = snippet.replace(f"path/to/{tiny_folder.name}", str(tiny_folder))
@@ -164,7 +166,7 @@ def test_the_card_tells_the_kernel_and_diffusers_moves_alike(
         return (run.parent / output / "README.md").read_text()
 
     text = card({"class_path": "genalign.CPS", "init_args": {"eta": 1.0}}, "consistency")
-    assert "sampled by `CPS(eta=1.0)` of genalign; the scheduler of the code above moves alike." in text
+    assert "sampled with `CPS(eta=1.0)` of genalign; the scheduler above does the same." in text
     monkeypatch.chdir(run.parent)
     scope: dict[str, Any] = {}
     snippet = text.split("```python\n")[1].split("```")[0]
@@ -209,9 +211,7 @@ def test_a_checkpoint_is_exported_by_its_round(run: Path, error: Callable[..., s
     card = (run.parent / "two" / "README.md").read_text()
     assert "Exported after round 2." in card and "not evaluated" in card and "model-index" not in card
     answer = error(*arguments, "--output", str(run.parent / "none"), "--round", "3")
-    assert (
-        "has no weights after round 3, but after round 2, 14: checkpoint.every and checkpoint.keep say which" in answer
-    )
+    assert "has no weights after round 3, but after round 2, 14: checkpoint.every and checkpoint.keep control" in answer
 
 
 def test_a_run_that_was_killed_is_exported_from_its_last_checkpoint(
@@ -221,7 +221,7 @@ def test_a_run_that_was_killed_is_exported_from_its_last_checkpoint(
     _checkpoint(run, 2)
     shutil.rmtree(run / "lora")
     output = _export(run, "lora")
-    assert "after round 14: the run is not at its end" in capsys.readouterr().out
+    assert "after round 14: the run has not ended" in capsys.readouterr().out
     name = "pytorch_lora_weights.safetensors"
     assert _tensors(output / name) == _tensors(late / name)
 

@@ -55,7 +55,7 @@ def test_a_run_records_the_guidance_in_the_weights(run: Path, tiny_folder: Path)
 
 def test_a_student_is_not_guided_again(run: Path, tiny_folder: Path, error: Callable[..., str]) -> None:
     common = [f"--model.path={tiny_folder}", f"--rewards.red.function={REWARD}", *SIZE, "--sampling.num_steps=2"]
-    message = "has guidance 3 in its weights: set sampling.guidance to 1 or null, not 4.5"
+    message = "which has guidance 3 in its weights: set sampling.guidance to 1 or null, not 4.5"
     commands: dict[str, list[str]] = {
         "evaluate": ["evaluate", "prompts", "--prompts=shapes:val", "--samples_per_task=1"],
         "steer": ["steer", "--prompt=a circle", "--strategy=BestOfN", "--strategy.candidates=1"],
@@ -82,15 +82,17 @@ def test_training_and_evaluations_of_a_student_take_no_guidance(
     assert "set sampling.guidance to 1 or null, not 2" in error(*again, *evaluation)
 
 
-@pytest.mark.parametrize("form", ["lora", "comfy", "pipeline"])
-def test_exports_say_that_they_are_a_student(run: Path, tiny_folder: Path, form: str) -> None:
-    output = run.parent / form
-    assert main(["export", f"--run={run}", f"--output={output}", f"--form={form}"]) == 0
+@pytest.mark.parametrize("format", ["lora", "comfy", "pipeline"])
+def test_exports_say_that_they_are_a_student(run: Path, tiny_folder: Path, format: str) -> None:
+    output = run.parent / format
+    assert main(["export", f"--run={run}", f"--output={output}", f"--format={format}"]) == 0
     card = (output / "README.md").read_text()
-    assert "A few-step student: guidance 3 is in its weights. Sample at guidance 1, in 2 steps" in card
+    assert (
+        "A few-step student: guidance 3 is distilled into its weights. Sample at guidance 1, in about 2 steps" in card
+    )
     assert "guidance_scale=1.0" in card and "stochastic_sampling=True" in card
-    opened = SD3.load(output if form == "pipeline" else tiny_folder)
-    if form != "pipeline":
+    opened = SD3.load(output if format == "pipeline" else tiny_folder)
+    if format != "pipeline":
         opened.load_lora(output)
     with pytest.raises(ValueError, match="has guidance 3 in its weights"):
         opened.guidance_scale(2.0)

@@ -52,7 +52,7 @@ def test_the_written_configuration_trains_at_once(folder: Path, tiny_folder: Pat
     written = init("--model", str(tiny_folder), *REWARD)
     assert written["prompts"] == "prompts.txt" and written["rewards"]["sharpness"]["function"].endswith("sharpness")
     text = Path("config.yaml").read_text()
-    assert "# 4 different ones" in text and "which are then not trained on: 2 of them" in text
+    assert "# 4 different ones" in text and "on 2 held-out prompts, which are not trained on" in text
     smaller = "--rounds 1 --sampling.num_steps 4 --training.group_size 2 --before_after.samples_per_task 2"
     quick = f"{smaller} --held_out.every 0 --output runs/x"
     assert main(["train", "--config", "config.yaml", *quick.split()]) == 0

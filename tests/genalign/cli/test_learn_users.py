@@ -128,8 +128,8 @@ def test_comparisons_that_nothing_is_learned_from_are_refused(
     path = tmp_path / "p.jsonl"
     line = {"prompt": "a", "image_0": "red-0.png", "image_1": "blue-0.png", "label_0": 1.0}
     for row, message in (
-        (line, "judgment 1 does not say who compared: add annotator, user or user_id"),
-        (line | {"user": "ada", "label_0": 0.5}, "has ties alone"),
+        (line, "judgment 1 has no annotator: add annotator, user or user_id"),
+        (line | {"user": "ada", "label_0": 0.5}, "contains only ties"),
     ):
         path.write_text(json.dumps(row) + "\n")
         assert _learn(tmp_path, path, "--output", str(tmp_path / "u")) != 0

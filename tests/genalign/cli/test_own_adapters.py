@@ -66,7 +66,7 @@ def _arguments(kind: str, tiny_folder: Path, output: Path) -> list[str]:
         "prompts": output.parent / "prompts.txt",
     }
     if "with" in kind:
-        values |= {"lora.hypernetwork": '{"reads": "state", "width": 8}'}
+        values |= {"lora.hypernetwork": '{"condition_on": "state", "width": 8}'}
     (output.parent / "prompts.txt").write_text("\n".join(PROMPTS))
     return ["train", *(f"--{name}={value}" for name, value in values.items())]
 
@@ -78,13 +78,13 @@ def test_a_run_is_resumed_and_exported_in_one_form(
     run = tmp_path / "run"
     assert main([*_arguments(kind, tiny_folder, run), "--before_after.seeds=1"]) == 0
     assert main(["train", "--resume", str(run), "--training.rounds", "2"]) == 0
-    export = ["export", "--run", str(run), "--output", str(tmp_path / "adapter"), "--form"]
-    for form in ("lora", "comfy", "kohya", "merged", "pipeline"):
-        message = error(*export, form)
-        assert f"trained {kind}" in message and "export it with --form genalign" in message
+    export = ["export", "--run", str(run), "--output", str(tmp_path / "adapter"), "--format"]
+    for format in ("lora", "comfy", "kohya", "merged", "pipeline"):
+        message = error(*export, format)
+        assert f"trained {kind}" in message and "export it with --format genalign" in message
     assert main([*export, "genalign"]) == 0
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert f"This is {kind}, no plain LoRA" in card and "library_name: genalign" in card
+    assert f"This is {kind}, not a plain LoRA" in card and "library_name: genalign" in card
     code = card.split("```python\n")[1].split("```")[0].replace(f"path/to/{tiny_folder.name}", str(tiny_folder))
     names: dict[str, Any] = {}
     exec(code.replace('load_lora("adapter")', f'load_lora("{tmp_path / "adapter"}")'), names)

@@ -73,16 +73,16 @@ WRONG = {
 }
 SAID = [
     "unknown setting 'checkpoint.evry': did you mean 'checkpoint.every'?",
-    "model.dtype: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?",
+    "model.dtype: must be one of float32, bfloat16, float16, not 'bf16': did you mean 'bfloat16'?",
     "recipe.window must be at least 1 step, not 0; null trains every step",
     "rewards.a.function: rewards.jpeg has no compresibility: did you mean 'compressibility'?",
-    "rewards.b.function: no module theirs: it must be installed, or be in the working directory",
+    "rewards.b.function: no module theirs: it must be installed or in the working directory",
     "sampling.num_steps must be at least 1, not 0",
     "training.rounds: expected int, not many",
     "training.batch_size: expected int, not few",
     "LoRA rank must be at least 1, not 0",
     "held_out.seeds must be at least 1, not 0",
-    "trackers: 'tensorbord' is none of tensorboard, wandb, trackio, swanlab",
+    "trackers: must be one of tensorboard, wandb, trackio, swanlab, not 'tensorbord'",
     "held_out_fraction must be between 0 and 1, not 2.0",
     "no prompt file nothing.csv",
 ]
@@ -109,7 +109,7 @@ def test_checks_that_need_several_settings_are_made_before_loading(
     )
     said = [
         "model.device is 'cuda:99', but torch sees",
-        "trackers names tensorboard, wandb, which are not installed: pip install tensorboard wandb",
+        "trackers tensorboard, wandb are not installed: pip install tensorboard wandb",
         "no prompt file none.txt",
     ]
     assert [one for one in said if f"error: {one}" not in lines] == []
@@ -126,14 +126,14 @@ def test_checks_that_need_several_settings_are_made_before_loading(
         ("--recipe.noise_level 1", "unknown setting 'recipe.noise_level': did you mean 'recipe.kernel.noise_level'?"),
         (
             "--recipe.kernel.noise_level 1",
-            "recipe.kernel.noise_level is a setting of what recipe.kernel names: name it",
+            "recipe.kernel.noise_level is a setting of recipe.kernel: name that",
         ),
         ("--recipe.kernel FlowSDE --recipe.kernel.level 1", "did you mean 'recipe.kernel.noise_level'?"),
         ("--rewards.b.function ClipReward", "did you mean 'rewards.clip.ClipReward'?"),
         ("--rewards.b.function clip.ClipReward", "did you mean 'rewards.clip.ClipReward'?"),
         (
             "--rewards.b.function own_untyped.Untyped",
-            "rewards.b.function: own_untyped.Untyped: give the parameter k a type, as in k: float",
+            "rewards.b.function: own_untyped.Untyped: annotate the parameter k, as in k: float",
         ),
         ("--rewards.b.function own_untyped.Failing", "k is not what it seems"),
         ("--training.rounds 2.5", "training.rounds: expected int, not 2.5"),
@@ -147,9 +147,9 @@ def test_a_message_names_the_whole_setting_and_what_to_write(words: str, said: s
 
 DOUBLING = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 NESTED = {
-    "a mapping within itself": ("mine: &m {path: *m}\n", "nested.yaml is nested too deeply: take out YAML aliases"),
+    "a mapping within itself": ("mine: &m {path: *m}\n", "nested.yaml is nested too deeply: remove YAML aliases"),
     "a list within itself": ("output: &o [*o]\n", "nested.yaml is nested too deeply"),
-    "aliases that double": (DOUBLING, "nested.yaml is nested too deeply: take out YAML aliases"),
+    "aliases that double": (DOUBLING, "nested.yaml is nested too deeply: remove YAML aliases"),
     "without aliases": (f"output: {'[' * 3000}{']' * 3000}\n", "nested.yaml is nested too deeply"),
 }
 
@@ -183,7 +183,7 @@ def test_an_offload_that_is_true_is_told_what_it_may_be(file: bool, folder: Path
     (folder / "old.yaml").write_text("model: {path: shapes-sd3, memory: {offload: true}}")
     words = ["--config", "old.yaml"] if file else ["--model.memory.offload", "true"]
     (line,) = problems(Train, [*WORDS, "--recipe", "flow_grpo", *words])
-    assert line.startswith("model.memory.offload") and "is none of none, text, all" in line
+    assert line.startswith("model.memory.offload") and "must be one of none, text, all" in line
 
 
 def test_a_file_named_like_a_package_of_genalign_is_explained(folder: Path) -> None:
@@ -238,5 +238,5 @@ def test_print_config_explains_the_settings(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse(Train, [*WORDS, "--recipe", "flow_grpo", "--print_config"], "train")
     printed = capsys.readouterr().out
-    assert "# Number of rounds between two evaluations; 0 evaluates by time alone, or never." in printed
+    assert "# Number of rounds between two evaluations; 0 evaluates only by time, or never." in printed
     assert yaml.safe_load(printed)["model"]["path"] == "shapes-sd3"

@@ -296,7 +296,7 @@ def test_the_command_prints_all_and_reads_no_weights(
         "while learning",
     ):
         assert words in printed, words
-    assert "text encoders of this model" not in printed
+    assert "activations of this model's text encoders" not in printed
     assert list(tmp_path.iterdir()) == []
 
     def refused(*_: object) -> None:
@@ -305,7 +305,7 @@ def test_the_command_prints_all_and_reads_no_weights(
     monkeypatch.setattr(SD3, "encode_texts", refused)
     assert main(["plan", *plain, "--training.rounds", "2"]) == 0
     assert "Not counted: networks of rewards" in (printed := capsys.readouterr().out)
-    assert "what the text encoders of this model compute" in printed
+    assert "activations of this model's text encoders" in printed
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)

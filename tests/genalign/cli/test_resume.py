@@ -27,7 +27,7 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     stored: dict[str, Any] = {"output": "a", "training": {"rounds": 2, "seed": 0}, "checkpoint": {"every": 1}}
     free = {"output": "b", "training": {"rounds": 9, "seed": 0}, "checkpoint": {"every": 5}}
     require_same(stored, free)
-    require_same(stored, stored | {"training": {"rounds": 2, "seed": 0, "max_silent_rounds": 5}})
+    require_same(stored, stored | {"training": {"rounds": 2, "seed": 0, "max_rounds_without_credit": 5}})
     with pytest.raises(ValueError, match=r"training\.seed was 0 and is 1: choose another output"):
         require_same(stored, stored | {"training": {"rounds": 2, "seed": 1}})
     with pytest.raises(ValueError, match=r"lora\.rank was None and is 4; training\.seed was 0 and is None"):
@@ -41,7 +41,7 @@ def test_forms_of_resume(tmp_path: Path) -> None:
     assert train_request([*own, "--resume"]) == train_request(["--resume", *own]) == (own, True)
     whole = ["--config", str(tmp_path / "config.json"), "--training.rounds", "9", "--output", str(tmp_path)]
     assert train_request(["--resume", str(tmp_path), "--training.rounds", "9"]) == (whole, True)
-    with pytest.raises(FileNotFoundError, match="nowhere holds no run to resume"):
+    with pytest.raises(FileNotFoundError, match="nowhere has no run to resume"):
         train_request(["--resume=nowhere"])
 
 
@@ -58,5 +58,5 @@ def test_a_run_that_was_moved_is_resumed_where_it_is(name: str, tmp_path: Path) 
 def test_a_resumed_run_has_the_inputs_that_it_began_with(now: tuple[str, str], name: str) -> None:
     state = InputFingerprint("m", "p").state()
     InputFingerprint("m", "p").restore(state)
-    with pytest.raises(ValueError, match=f"{name} is not what the run began with: restore it, or choose another"):
+    with pytest.raises(ValueError, match=f"{name} changed since the run began: restore it, or choose another"):
         InputFingerprint(*now).restore(state)

@@ -111,7 +111,7 @@ def _collected(root: Path, output: Path, *more: str) -> list[Judgment]:
 def test_samples_of_other_programs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = _folder(tmp_path / "theirs", {"a": ["a0.png", "b0.png", "a1.png", "b1.png"], "b": ["a2.png"]})
     comparisons = _collected(root, tmp_path / "pairs", "--comparisons_per_prompt", "2")
-    assert "1 of 2 prompts have fewer than 2 samples" in capsys.readouterr().out
+    assert "left out: 1 of 2 prompts, which have fewer than 2 samples" in capsys.readouterr().out
     assert len(comparisons) == 2 and all(one.prompt == "a" and one.kind == "pair" for one in comparisons)
     theirs = {(root / name).read_bytes() for name in ("a0.png", "b0.png", "a1.png", "b1.png")}
     samples = [sample for one in comparisons for sample in one.samples]
@@ -124,7 +124,8 @@ def test_samples_of_other_programs_are_compared(tmp_path: Path, capsys: pytest.C
     (root / "a1.png").write_bytes((root / "a0.png").read_bytes())
     assert main(["reward", "collect", "--samples", str(root), "--output", str(tmp_path / "equal")]) == 2
     captured = capsys.readouterr()
-    assert "1 of 1 comparisons have equal samples" in captured.out and "gave no comparison" in captured.err
+    assert "left out: 1 of 1 comparisons, whose samples are equal" in captured.out
+    assert "gave no comparison" in captured.err
 
 
 def test_samples_of_several_folders_are_compared_with_each_other(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_labeler_fills_the_dimensions_that_are_missing(tmp_path: Path, capsys:
         captured = capsys.readouterr()
         return captured.out + captured.err
 
-    assert "2 new and 0 earlier; 2 have no score of style\n" in label(overall="brighter", style="darker")
+    assert "2 new and 0 earlier; 2 have no score for style\n" in label(overall="brighter", style="darker")
     assert "2 new and 2 earlier\n" in label(overall="brighter", style="darker")
     assert "2 new and 4 earlier\n" in label(overall="brighter", style="darker", light="brighter")
     assert "0 new and 6 earlier\n" in label(overall="brighter", style="darker", light="brighter")
@@ -253,10 +254,10 @@ def broken(samples: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
 
 def test_wrong_settings_are_named(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"models": {}}, "give models with prompts, or a folder of samples: what is compared?"),
-        ({"prompts": None}, "prompts are those of the models: give both"),
-        ({"samples": "x"}, "give models with prompts, or a folder of samples"),
-        ({"group_size": 1}, "group_size must be at least 2, not 1: one sample is compared with none"),
+        ({"models": {}}, "nothing to compare: set models and prompts, or samples"),
+        ({"prompts": None}, "models and prompts belong together: set both"),
+        ({"samples": "x"}, "nothing to compare: set models and prompts, or samples"),
+        ({"group_size": 1}, "group_size must be at least 2 samples to compare, not 1"),
     ]
     for changes, message in wrong:
         assert main(["reward", "collect", "--config", _config(tmp_path, tiny_folder, **changes)]) == 2

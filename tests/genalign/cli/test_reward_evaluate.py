@@ -160,7 +160,7 @@ def test_training_pairs_are_found_by_hash(folder: Path, capsys: pytest.CaptureFi
     printed = " ".join(capsys.readouterr().out.split())
     assert "was trained on 5 of the 24 samples, by the hash of their files, which are in 5 of the 12 pairs" in printed
     assert "1 of 12 pairs have no score and are left out" in printed
-    assert "these pairs count in the section training data alone" in printed
+    assert "these pairs count only in the section training data" in printed
     measures = _evaluated(folder / "out")["measures"]
     assert measures["training data/pairs that were trained on"]["of"] == "4 pairs"
     assert measures["accuracy/without ties"]["of"].startswith("7 pairs")
@@ -279,7 +279,7 @@ def test_samples_with_a_truth(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "give preferences: a folder or file of judgments; or samples"),
+        ([], "nothing to measure on: give preferences"),
         (["--preferences", "nowhere"], "there is no nowhere"),
         (["--preferences", "data", "--measure.dimension", "taste"], "no judgment has the dimension 'taste'"),
         (["--preferences", "data", "--others.truth.function", "outside_brightness.redness"], "choose another"),

@@ -310,7 +310,7 @@ def test_several_rounds_of_judgments_are_joined(tmp_path: Path, capsys: pytest.C
     new = ["--output", str(tmp_path / "other")]
     assert "is listed twice" in wrong(capsys, path, "--preferences", f"[{first}, {first}]", *new)
     append_judgments(second, write_judgments(second, 2, seed=2))
-    assert "is of other judgments: train into another output folder" in wrong(capsys, path)
+    assert "belongs to other judgments" in wrong(capsys, path)
     apart = ["--preferences", str(first), "--held_out", f"[{second}]"]
     assert main(["reward", "train", "--config", path, *apart, *new]) == 0
     assert "held-out: 10 of 10 judgments of 8 prompts" in capsys.readouterr().out
@@ -360,12 +360,10 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         [replace(one, scores={"detail": (1.0, 0.0)}) for one in write_judgments(tmp_path / "detail", 3, seed=9)],
     )
     held_out = ["--held_out", str(tmp_path / "detail"), "--output", str(tmp_path / "early")]
-    unclear = (
-        "no held-out judgment is of overall, which the reward learns, but of detail: give held_out judgments of it"
-    )
+    unclear = "the reward learns overall, but held-out judgments are only of detail: give held_out judgments of it"
     assert unclear in wrong(capsys, path, *held_out)
     assert not (tmp_path / "early").exists()
-    assert "are training samples as well" in wrong(capsys, path, "--held_out", str(tmp_path / "pairs"))
+    assert "are also training samples" in wrong(capsys, path, "--held_out", str(tmp_path / "pairs"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    assert "is not empty and holds no training" in wrong(capsys, path, "--output", str(tmp_path / "full"))
+    assert "is not empty, but has no training" in wrong(capsys, path, "--output", str(tmp_path / "full"))

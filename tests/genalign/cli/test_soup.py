@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 import pipelines
-from genalign.cli.lora_forms import TrainedAdapter
+from genalign.cli.lora_formats import TrainedAdapter
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from pipelines import SD3
@@ -90,7 +90,7 @@ def test_a_front_evaluates_the_mixtures_of_two_adapters(
     assert json.loads((output / "front.json").read_text()) == front
     arguments[1] = json.dumps([*map(str, reversed(adapters))])
     assert main(["soup", *arguments, "--evaluate", str(tmp_path / "evaluation.yaml")]) == 2
-    assert "share-0.000/lora holds another mixture" in capsys.readouterr().err
+    assert "share-0.000/lora has another mixture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,4 +120,4 @@ def test_runs_of_other_base_models_are_refused(
         (run / "config.json").write_text(json.dumps({"model": {"path": f"base-{name}"}}))
         runs.append(str(run))
     assert main(["soup", "--adapters", json.dumps(runs), "--weights", "[1, 1]", "--output", str(tmp_path / "x")]) == 2
-    assert "the adapters are of different base models" in capsys.readouterr().err
+    assert "the adapters have different base models" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_the_prompts_that_choose_the_weights_are_not_those_of_their_gain(
     (tmp_path / "prompts.txt").write_text("\n".join(f"{count} circles" for count in range(20)))
     halves = ["--held_out.every=1", "--before_after.seeds=1", "--training.rounds=1"]
     assert main([*arguments, *halves]) == 0
-    run, warning = tmp_path / "run", "prompts of before_after also choose the weights whose gain it measures"
+    run, warning = tmp_path / "run", "prompts of before_after are also used to select the weights"
     described = _json(run / "prompts.json")
     assert [described[name]["prompts"] for name in ("training", "held_out", "before_after")] == [16, 2, 2]
     assert described["held_out"]["suite_hash"] != described["before_after"]["suite_hash"]
@@ -318,7 +318,7 @@ def test_a_run_says_when_and_by_which_command_it_began(
 @pytest.mark.parametrize(
     ("model", "advice"),
     [
-        (Model("x", compiled=True), r"model\.compiled: leave it out"),
+        (Model("x", compile=True), r"model\.compile: leave it out"),
         (Model("x", memory=Memory(quantization="int8")), r"model\.memory\.quantization: leave it out"),
     ],
 )

@@ -58,7 +58,7 @@ def test_train_noise_aware_then_steer(
 def test_a_student_of_two_rewards_is_refused(tiny_folder: Path, tmp_path: Path, error: Callable[..., str]) -> None:
     config = config_file(tmp_path, AWARE, model=tiny_folder, student="SelfDistilled")
     message = error("train-noise-aware", "--config", config, "--rewards.strict.function=rewards.shapes.ShapesReward")
-    assert "a student predicts one reward, not partial, strict: give one, and train a student of each" in message
+    assert "a student predicts one reward, not partial, strict: give one, and train a student for each" in message
 
 
 @pytest.mark.slow

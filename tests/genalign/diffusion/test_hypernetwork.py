@@ -62,9 +62,9 @@ def _texts(rows: int, tokens: int, padding: int = 0) -> dict[str, Tensor]:
     return {"prompt": nn.functional.pad(made, (0, 0, 0, padding)), "mask": torch.ones(rows, tokens, dtype=torch.long)}
 
 
-def _hypernetwork(reads: str) -> nn.Module:
+def _hypernetwork(condition_on: str) -> nn.Module:
     network = OneLayer(nn.Linear(4, 3))
-    Policy(network, Lora(2, 3, ["layer"], Hypernetwork(reads)))
+    Policy(network, Lora(2, 3, ["layer"], Hypernetwork(condition_on)))
     made = hypernetwork_of(network)
     assert made is not None
     nn.init.normal_(made.gates.weight, generator=torch.Generator().manual_seed(0))
@@ -94,9 +94,9 @@ def test_gates_of_the_prompt_are_the_same_at_all_steps() -> None:
     assert not torch.allclose(gates[0], gates[1])
 
 
-def _opened(folder: Path, checkpointing: bool = False, reads: str = "state") -> tuple[SD3, Policy]:
+def _opened(folder: Path, checkpointing: bool = False, condition_on: str = "state") -> tuple[SD3, Policy]:
     tiny = SD3.load(folder, height=32, width=32, memory=Memory(checkpointing=checkpointing))
-    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4, hypernetwork=Hypernetwork(reads, width=8)))
+    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4, hypernetwork=Hypernetwork(condition_on, width=8)))
     return tiny, policy
 
 
@@ -161,7 +161,7 @@ def test_a_call_past_the_pipeline_and_layers_without_rows_of_samples_are_refused
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r'hypernetwork\.reads must be "state" or "prompt"'):
+    with pytest.raises(ValueError, match=r'hypernetwork\.condition_on must be "state" or "prompt"'):
         Hypernetwork("step")
     with pytest.raises(ValueError, match=r"hypernetwork\.width must be at least 1"):
         Hypernetwork(width=0)

@@ -26,7 +26,7 @@ from genalign.diffusion.user_attention import (
 )
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
-from genalign.training.offline import recorded
+from genalign.training.offline import stored_score
 from genalign.training.pools import Pool, PoolInfo, PoolSample, write_part
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
@@ -164,7 +164,7 @@ def _session(tiny_folder: Path, users: Path, pool: Path, output: Path, rounds: i
         data=str(pool),
         user_dropout=0.1,
     )
-    rewards = [NamedReward("preference", recorded)]
+    rewards = [NamedReward("preference", stored_score)]
     trainer = Trainer(pipeline, policy, rewards, Pool.load(pool).prompts, dpo(draws=1), settings, SAMPLING)
     return Session(output, trainer, ScoreLog())
 
@@ -217,8 +217,8 @@ def test_what_users_do_not_go_with_is_refused(tiny: SD3, tiny_folder: Path, user
     seeing = SD3.load(tiny_folder, users=str(users))
     with pytest.raises(ValueError, match="trained beside an adapter"):
         Policy(seeing.denoiser, None)
-    with pytest.raises(ValueError, match=r"without model.compiled, model.memory.checkpointing"):
-        SD3.load(tiny_folder, users=str(users), compiled=True)
+    with pytest.raises(ValueError, match=r"without model.compile, model.memory.checkpointing"):
+        SD3.load(tiny_folder, users=str(users), compile=True)
     with pytest.raises(ValueError, match="Linear has no attention to the text"):
         attach_users(torch.nn.Linear(2, 2), Users.load(users))
     with pytest.raises(FileNotFoundError, match="write one with genalign learn-users"):

@@ -166,7 +166,7 @@ def test_multimodal_rewardbench_of_text_to_image(folder: Path, caplog: pytest.Lo
     assert judgment.scores == {"overall": (0, 1)} and _names(judgment) == ["a", "b"] and judgment.prompt == "a dot"
     assert judgment.prompt.metadata == {"subset": "dots"} and judgment.samples[1].generator == "model b"
     assert "1 of the 2 rows" in caplog.text and "images in the prompt" in caplog.text
-    with pytest.raises(ValueError, match="its chosen is 'C', so that the winner is unknown"):
+    with pytest.raises(ValueError, match="its chosen is 'C', so the winner is unknown"):
         _read(folder, [row | {"chosen": "C"}])
 
 
@@ -287,7 +287,7 @@ def test_several_folders_and_files_are_joined(folder: Path) -> None:
     more = str(folder / "more.jsonl")
     assert [one.prompt for one in read_all_preferences([more, str(folder)])] == ["b", "a dot"]
     assert read_all_preferences(more) == read_all_preferences([more])
-    with pytest.raises(ValueError, match=r"more\.jsonl is listed twice, so that its judgments would count twice"):
+    with pytest.raises(ValueError, match=r"more\.jsonl is listed twice, so its judgments would count twice"):
         read_all_preferences([more, str(folder), str(folder / "x" / ".." / "more.jsonl")])
     with pytest.raises(ValueError, match="the list of preferences is empty"):
         read_all_preferences([])
@@ -303,8 +303,8 @@ PAIR = {"prompt": "a dot", "image_0": "a.png", "image_1": "b.png", "label_0": 1}
         ({"image_path": []}, "row 1 is no judgment: it has no prompt: give a text under caption, prompt, text"),
         (PAIR | {"prompt": " "}, "row 1 is no judgment: it has no prompt"),
         ({"prompt": "a dot"}, "row 1 is no judgment: its columns prompt are of no layout that is known"),
-        (PAIR | {"label_0": None}, "its label_0 is null, so that the winner is unknown"),
-        (PAIR | {"label_1": 1}, "so that the winner is unknown"),
+        (PAIR | {"label_0": None}, "its label_0 is null, so the winner is unknown"),
+        (PAIR | {"label_1": 1}, "so the winner is unknown"),
         (PAIR | {"image_1": "d.png"}, "there is no .*d.png, which .*names .1 of its 2 files are missing"),
         (PAIR | {"image_1": "../b.png"}, r"row 1 is no judgment: '../b.png' leads out of"),
         ({key: value for key, value in PAIR.items() if key != "image_1"}, "it has no column 'image_1'"),
@@ -312,7 +312,7 @@ PAIR = {"prompt": "a dot", "image_0": "a.png", "image_1": "b.png", "label_0": 1}
         ({"prompt": "a", "image_path": "a.png", "human_preference": [1]}, "it has no list of files under image_path"),
         (
             {"prompt": "a", "image_path": ["a.png", "b.png", "c.png"], "human_preference": [0, 0, 0]},
-            r"its human_preference is \[0.0, 0.0, 0.0\], so that the winner is unknown",
+            r"its human_preference is \[0.0, 0.0, 0.0\], so the winner is unknown",
         ),
         (["a.png"], "row 1 is no object"),
     ],

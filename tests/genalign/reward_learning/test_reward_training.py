@@ -97,11 +97,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(members: int, tmp_path: Pat
 def test_a_checkpoint_of_other_judgments_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.safetensors"
     trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
-    with pytest.raises(ValueError, match="is of other judgments"):
+    with pytest.raises(ValueError, match="belongs to other judgments"):
         trained(toy_data(write_judgments(tmp_path, 20, seed=7)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
     tensors, meta = load_state(checkpoint)
     save_state(checkpoint, tensors, {**meta, "encoder": "another"})
-    with pytest.raises(ValueError, match="is of other weights of the frozen encoder"):
+    with pytest.raises(ValueError, match="belongs to other weights of the frozen encoder"):
         trained(toy_data(write_judgments(tmp_path, 20)), RewardObjective(BradleyTerryLoss()), FAST, checkpoint)
 
 

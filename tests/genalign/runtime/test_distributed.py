@@ -150,9 +150,9 @@ def test_an_adversarial_head_is_that_of_one_process(both: Path, alone: Mapping[s
 def test_a_sharded_network_trains_like_an_unsharded_one(
     both: Path, alone: Mapping[str, ranks.Recording], name: str, kept: str
 ) -> None:
-    billed = ("nfe", "calls") if name == "seldom matched" else ()  # also for processes that keep others company
+    counted = ("nfe", "calls") if name == "seldom matched" else ()  # also for processes that keep others company
     for recording in _of(both, f"{name}.{kept}"):
-        _require_same_run(recording, alone[name], billed)
+        _require_same_run(recording, alone[name], counted)
 
 
 @pytest.mark.slow

@@ -107,9 +107,9 @@ def _bytes(content: bytes) -> Callable[[Path], None]:
     [
         (_bytes(b""), "cannot be read as an image"),
         (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "cannot be read as an image"),
-        (lambda path: Image.fromarray(RAMP).save(path, "GIF"), "save it anew as PNG"),
-        (lambda path: Image.fromarray(RAMP).save(path, "TIFF"), "save it anew as PNG"),
-        (lambda path: Image.fromarray(RAMP).save(path, "BMP"), "save it anew as PNG"),
+        (lambda path: Image.fromarray(RAMP).save(path, "GIF"), "save it again as PNG"),
+        (lambda path: Image.fromarray(RAMP).save(path, "TIFF"), "save it again as PNG"),
+        (lambda path: Image.fromarray(RAMP).save(path, "BMP"), "save it again as PNG"),
     ],
 )
 def test_other_files_are_refused_in_one_line(write: Callable[[Path], None], message: str, tmp_path: Path) -> None:

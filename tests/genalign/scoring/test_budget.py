@@ -58,7 +58,7 @@ def test_training_bills_every_call_of_the_model(tiny: SD3, recipe: Recipe, guida
     assert last.calls == true and last.nfe == true["nfe"]
 
 
-def test_gradients_of_decodes_and_rewards_are_billed(tiny: SD3) -> None:
+def test_gradients_of_decodes_and_rewards_are_counted(tiny: SD3) -> None:
     metered = Metered(tiny, Ledger())
     reward = metered_reward("red", redness, metered.ledger)
     latents = torch.randn(2, 4, 16, 16, requires_grad=True)
@@ -74,11 +74,11 @@ def test_cost_by_prices() -> None:
     with pytest.raises(ValueError, match=r"no price for nfe backward: .* genalign prices --gradients true"):
         Ledger(Counter({"nfe backward": 1})).cost({"nfe": 1.0})
     earlier = ledger.copy()
-    ledger.bill("nfe", 3)
+    ledger.record("nfe", 3)
     assert ledger.since(earlier).nfe == 3 and earlier.nfe == 10
 
 
-def test_failed_reward_is_billed() -> None:
+def test_failed_reward_is_counted() -> None:
     ledger = Ledger()
 
     def broken(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:

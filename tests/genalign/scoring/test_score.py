@@ -236,13 +236,13 @@ def test_too_many_failures_stop_the_run() -> None:
 
 
 def test_rounds_without_signal_warn_once_and_then_stop(caplog: pytest.LogCaptureFixture) -> None:
-    monitor, patient = RewardMonitor(max_silent_rounds=3), RewardMonitor(max_silent_rounds=None)
-    for silent in (True, True, False, True, True):  # a round with signal starts the count again
-        monitor.see_round(silent)
+    monitor, patient = RewardMonitor(max_rounds_without_credit=3), RewardMonitor(max_rounds_without_credit=None)
+    for without_credit in (True, True, False, True, True):  # a round with signal starts the count again
+        monitor.see_round(without_credit)
     assert caplog.text.count("nothing to learn from") == 2
-    message = r"for 3 rounds no sample had credit \(training\.max_silent_rounds\), .*: use a reward with partial credit"
+    message = r"for 3 rounds no sample had credit \(training\.max_rounds_without_credit\), .*: use a reward"
     with pytest.raises(RewardError, match=message):
-        monitor.see_round(silent=True)
+        monitor.see_round(without_credit=True)
     for _ in range(50):
-        patient.see_round(silent=True)
-    assert patient.silent == 50
+        patient.see_round(without_credit=True)
+    assert patient.rounds_without_credit == 50

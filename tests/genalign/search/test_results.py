@@ -57,7 +57,7 @@ APART: dict[str, Strategy] = {
 
 @pytest.mark.parametrize("name", [*INCLUDED, *APART])
 def test_gain_is_over_the_plain_sample_of_the_first_noise(tiny: SD3, name: str) -> None:
-    """It is a candidate of the search where the search makes it, and billed apart where it does not."""
+    """It is a candidate of the search where the search makes it, and counted separately where it does not."""
     strategy = {**INCLUDED, **APART}[name]
     result = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING)
     alone = search(tiny, PROMPTS, redness, BestOfN(1), sampling=SAMPLING)

@@ -204,7 +204,7 @@ def test_neighbors_have_length_and_angle() -> None:
 
 
 def test_cost_of_published_schedule() -> None:
-    """x = 9.9, y = 1.2, 20 steps: 61.764 by the nfe that a preview takes (public code bills 51.864)."""
+    """x = 9.9, y = 1.2, 20 steps: 61.764 by the nfe that a preview takes (public code counts 51.864)."""
     candidates = 1_000_000
     alive = [count / candidates for count in PruneSchedule((2, 6, 11), (0.4, 0.4, 0.5)).counts(candidates)]
     moves = [end - begin for begin, end in itertools.pairwise((0, 3, 7, 12, 20))]
@@ -224,11 +224,11 @@ def test_prune_counts_round_up(keep: tuple[float, ...], counts: tuple[int, ...])
     [
         (BestOfN, {}, "say how many candidates, or give a budget"),
         (lambda: BestOfN(0), {}, "candidates must be at least 1, not 0"),
-        (BestOfN, {"budget": Budget(nfe=1e12)}, "pays for more than 4096 candidates at its prices"),
+        (BestOfN, {"budget": Budget(nfe=1e12)}, "allows more than 4096 candidates at its prices"),
         (
             BestOfN,
             {"budget": Budget(cost=1.0, prices={"nfe": 0.0, "decode": 0.0, "reward/reward": 0.0})},
-            "pays for more than 4096 candidates at its prices",
+            "allows more than 4096 candidates at its prices",
         ),
         (BestOfN, {"budget": Budget(nfe=3)}, r"candidates=1 costs 5 .* budget is 3: raise the budget"),
         (

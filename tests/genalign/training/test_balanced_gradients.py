@@ -104,7 +104,7 @@ def test_each_reward_alone_is_credited_with_its_sign() -> None:
     torch.testing.assert_close(credit[:, 0], -credit[:, 1])
     assert credit.shape == (3, 2) and float(credit[2, 0]) > 0
     named = RoundScores(scores, (3.0, 0.0, -2.0), torch.zeros(3).long(), names=("red", "size", "blue"))
-    message = "by each reward alone, which Decorrelated refuses .*names the reward 'size', but the rewards are red"
+    message = "by each reward separately, which Decorrelated refuses .*names the reward 'size', but the rewards are red"
     with pytest.raises(ValueError, match=message):
         credit_by_reward(Decorrelated(GroupRelative(), ["size"]), named)
 
@@ -112,7 +112,7 @@ def test_each_reward_alone_is_credited_with_its_sign() -> None:
 def test_recipes_and_rewards_that_cannot_be_balanced_are_named(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="needs 2 to 8 of non-zero weight, not 1"):
         _trainer(tiny, with_gradient_balance(flow_grpo()), rewards=[NamedReward("red", redness)])
-    with pytest.raises(ValueError, match="loss on a whole group does not allow: choose a recipe such as flow_grpo"):
+    with pytest.raises(ValueError, match="loss over a whole group does not allow: choose a recipe such as flow_grpo"):
         _trainer(tiny, with_gradient_balance(dragon()))
     policy = SimpleNamespace(sharded=True)
     rewards = [NamedReward("a", redness), NamedReward("b", redness)]

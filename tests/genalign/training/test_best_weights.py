@@ -109,8 +109,8 @@ def test_without_held_out_rewards_both_are_the_newest(policy: Policy, tiny: SD3,
     assert _value(tmp_path / "lora") == _value(tmp_path / "lora-last") == 3
     assert RunFolder(tmp_path).best_round() is None
     assert files.describe(7) == (
-        "lora/ and lora-last/: the newest weights, after round 7: without held-out rewards (held_out.every,"
-        " held_out.every_seconds) none are chosen"
+        "lora/ and lora-last/: the newest weights, after round 7, as no held-out rewards (held_out.every,"
+        " held_out.every_seconds) select the best"
     )
 
 

@@ -78,7 +78,7 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "awm": recipes.awm,
     "align_prop": lambda: pathwise_recipes.align_prop(mean=0.5, std=0.3),
     "direct_align": lambda: pathwise_recipes.direct_align(high=0.8, inversion=0.3),
-    "draft": lambda: pathwise_recipes.draft(2, Ascent(anchor=0.1, leash=0.01)),
+    "draft": lambda: pathwise_recipes.draft(2, Ascent(anchor=0.1, weight_distance=0.01)),
     "draft_lv": pathwise_recipes.draft_lv,
     "drtune": pathwise_recipes.drtune,
     "flow_bp": lambda: pathwise_recipes.flow_bp(active=2),
@@ -98,8 +98,8 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "with_credit": lambda: changes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
     "with_gradient_balance": lambda: changes.with_gradient_balance(recipes.flow_grpo(window=1, kl=0.01), every=3),
     "with_elastic_reset": lambda: changes.with_elastic_reset(recipes.nft(lag=Lag(slope=0.3)), every=2, decay=0.5),
-    "with_further_prompts": lambda: changes.with_further_prompts(recipes.flow_grpo(window=1)),
-    "with_more_samples": lambda: changes.with_more_samples(recipes.flow_grpo(window=1)),
+    "with_dynamic_sampling": lambda: changes.with_dynamic_sampling(recipes.flow_grpo(window=1)),
+    "with_adaptive_group_size": lambda: changes.with_adaptive_group_size(recipes.flow_grpo(window=1)),
     "with_recalibration": lambda: changes.with_recalibration(recipes.dense_grpo(window=1)),
 }
 
@@ -115,7 +115,7 @@ EACH_STATE = (
     "awm with a trail",
     "with_gradient_balance",
     "with_elastic_reset",
-    "with_further_prompts",
+    "with_dynamic_sampling",
     "with_recalibration",
 )
 """Recipes whose runs keep a state of a kind of their own; the others take half a minute more together."""

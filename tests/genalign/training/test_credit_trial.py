@@ -20,7 +20,7 @@ from genalign.algorithms.credit import (
     PlainReward,
 )
 from genalign.algorithms.interfaces import Credit
-from genalign.algorithms.multi_reward_credit import AmongRight, CorrelationWeighted, Decorrelated, LogTamed
+from genalign.algorithms.multi_reward_credit import AmongCorrect, CorrelationWeighted, Decorrelated, LogTamed
 from genalign.algorithms.recipe_changes import with_gradient_balance
 from genalign.algorithms.recipes import dense_grpo, flow_grpo
 from genalign.algorithms.step_credit import RewardGain
@@ -78,14 +78,14 @@ def warnings(
         BestAndWorst(),
         CorrelationWeighted(),
         LogTamed(),
-        AmongRight("size", threshold=0.5),
+        AmongCorrect("size", threshold=0.5),
         Decorrelated(GroupRelative(), ["red"]),
     ],
     ids=repr,
 )
 def test_credit_that_undoes_a_bounded_reward_is_warned_of(credit: Credit, caplog: pytest.LogCaptureFixture) -> None:
     (message,) = warnings(credit, caplog)
-    assert message.startswith(f"reward 'aesthetics' levels off (Bounded), but the credit {type(credit).__name__} ")
+    assert message.startswith(f"reward 'aesthetics' saturates (Bounded), but the credit {type(credit).__name__} ")
     assert "use genalign.algorithms.credit.LeaveOneOut" in message
 
 
@@ -122,14 +122,16 @@ def test_groups_that_are_too_small_for_a_credit_are_refused(caplog: pytest.LogCa
 
 @pytest.mark.parametrize(
     "credit",
-    [EnsembleCredit(), AmongRight("size", threshold=0.5), Decorrelated(GroupRelative(), ["red"])],
+    [EnsembleCredit(), AmongCorrect("size", threshold=0.5), Decorrelated(GroupRelative(), ["red"])],
     ids=lambda credit: type(credit).__name__,
 )
 def test_a_balance_is_tried_with_each_reward_alone(credit: Credit) -> None:
     rewards = [NamedReward("aesthetics", plain), NamedReward("size", plain), NamedReward("red", plain, 0.0)]
     balanced = with_gradient_balance(replace(flow_grpo(), credit=credit))
     try_credit(replace(balanced, balance=None), rewards, prompts=3, group_size=4, steps=2)
-    message = f"by each reward alone, which {type(credit).__name__} refuses .*: choose a credit such as GroupRelative"
+    message = (
+        f"by each reward separately, which {type(credit).__name__} refuses .*: choose a credit such as GroupRelative"
+    )
     with pytest.raises(ValueError, match=message):
         try_credit(balanced, rewards, prompts=3, group_size=4, steps=2)
     try_credit(with_gradient_balance(flow_grpo()), rewards, prompts=3, group_size=4, steps=2)
@@ -141,7 +143,7 @@ def test_a_balance_is_tried_with_each_reward_alone(credit: Credit) -> None:
         (Decorrelated(GroupRelative(), ["saturation"]),
          "the credit names the reward 'saturation', but the rewards are aesthetics, size, red"),
         (Decorrelated(GroupRelative(), ["size"]), "the nuisance 'size' has weight 1"),
-        (AmongRight("strict"), "the credit names the reward 'strict'"),
+        (AmongCorrect("strict"), "the credit names the reward 'strict'"),
     ],
 )  # fmt: skip
 def test_names_of_no_reward_are_refused(credit: Credit, message: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +153,7 @@ def test_names_of_no_reward_are_refused(credit: Credit, message: str, caplog: py
 
 @pytest.mark.parametrize(
     "credit",
-    [CorrelationWeighted(), AmongRight("blue", threshold=0.5), Decorrelated(GroupRelative(), ["size"])],
+    [CorrelationWeighted(), AmongCorrect("blue", threshold=0.5), Decorrelated(GroupRelative(), ["size"])],
     ids=repr,
 )
 def test_a_round_is_trained_with_credit_over_several_rewards(credit: Credit, small: SD3) -> None:

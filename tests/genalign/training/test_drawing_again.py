@@ -1,4 +1,4 @@
-"""Rounds that draw other samples in place of groups without spread, on the tiny pipeline."""
+"""Rounds that draw other samples in place of zero-variance groups, on the tiny pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.recipe import Lag, Recipe
-from genalign.algorithms.recipe_changes import with_further_prompts, with_more_samples
+from genalign.algorithms.recipe_changes import with_adaptive_group_size, with_dynamic_sampling
 from genalign.algorithms.recipes import dragon, flow_grpo, nft
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
@@ -34,15 +34,15 @@ SETTINGS = TrainerSettings(
 )
 SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "further prompts": lambda: with_further_prompts(flow_grpo(window=1)),
-    "further prompts, groups whole": lambda: with_further_prompts(dragon(anchor=0.1)),
-    "further prompts, lag": lambda: with_further_prompts(nft(lag=Lag(slope=0.3))),
-    "more samples": lambda: with_more_samples(flow_grpo(window=1)),
+    "dynamic sampling": lambda: with_dynamic_sampling(flow_grpo(window=1)),
+    "dynamic sampling, groups whole": lambda: with_dynamic_sampling(dragon(anchor=0.1)),
+    "dynamic sampling, lag": lambda: with_dynamic_sampling(nft(lag=Lag(slope=0.3))),
+    "adaptive group size": lambda: with_adaptive_group_size(flow_grpo(window=1)),
 }
 
 
 def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """A reward with spread for odd prompts alone."""
+    """A reward that varies only for odd prompts."""
     varied = torch.tensor([bool(prompt.metadata and prompt.metadata["n"] % 2) for prompt in prompts])
     return torch.where(varied, redness(samples, prompts), 0.5)
 
@@ -71,7 +71,7 @@ def opened(tiny_folder: Path) -> SD3:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_fewer_groups_are_silent_and_all_that_runs_is_billed(opened: SD3, name: str) -> None:
+def test_fewer_groups_have_zero_variance_and_all_that_runs_is_counted(opened: SD3, name: str) -> None:
     trainer, recipe = _trainer(opened, RECIPES[name]()), RECIPES[name]()
     result = next(trainer.rounds())
     drawn = int(result.metrics["redrawn_samples"])
@@ -87,33 +87,33 @@ def test_fewer_groups_are_silent_and_all_that_runs_is_billed(opened: SD3, name: 
     assert plain.samples == 8 and plain.nfe < result.nfe
 
 
-def test_a_round_with_spread_is_trained_as_it_was_drawn(opened: SD3) -> None:
-    plain, same = (_trainer(opened, recipe, redness) for recipe in (flow_grpo(window=1), RECIPES["further prompts"]()))
+def test_a_round_without_zero_variance_groups_is_trained_as_it_was_drawn(opened: SD3) -> None:
+    plain, same = (_trainer(opened, recipe, redness) for recipe in (flow_grpo(window=1), RECIPES["dynamic sampling"]()))
     for expected, result in zip(plain.rounds(), same.rounds(), strict=True):
         assert result.metrics.pop("redrawn_samples") == result.metrics.pop("trained_zero_std_share") == 0.0
         assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
 
 
-def test_a_set_without_further_prompts_and_silent_ones_end_the_search(opened: SD3) -> None:
+def test_redraws_end_without_further_prompts_or_at_the_limit(opened: SD3) -> None:
     settings = replace(SETTINGS, prompts_per_round=8)
-    result = next(_trainer(opened, RECIPES["further prompts"](), settings=settings).rounds())
+    result = next(_trainer(opened, RECIPES["dynamic sampling"](), settings=settings).rounds())
     assert result.metrics["redrawn_samples"] == 0.0
-    silent = _trainer(opened, RECIPES["further prompts"](), lambda samples, _: torch.ones(len(samples)))
-    assert next(silent.rounds()).metrics["redrawn_samples"] == 8.0  # a round's samples, and no more
+    constant = _trainer(opened, RECIPES["dynamic sampling"](), lambda samples, _: torch.ones(len(samples)))
+    assert next(constant.rounds()).metrics["redrawn_samples"] == 8.0  # a round's samples, and no more
 
 
-def test_a_round_whose_redrawn_groups_have_spread_is_not_silent(opened: SD3) -> None:
+def test_a_round_whose_redrawn_groups_vary_has_credit(opened: SD3) -> None:
     first = set[str]()
 
     def later(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """A reward with spread for all prompts but those that are drawn first."""
+        """A reward that varies for all prompts except those drawn first."""
         return torch.where(torch.tensor([p.text in first for p in prompts]), 0.5, redness(samples, prompts))
 
-    trainer = _trainer(opened, RECIPES["further prompts"](), later, replace(SETTINGS, max_silent_rounds=1))
+    trainer = _trainer(opened, RECIPES["dynamic sampling"](), later, replace(SETTINGS, max_rounds_without_credit=1))
     first |= {prompt.text for prompt in next(trainer.prompts.rounds())}
     result = next(trainer.rounds())
     assert result.zero_std_share == 1.0 and result.metrics["trained_zero_std_share"] < 1.0
-    assert trainer.monitor.silent == 0
+    assert trainer.monitor.rounds_without_credit == 0
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ class OfGroups:
 
 def test_a_reward_of_groups_sees_whole_ones_that_are_drawn_again(opened: SD3) -> None:
     settings = replace(SETTINGS, batch_size=4)
-    trainer = _trainer(opened, RECIPES["further prompts"](), OfGroups(), settings)
+    trainer = _trainer(opened, RECIPES["dynamic sampling"](), OfGroups(), settings)
     results = [next(trainer.rounds()) for _ in range(2)]
     assert [result.failed_rewards for result in results] == [0, 0]
     assert sum(result.metrics["redrawn_samples"] for result in results) > 0
-    with pytest.raises(ValueError, match=r"reward 'red' compares all samples .*: choose with_further_prompts"):
-        _trainer(opened, RECIPES["more samples"](), OfGroups(), settings)
+    with pytest.raises(ValueError, match=r"reward 'red' compares all samples .*: choose with_dynamic_sampling"):
+        _trainer(opened, RECIPES["adaptive group size"](), OfGroups(), settings)
     with pytest.raises(ValueError, match=r"batch_size 3 must be a multiple of .* for reward 'red': try 2"):
-        _trainer(opened, RECIPES["further prompts"](), OfGroups())
+        _trainer(opened, RECIPES["dynamic sampling"](), OfGroups())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -188,13 +188,13 @@ def test_further_prompts_are_others_in_an_order_of_the_round() -> None:
 def test_sharded_networks_are_refused(opened: SD3) -> None:
     trainer = _trainer(opened, flow_grpo(window=1))
     trainer.policy.sharded = True
-    with pytest.raises(ValueError, match="FSDP does not allow: leave with_further_prompts or with_more_samples out"):
+    with pytest.raises(ValueError, match=r"FSDP does not allow: leave with_dynamic_sampling .* out"):
         Trainer(
             trainer.pipeline.pipeline,
             trainer.policy,
             [NamedReward("red", seldom)],
             PROMPTS,
-            RECIPES["more samples"](),
+            RECIPES["adaptive group size"](),
             SETTINGS,
             SAMPLING,
         )

@@ -76,5 +76,5 @@ def test_a_trust_region_measures_from_the_weights_of_the_reset(tiny: SD3) -> Non
 
 
 def test_impossible_resets_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"every of 1 or more and a decay in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"every of at least 1 and a decay in \[0, 1\)"):
         with_elastic_reset(flow_grpo(), decay=1.0)

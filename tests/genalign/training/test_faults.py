@@ -79,12 +79,12 @@ class Run:
         reward: NamedReward | RewardFunction = verifier,
         settings: TrainerSettings = SETTINGS,
         recipe: Recipe = RECIPE,
-        suspects: Path | None = None,
+        skipped_updates: Path | None = None,
     ) -> None:
         self.pipeline = copy.deepcopy(opened)
         policy = Policy(self.pipeline.denoiser, Lora(rank=4, alpha=8))
         rewards = [reward if isinstance(reward, NamedReward) else NamedReward("partial", reward)]
-        self.trainer = Trainer(self.pipeline, policy, rewards, PROMPTS, recipe, settings, SAMPLING, suspects)
+        self.trainer = Trainer(self.pipeline, policy, rewards, PROMPTS, recipe, settings, SAMPLING, skipped_updates)
         self.results: list[RoundResult] = []
 
     def finished(self) -> Run:
@@ -268,20 +268,20 @@ def without_gradient(run: Run, updates: range) -> None:
 
 @pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped_and_written(opened: SD3, clean: Run, tmp_path: Path) -> None:
-    run = Run(opened, suspects=tmp_path / "suspects")
+    run = Run(opened, skipped_updates=tmp_path / "skipped_updates")
     without_gradient(run, range(5, 6))
     run.finished()
     assert [result.skipped_updates for result in run.results] == [0, 1, 0]
     assert run.results[1].as_dict()["skipped_updates"] == 1 and run.results[1].as_dict()["grad_norm"] is not None
     assert_within_noise(run, clean)
-    path = tmp_path / "suspects" / "round-000001-update-1.safetensors"
+    path = tmp_path / "skipped_updates" / "round-000001-update-1.safetensors"
     tensors, about = load_file(path), json.loads(path.with_suffix(".json").read_text())
     assert tensors["batch.0.prediction"].shape[:2] == (4, 1) and tensors["batch.0.credit"].shape == (4,)
     assert about["grad_norm"] == "nan" and about["not_finite"] == [] and len(about["batches"][0]["prompts"]) == 4
 
 
 def test_updates_that_are_never_finite_end_the_run(opened: SD3, tmp_path: Path) -> None:
-    run = Run(opened, settings=replace(SETTINGS, rounds=30), suspects=tmp_path)
+    run = Run(opened, settings=replace(SETTINGS, rounds=30), skipped_updates=tmp_path)
     before = run.weights()
     without_gradient(run, range(1000))
     message = r"5 updates in a row .* not finite \(training\.max_skipped_updates\), see .*\.saf"
@@ -291,11 +291,11 @@ def test_updates_that_are_never_finite_end_the_run(opened: SD3, tmp_path: Path) 
     assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the first ones
 
 
-def test_a_suspect_that_cannot_be_written_does_not_stop_the_run(
+def test_a_skipped_update_that_cannot_be_written_does_not_stop_the_run(
     opened: SD3, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "suspects").write_text("a file where the folder should be")
-    run = Run(opened, settings=replace(SETTINGS, rounds=1), suspects=tmp_path / "suspects")
+    (tmp_path / "skipped_updates").write_text("a file where the folder should be")
+    run = Run(opened, settings=replace(SETTINGS, rounds=1), skipped_updates=tmp_path / "skipped_updates")
     without_gradient(run, range(1))
     run.finished()
     assert re.search("was skipped: gradient norm nan, loss .*, and its tensors could not be written", caplog.text)

@@ -105,14 +105,14 @@ def test_metrics_of_parts_and_companions_are_logged(tiny_folder: Path) -> None:
     assert other.metrics["companion/error"] > 0 and other.loss > 0
 
 
-def test_rewards_without_spread_do_not_end_a_distillation(tiny_folder: Path) -> None:
-    """The first silent round would stop this run, if it learned from scores."""
+def test_equal_scores_do_not_end_a_distillation(tiny_folder: Path) -> None:
+    """The first round without credit would stop this run, if it learned from scores."""
     tiny = SD3.load(tiny_folder, height=32, width=32)
     sizes = {"prompts_per_round": 1, "group_size": 2, "batch_size": 2, "micro_batch": None}
-    settings = replace(ONCE, rounds=1, max_silent_rounds=1, **sizes)
+    settings = replace(ONCE, rounds=1, max_rounds_without_credit=1, **sizes)
     trainer = _trainer(tiny, consistency(steps=2), settings, lambda samples, _: torch.ones(len(samples)))
     (result,) = trainer.rounds()
-    assert result.zero_std_share == 1.0 and not trainer.learner.silent
+    assert result.zero_std_share == 1.0 and not trainer.learner.without_credit
 
 
 def test_students_are_distilled_from_a_pool(tiny: SD3, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_students_are_distilled_from_a_pool(tiny: SD3, tmp_path: Path) -> None:
         rewards = [NamedReward("human", redness)]
         (result,) = Trainer(tiny, policy, rewards, prompts, recipe, settings, TWO_STEPS).rounds()
         assert result.reward == 1.5 and result.grad_norm > 0  # the column of the pool
-    with pytest.raises(ValueError, match="learns from the steps of its own samples, which a pool has not"):
+    with pytest.raises(ValueError, match="learns from the sampling steps of its own samples"):
         Trainer(tiny, policy, rewards, prompts, reward_instruct(), settings, TWO_STEPS)
 
 
@@ -164,7 +164,9 @@ def test_a_student_samples_without_guidance(tiny: SD3) -> None:
     policy, rewards = Policy(tiny.denoiser, Lora(rank=2), seed=0), [NamedReward("red", redness)]
     for recipe in (consistency(guidance=3.0), distribution_matching(guidance=3.0)):
         guided = replace(TWO_STEPS, guidance=2.0)
-        with pytest.raises(ValueError, match=r"guidance 3 in its weights: set sampling\.guidance to 1 or null, not 2"):
+        with pytest.raises(
+            ValueError, match=r"which has guidance 3 in its weights: set sampling\.guidance to 1 or null, not 2"
+        ):
             Trainer(tiny, policy, rewards, PROMPTS, recipe, ONCE, guided)
     assert reward_instruct().objective.traits.student_guidance is None  # type: ignore[attr-defined]
     assert reward_instruct(ascent=Ascent()).companion is None

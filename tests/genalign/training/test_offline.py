@@ -27,7 +27,7 @@ from genalign.scoring.budget import reward_call
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.dry_run import ToyPipeline, dry_run
-from genalign.training.offline import pool_of, recorded
+from genalign.training.offline import pool_of, stored_score
 from genalign.training.pools import INFO, Pool, PoolInfo, PoolSample, drawn_group, part_files, write_part
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
@@ -60,7 +60,7 @@ def _trainer(
     settings: TrainerSettings | None = None,
 ) -> Trainer:
     policy = Policy(tiny.denoiser, Lora(rank=2), seed=0)
-    rewards = rewards or [NamedReward("human", recorded)]
+    rewards = rewards or [NamedReward("human", stored_score)]
     prompts = Pool.load(folder).prompts
     return Trainer(tiny, policy, rewards, prompts, recipe, settings or _settings(folder), SAMPLING)
 
@@ -109,7 +109,7 @@ def test_latents_that_are_not_finite_cost_their_own_score_only(tiny: SD3, tmp_pa
     latents[1, 0, 0, 0] = torch.nan
     write_part(tmp_path, 0, latents, [PoolSample(Prompt("a"), {"human": float(number)}) for number in range(3)])
     settings = replace(_settings(tmp_path, rounds=1), prompts_per_round=1, batch_size=3, max_failed_fraction=0.5)
-    rewards = [NamedReward("human", recorded), NamedReward("red", redness)]
+    rewards = [NamedReward("human", stored_score), NamedReward("red", redness)]
     trainer = _trainer(tiny, tmp_path, sft(draws=1), rewards, settings)
     (result,) = trainer.rounds()
     assert result.failed_rewards == 2 and trainer.policy.updates == 1 and result.skipped_updates == 0
@@ -125,8 +125,8 @@ def test_a_pool_of_single_samples_is_learned_from(tiny: SD3, tmp_path: Path, rec
     samples = [PoolSample(Prompt(f"{number} circles"), {"human": float(number % 2)}) for number in range(4)]
     write_part(tmp_path, 0, torch.randn(4, *tiny.latent_shape, generator=torch.Generator().manual_seed(2)), samples)
     settings = _settings(tmp_path, rounds=1, prompts_per_round=4, group_size=1, batch_size=4)
-    rewards = [NamedReward("human", recorded, 0.0), NamedReward("red", redness)]
-    rewards = rewards if traits_of(recipe.objective).reward_gradients else [NamedReward("human", recorded)]
+    rewards = [NamedReward("human", stored_score, 0.0), NamedReward("red", redness)]
+    rewards = rewards if traits_of(recipe.objective).reward_gradients else [NamedReward("human", stored_score)]
     trainer = _trainer(tiny, tmp_path, recipe, rewards, settings)
     weights = [parameter.detach().clone() for parameter in trainer.policy.parameters]
     (result,) = trainer.rounds()
@@ -142,7 +142,7 @@ def test_single_samples_are_refused_by_recipes_that_compare(tiny: SD3, tmp_path:
     with pytest.raises(ValueError, match=r"group_size is 1, and this recipe compares the samples of a prompt: set it"):
         _trainer(tiny, tmp_path, recipe, settings=settings)
     with pytest.raises(ValueError, match=r"such as sft, kto or consistency"):
-        dry_run(ToyPipeline.like(tiny, SAMPLING), [NamedReward("human", recorded)], PROMPTS, recipe, settings, 1.0)
+        dry_run(ToyPipeline.like(tiny, SAMPLING), [NamedReward("human", stored_score)], PROMPTS, recipe, settings, 1.0)
 
 
 def test_small_groups_are_left_out_with_a_line_that_counts_them(
@@ -175,7 +175,7 @@ def test_rewards_are_followed_for_the_user_whose_group_was_drawn(tiny: SD3, tmp_
 
 
 def test_other_rewards_score_the_decoded_samples(tiny: SD3, tmp_path: Path) -> None:
-    rewards = [NamedReward("human", recorded, 0.0), NamedReward("red", redness)]
+    rewards = [NamedReward("human", stored_score, 0.0), NamedReward("red", redness)]
     (result,) = _trainer(tiny, _pool(tiny, tmp_path), dragon(draws=1), rewards, _settings(tmp_path, rounds=1)).rounds()
     assert result.calls["decode"] == 6 and result.calls[reward_call("red")] == 6
     assert reward_call("human") not in result.calls
@@ -214,7 +214,7 @@ def _pairs(tiny: SD3, folder: Path) -> Path:
     return folder
 
 
-RPO_REWARDS = [NamedReward("likeness", recorded), NamedReward("preference", recorded, 0.0)]
+RPO_REWARDS = [NamedReward("likeness", stored_score), NamedReward("preference", stored_score, 0.0)]
 
 
 def test_a_preference_is_drawn_anew_in_every_round_by_its_reward() -> None:
@@ -237,7 +237,7 @@ def test_groups_that_are_no_pair_of_a_reference_teach_nothing() -> None:
     names = ("likeness", "preference")
     made = RoundScores(scores, (1.0, 0.0), torch.arange(3).repeat_interleave(2), names=names, seed="0")
     assert DrawnPreference()(made)[:4].tolist() == [0.0] * 4
-    with pytest.raises(UnsuitableScoresError, match="no group of this round is a reference and a generated sample"):
+    with pytest.raises(UnsuitableScoresError, match="no group of this round has one reference and one generated"):
         DrawnPreference()(replace(made, scores=torch.ones(6, 2)))
     with pytest.raises(ValueError, match="names the reward 'other'"):
         DrawnPreference("other")(made)
@@ -261,7 +261,7 @@ def test_a_resumed_run_draws_the_same_preferences(tmp_path: Path, tiny_folder: P
 
 def test_a_dry_run_counts_no_sampling(tiny: SD3, tmp_path: Path) -> None:
     settings = _settings(_pool(tiny, tmp_path))
-    rewards, recipe = [NamedReward("human", recorded)], sft(draws=2)
+    rewards, recipe = [NamedReward("human", stored_score)], sft(draws=2)
     toy = ToyPipeline.like(tiny, SAMPLING)
     planned = dry_run(toy, rewards, Pool.load(tmp_path).prompts, recipe, settings, 1.0)
     trainer = _trainer(tiny, tmp_path, recipe, settings=settings)
@@ -271,7 +271,7 @@ def test_a_dry_run_counts_no_sampling(tiny: SD3, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [flow_grpo(window=1), dense_grpo(window=1), nft()], ids=["steps", "dense", "lag"])
 def test_recipes_that_need_their_own_samples_are_refused(tiny: SD3, tmp_path: Path, recipe: Recipe) -> None:
-    with pytest.raises(ValueError, match=r"which a pool has not: choose one|which a pool has been: choose one"):
+    with pytest.raises(ValueError, match=r"which a pool does not contain|but those of a pool exist already"):
         _trainer(tiny, _pool(tiny, tmp_path), recipe)
 
 
@@ -280,22 +280,22 @@ def test_pools_of_others_are_refused(tiny: SD3, tmp_path: Path) -> None:
     pool = Pool.load(folder)
     with pytest.raises(ValueError, match=r"latents of another autoencoder .*: collect a pool with this model"):
         pool.require("another", tiny.latent_shape)
-    with pytest.raises(ValueError, match=r"latents of \d+x\d+x\d+, and the model samples 4x8x8: set its size alike"):
+    with pytest.raises(ValueError, match=r"latents of \d+x\d+x\d+, but the model samples 4x8x8: set the same size"):
         pool.require(tiny.autoencoder, (4, 8, 8))
-    with pytest.raises(ValueError, match=r"no samples of the prompts of others: name the pool as prompts, too"):
+    with pytest.raises(ValueError, match=r"no samples of the prompts in others: set prompts to the pool, too"):
         pool.restricted(PromptSet("others", (Prompt("a ring"),)))
-    with pytest.raises(FileNotFoundError, match=r"is no pool: it has no pool.json; make one with genalign collect"):
+    with pytest.raises(FileNotFoundError, match=r"is not a pool: it has no pool.json; make one with genalign collect"):
         Pool.load(tmp_path)
-    with pytest.raises(ValueError, match=r"genalign.recorded is a column of a pool"):
-        recorded(Tensor(), [])
+    with pytest.raises(ValueError, match=r"genalign.stored_score is a column of a pool"):
+        stored_score(Tensor(), [])
     tensors, lines = part_files(folder, 1)
     lines.write_text(lines.read_text() + lines.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match=r"part-00001.safetensors holds latents of .*: collect the pool again"):
         Pool.load(folder)
     tensors.unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no .*part-00001.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"part-00001.safetensors is missing"):
         Pool.load(folder)
     info = json.loads((folder / INFO).read_text())
     (folder / INFO).write_text(json.dumps(info | {"format": 9}))
-    with pytest.raises(ValueError, match=r"has the format 9, and this version reads 1"):
+    with pytest.raises(ValueError, match=r"has format 9, but this version reads format 1"):
         Pool.load(folder)

@@ -97,7 +97,7 @@ def test_groups_and_batches_that_a_loss_ties_together_stay_whole() -> None:
         settings.fit(prompts(4), "group")
     with pytest.raises(ValueError, match=r"micro_batch 4 must be a multiple of group_size 6"):
         replace(settings, batch_size=12, micro_batch=4).fit(prompts(4), "group")
-    with pytest.raises(ValueError, match=r"ties a whole batch together: leave training.micro_batch out"):
+    with pytest.raises(ValueError, match=r"couples a whole batch: leave training.micro_batch out"):
         replace(settings, batch_size=12, micro_batch=6).fit(prompts(4), "batch")
 
 
@@ -120,7 +120,7 @@ def test_a_seed_is_one_that_torch_takes_or_refused(seed: int) -> None:
     try:
         TrainerSettings(seed=seed)
     except ValueError as error:
-        assert f"training.seed must fit into 64 bits, not be {seed}" in str(error)
+        assert f"training.seed must fit into 64 bits, which {seed} does not" in str(error)
         with pytest.raises((ValueError, RuntimeError), match="Overflow"):
             torch.Generator().manual_seed(seed)
     else:

@@ -25,7 +25,7 @@ from tests.genalign.training.toy_runs import signals
 
 RATE = 0.01
 ONE_SAMPLE = ["--before_after.samples_per_task=1", "--before_after.seeds=1"]
-DEMO = TimeBudget(training_minutes=5, total_minutes=8, least_rounds=8)
+DEMO = TimeBudget(training_minutes=5, total_minutes=8, min_rounds=8)
 
 
 def test_the_rounds_that_fit_take_no_longer_with_what_is_observed_between_them() -> None:
@@ -79,9 +79,9 @@ def test_too_little_time_is_a_line_and_the_fewest_rounds_allowed(
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: 400.0)
     fitter = RoundFitter(budget, 0.0, 300.0, [], lambda rounds: None, training_started=340.0)
     rounds = fitter.fit(FakeTrainer(60.0))
-    assert rounds == max(fits, budget.least_rounds)
+    assert rounds == max(fits, budget.min_rounds)
     (line,) = caplog.messages
-    assert ("the fewest allowed, although the time budget has room for 1 only" in line) == (fits == 1)
+    assert ("the minimum, although only 1 fit the time budget" in line) == (fits == 1)
     assert "the first took 60.0 s" in line and f"about 0:{rounds:02d}:00 of training" in line
     warm = FittedSettings(warmup_rounds=20)  # the schedule needs a round after its warm-up
     assert fitter.fit(FakeTrainer(60.0, warm)) == 21
@@ -103,7 +103,7 @@ def test_evaluations_at_intervals_of_time_are_counted_too(monkeypatch: pytest.Mo
     [
         ({"training_minutes": 0.0}, r"time_budget\.training_minutes must be positive, not 0\.0; null sets no limit"),
         ({"total_minutes": -1.0}, r"time_budget\.total_minutes must be positive"),
-        ({"least_rounds": 1}, r"time_budget\.least_rounds must be at least 2, not 1"),
+        ({"min_rounds": 1}, r"time_budget\.min_rounds must be at least 2, not 1"),
     ],
 )
 def test_impossible_budgets_are_refused(settings: dict[str, Any], message: str) -> None:

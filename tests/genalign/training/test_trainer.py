@@ -75,7 +75,7 @@ LEARNING: dict[str, Callable[[], Recipe]] = {
     "sft": lambda: sft(draws=1),
     "rwr": lambda: rwr(draws=1),
 }
-SILENT: dict[str, Callable[[], Recipe]] = {
+WITHOUT_CREDIT: dict[str, Callable[[], Recipe]] = {
     "flow_grpo": lambda: flow_grpo(window=1),
     "nft, which holds the policy in place": lambda: nft(draws=1),
     "prdp, whose credit is the score": lambda: prdp(window=1),
@@ -83,42 +83,43 @@ SILENT: dict[str, Callable[[], Recipe]] = {
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_round_of_groups_without_spread_is_not_silent_where_it_teaches(tiny: SD3, name: str) -> None:
-    settings = replace(SETTINGS, rounds=1, max_silent_rounds=1)
+def test_a_round_of_zero_variance_groups_counts_where_the_recipe_learns_from_it(tiny: SD3, name: str) -> None:
+    settings = replace(SETTINGS, rounds=1, max_rounds_without_credit=1)
     trainer = toy_trainer(tiny, LEARNING[name](), _by_prompt, settings)
     before = weights(trainer)
     (result,) = trainer.rounds()
-    assert result.zero_std_share == 1.0 and not trainer.learner.silent
+    assert result.zero_std_share == 1.0 and not trainer.learner.without_credit
     assert not all(torch.equal(old, new) for old, new in zip(before, weights(trainer), strict=True))
 
 
-@pytest.mark.parametrize("name", SILENT)
-def test_rounds_that_teach_nothing_end_a_run(tiny: SD3, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    settings = replace(SETTINGS, rounds=3, max_silent_rounds=2)
-    trainer = toy_trainer(tiny, SILENT[name](), _by_prompt, settings)
+@pytest.mark.parametrize("name", WITHOUT_CREDIT)
+def test_rounds_without_credit_end_a_run(tiny: SD3, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = replace(SETTINGS, rounds=3, max_rounds_without_credit=2)
+    trainer = toy_trainer(tiny, WITHOUT_CREDIT[name](), _by_prompt, settings)
     rounds = trainer.rounds()
     next(rounds)
-    assert "no sample of this round has credit" in caplog.text and trainer.state().numbers["silent_rounds"] == 1
-    with pytest.raises(RewardError, match=r"for 2 rounds no sample had credit \(training\.max_silent_rounds\)"):
+    assert "no sample of this round has credit" in caplog.text and trainer.state().numbers["rounds_without_credit"] == 1
+    with pytest.raises(RewardError, match=r"for 2 rounds no sample had credit \(training\.max_rounds_without_credit\)"):
         next(rounds)
 
 
-def test_without_a_limit_silent_rounds_end_no_run(tiny: SD3) -> None:
-    settings = replace(SETTINGS, rounds=3, max_silent_rounds=None)
+def test_without_a_limit_rounds_without_credit_end_no_run(tiny: SD3) -> None:
+    settings = replace(SETTINGS, rounds=3, max_rounds_without_credit=None)
     trainer = toy_trainer(tiny, flow_grpo(window=1), _by_prompt, settings)
-    assert len(list(trainer.rounds())) == trainer.monitor.silent == 3
-    with pytest.raises(ValueError, match=r"training\.max_silent_rounds must be at least 1, not 0"):
-        replace(SETTINGS, max_silent_rounds=0)
+    assert len(list(trainer.rounds())) == trainer.monitor.rounds_without_credit == 3
+    with pytest.raises(ValueError, match=r"training\.max_rounds_without_credit must be at least 1, not 0"):
+        replace(SETTINGS, max_rounds_without_credit=0)
 
 
 @pytest.mark.parametrize(
-    ("credited", "losses", "silent"), [([False, True], 3, False), ([False, False], 3, True), ([True, True], 0, True)]
+    ("credited", "losses", "without_credit"),
+    [([False, True], 3, False), ([False, False], 3, True), ([True, True], 0, True)],
 )
-def test_ranks_agree_that_a_round_is_silent(credited: list[bool], losses: int, silent: bool) -> None:
+def test_ranks_agree_that_a_round_has_no_credit(credited: list[bool], losses: int, without_credit: bool) -> None:
     """A rank may have no sample with credit where another has some."""
     processes = SimpleNamespace(all_gather_object=lambda own: credited)
     rank: Any = SimpleNamespace(processes=processes, _counts=lambda batches: TermCounts(losses, 0))
-    assert Learner._is_silent(rank, []) is silent
+    assert Learner._is_without_credit(rank, []) is without_credit
 
 
 def test_kl_is_zero_at_the_start_and_grows(tiny: SD3) -> None:
@@ -235,5 +236,5 @@ def test_the_averaged_adapter_is_saved_for_diffusers(tiny: SD3, tiny_folder: Pat
 def test_a_pipeline_that_cannot_write_weights_is_named(tiny: SD3, tmp_path: Path) -> None:
     trainer = toy_trainer(tiny, flow_grpo())
     trainer.pipeline.pipeline = Mock(spec=["path"])
-    with pytest.raises(TypeError, match="Mock has no save_lora and save_denoiser: train a pipeline that has"):
+    with pytest.raises(TypeError, match="Mock has no save_lora and save_denoiser: train a pipeline that defines them"):
         trainer.save(tmp_path)

@@ -42,6 +42,11 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
 
 
+def constant(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward from which no sample has credit."""
+    return torch.zeros(len(samples))
+
+
 signals: list[int] = []  # that the reward below sends to its own process
 
 

@@ -91,7 +91,7 @@ def test_the_parts_of_a_benchmark_are_its_categories() -> None:
     for part, value in answers.items():
         reward = TifaReward(lambda images, texts: torch.tensor([0.2, 0.6, 0.8]), part=part)
         assert reward(IMAGES[:1], [prompt]).tolist() == pytest.approx([value])
-    with pytest.raises(ValueError, match="the questions of 'a dog' have no categories, so that 'entity' selects none"):
+    with pytest.raises(ValueError, match="the questions of 'a dog' have no categories, so 'entity' selects none"):
         TifaReward(Brightness(), part="entity")(IMAGES[:1], [Prompt("a dog", {"questions": ["Is there a dog?"]})])
     with pytest.raises(ValueError, match="the categories of 'a dog' must be a list with one for each of its 2"):
         questions(Prompt("a dog", {"questions": ["a", "b"], "categories": ["entity"]}))

@@ -88,7 +88,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     whole = (tmp_path / name).read_bytes()
     for damaged in (b"", b"no image", whole[: len(whole) // 2], whole[:40]):
         (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"0000\.png cannot be read as an image .*: save it anew as PNG"):
+        with pytest.raises(ValueError, match=r"0000\.png cannot be read as an image .*: save it again as PNG"):
             read_image(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""Adapters in the forms of ComfyUI and kohya, opened by independent readers: the output is that of the trained one."""
+"""Adapters in the formats of ComfyUI and kohya, opened by independent readers: outputs are those of the trained one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pipelines
-from genalign.cli.lora_forms import TrainedAdapter
+from genalign.cli.lora_formats import TrainedAdapter
 from genalign.cli.main import main
 from genalign.diffusion.lora import adapter_file
 from genalign.diffusion.policy import Lora, Policy
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*weight_norm.* is deprecated:FutureWarning",  # diffusers, in the autoencoder of audio
 )
 PROMPTS = ["a red circle", "two blue squares"]
-FORMS = [
+FORMATS = [
     ("sd3", "comfy"),
     ("flux", "comfy"),
     ("qwen_image", "comfy"),
@@ -72,9 +72,9 @@ def _write_run(pipeline: DiffusersPipeline, base: Path, folder: Path, lora: Lora
     (folder / "environment.json").write_text("{}")
 
 
-def _export(run: Path, form: str) -> Path:
+def _export(run: Path, format: str) -> Path:
     output = run.parent / "my-lora"
-    assert main(["export", "--run", str(run), "--output", str(output), "--form", form]) == 0
+    assert main(["export", "--run", str(run), "--output", str(output), "--format", format]) == 0
     return output / "my-lora.safetensors"
 
 
@@ -95,12 +95,12 @@ def _merge_as_comfyui(network: nn.Module, state: Mapping[str, Tensor]) -> set[st
     return read
 
 
-@pytest.mark.parametrize(("family", "form"), FORMS)
+@pytest.mark.parametrize(("family", "format"), FORMATS)
 def test_an_adapter_is_as_strong_with_every_reader_as_it_was_trained(
-    family: str, form: str, checkpoints: dict[str, Path], tmp_path: Path
+    family: str, format: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     expected = _run(checkpoints[family], tmp_path / "run")
-    file = _export(tmp_path / "run", form)
+    file = _export(tmp_path / "run", format)
     plain, own, merged = (pipelines.load(checkpoints[family], height=64, width=64) for _ in range(3))
     scale = float((expected - _output(plain)).abs().max())
     assert scale > 0.01  # the adapter does something
@@ -147,7 +147,7 @@ def test_the_header_of_an_adapter_for_diffusers_or_peft_says_it_too(
     pipeline = pipelines.load(checkpoints[family], **size)
     run = tmp_path / "run"
     _write_run(pipeline, checkpoints[family], run, Lora(rank=4, alpha=12))
-    assert main(["export", "--run", str(run), "--output", str(tmp_path / "my-lora"), "--form", "lora"]) == 0
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "my-lora"), "--format", "lora"]) == 0
     file = adapter_file(tmp_path / "my-lora")
     with safe_open(file, "pt") as content:
         header = content.metadata()
@@ -163,17 +163,17 @@ def test_a_form_without_names_for_the_family_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path, error: Callable[..., str]
 ) -> None:
     refused = [
-        ("sana", "comfy", "--form comfy has no names for the layers of a SanaPipeline, only for those of Stable"),
+        ("sana", "comfy", "--format comfy has no names for the layers of a SanaPipeline, only for those of Stable"),
         (
             "sd3",
             "kohya",
-            "--form kohya has no names for the layers of a StableDiffusion3Pipeline, only for those of St",
+            "--format kohya has no names for the layers of a StableDiffusion3Pipeline, only for those of St",
         ),
     ]
-    for family, form, message in refused:
+    for family, format, message in refused:
         _run(checkpoints[family], tmp_path / family)
         output = tmp_path / "out"
-        assert message in error("export", "--run", str(tmp_path / family), "--output", str(output), "--form", form)
+        assert message in error("export", "--run", str(tmp_path / family), "--output", str(output), "--format", format)
         assert not output.exists()
 
 
@@ -194,5 +194,5 @@ def test_settings_of_peft_become_a_scale(checkpoints: dict[str, Path], tmp_path:
     mixed = adapter("mixed", rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 6})
     scales = {layer.rpartition(".")[2]: (mixed.rank(layer), alpha) for layer, alpha in mixed.alphas.items()}
     assert scales == {"to_q": (4, 8.0), "to_k": (2, 6.0)}
-    with pytest.raises(ValueError, match="which other programs have no name for: export it with --form lora or pipe"):
+    with pytest.raises(ValueError, match="which other programs have no name for: export it with --format lora or pipe"):
         adapter("dora", use_dora=True)

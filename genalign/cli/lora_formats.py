@@ -1,4 +1,4 @@
-"""Adapters in the forms of ComfyUI and kohya: their layer names, full strength, and a header."""
+"""Adapters in the formats of ComfyUI and kohya: their layer names, full strength, and a header."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genalign.diffusion.lora import PEFT_CONFIG, adapter_file, sort_metadata, st
 from genalign.diffusion.own_adapter import kind_of
 from genalign.runtime.files import apply_umask
 
-LoraForm = Literal["comfy", "kohya"]
+LoraFormat = Literal["comfy", "kohya"]
 
 ARCHITECTURES = {
     "StableDiffusionPipeline": "stable-diffusion-v1",
@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "QwenImagePipeline": "qwen-image",
     "ZImagePipeline": "Z-Image",
 }
-"""The names in ModelSpec of the pipeline classes whose layers ComfyUI knows by diffusers' names."""
+"""The ModelSpec names of the pipeline classes whose layers ComfyUI recognizes by diffusers' names."""
 
 _ENDS = (".lora_A.weight", ".lora_B.weight")
 _KOHYA_VERSIONS = {"StableDiffusionPipeline": "sd_v1", "StableDiffusionXLPipeline": "sdxl_base_v1-0"}
@@ -40,8 +40,8 @@ _KOHYA_VERSIONS = {"StableDiffusionPipeline": "sd_v1", "StableDiffusionXLPipelin
 class TrainedAdapter:
     """The adapter of a denoiser: its component's name, its tensors by PEFT's names, and alpha by layer.
 
-    ``student`` is what its header says of a few-step student, as ``lora.student_metadata`` reads it. The matrices of a
-    layer are applied with the scale alpha / rank, where the rank is that of its tensors.
+    ``student`` is its header's metadata of a few-step student, see ``lora.student_metadata``. The matrices of a layer
+    are applied with the scale alpha / rank, where the rank is that of its tensors.
     """
 
     component: str
@@ -51,12 +51,12 @@ class TrainedAdapter:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read the adapter that a run wrote for diffusers. Raises ValueError for more than two matrices a layer."""
+        """Read the adapter that a run wrote for diffusers. Raises ValueError unless layers have two matrices each."""
         path = adapter_file(folder)
         if kind := kind_of(path):
             raise ValueError(
-                f"{path} is {kind}, which acts differently on each sample: it is not the matrices of a plain LoRA, and"
-                " genalign alone samples with it"
+                f"{path} is {kind}, which acts differently on each sample: it is not a plain LoRA, and only genalign"
+                " can load it"
             )
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
@@ -65,7 +65,8 @@ class TrainedAdapter:
         others = [name for name in own if not name.endswith(_ENDS) or f"{component}.{name}" not in state]
         if others:
             raise ValueError(
-                f"{path} has {others[0]}, which other programs have no name for: export it with --form lora or pipeline"
+                f"{path} has {others[0]}, which other programs have no name for: export it with --format lora or"
+                " pipeline"
             )
         peft = peft_settings(path).get(component, {})
         ranks = {name.removesuffix(_ENDS[0]): len(tensor) for name, tensor in own.items() if name.endswith(_ENDS[0])}
@@ -77,7 +78,7 @@ class TrainedAdapter:
         return len(self.state[f"{layer}{_ENDS[0]}"])
 
     def folded(self) -> dict[str, Tensor]:
-        """The tensors by diffusers' names, with the scale in the second matrix: as strong with any reader."""
+        """The tensors by diffusers' names, with the scale in the second matrix: equally strong in any program."""
         scaled = {f"{layer}{_ENDS[1]}": alpha / self.rank(layer) for layer, alpha in self.alphas.items()}
         return {f"{self.component}.{name}": tensor * scaled.get(name, 1.0) for name, tensor in self.state.items()}
 
@@ -94,9 +95,9 @@ class TrainedAdapter:
 
 
 def lora_header(path: Path, base: Base, description: str) -> dict[str, str]:
-    """Describe the adapter of a run for programs that list such files, by kohya's and ModelSpec's keys.
+    """Describe the adapter of a run with kohya's and ModelSpec's keys, for programs that list such files.
 
-    There is no date, so that equal weights give equal files.
+    There is no date, so equal weights give equal files.
 
     Args:
         path: The file that the run wrote, in the format of diffusers or of PEFT.
@@ -134,7 +135,7 @@ def lora_header(path: Path, base: Base, description: str) -> dict[str, str]:
 
 
 def peft_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """Read PEFT's settings of the adapters in a file of diffusers or PEFT, by component; empty where it has none."""
+    """Read PEFT's settings of the adapters in a file of diffusers or PEFT, by component; empty if it has none."""
     if (file := path.parent / PEFT_CONFIG).is_file():
         return {"": json.loads(file.read_text(encoding="utf-8"))}
     with safe_open(path, framework="pt") as content:
@@ -158,26 +159,26 @@ def _description(base: Base, method: str) -> str:
     return f"Trained from {base.name} by genalign: {method}"
 
 
-def write_lora_form(folder: Path, output: Path, form: LoraForm, base: Base, method: str) -> None:
-    """Write an adapter in the form of another program as the only file of a new folder, of the folder's name.
+def write_lora_format(folder: Path, output: Path, format: LoraFormat, base: Base, method: str) -> None:
+    """Write an adapter in the format of another program, as the only file of a new folder, named like it.
 
     Args:
         folder: The folder of the adapter that a run wrote.
         output: The folder to write.
-        form: Whose names the layers get. ComfyUI takes diffusers' names, but kohya's for a UNet.
+        format: Whose names the layers get. ComfyUI takes diffusers' names, but kohya's for a UNet.
         base: The checkpoint that the adapter belongs to.
         method: The training method, for the header.
 
     Raises:
-        ValueError: A family whose layers have no names there, or an adapter that is not of two matrices a layer.
+        ValueError: The format has no names for the family's layers, or they do not have two matrices each.
     """
-    kind, families = base.index.get("_class_name"), ARCHITECTURES if form == "comfy" else _KOHYA_VERSIONS
+    kind, families = base.index.get("_class_name"), ARCHITECTURES if format == "comfy" else _KOHYA_VERSIONS
     if kind is None:
-        raise ValueError(f"{base.name} has no model_index.json here, which names its family: open it once while online")
+        raise ValueError(f"model_index.json of {base.name} is not on this machine: load the model once while online")
     if kind not in families:
         raise ValueError(
-            f"--form {form} has no names for the layers of a {kind}, only for those of {', '.join(families)}: export it"
-            " with --form lora or pipeline"
+            f"--format {format} has no names for the layers of a {kind}, only for those of {', '.join(families)}:"
+            " export it with --format lora or pipeline"
         )
     adapter = TrainedAdapter.read(folder)
     tensors = adapter.kohya() if adapter.component == "unet" else adapter.folded()
@@ -190,7 +191,7 @@ def write_lora_form(folder: Path, output: Path, form: LoraForm, base: Base, meth
 
 
 def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
-    """The alpha of a layer by PEFT's settings of its adapter, for a scale of alpha / rank."""
+    """The alpha of a layer in PEFT's settings of its adapter, for a scale of alpha / rank."""
     patterns: Mapping[str, float] = settings.get("alpha_pattern") or {}
     own = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)]
     alpha = float(own[0] if own else settings.get("lora_alpha", rank))
