@@ -174,7 +174,7 @@ class DiffusersPipeline(Family):
         self.require_guidance(scale)
         if self.student_guidance is not None and scale > 1:
             raise ValueError(
-                f"these weights are a few-step student's, which has guidance {self.student_guidance:g} in its weights:"
+                f"these weights are a few-step student's, into which guidance {self.student_guidance:g} is distilled:"
                 f" set sampling.guidance to 1 or null, not {scale:g}"
             )
         if self.negative_prompt and scale <= 1 and self.student_guidance is None:
@@ -186,7 +186,7 @@ class DiffusersPipeline(Family):
 
     @property
     def student_guidance(self) -> float | None:
-        """The guidance scale that a few-step student has in its weights; None for any other network."""
+        """The CFG scale that is distilled into a few-step student; None for any other network."""
         scale = self.denoiser.config.get("_student_guidance")
         return None if scale is None else float(scale)
 

@@ -193,7 +193,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "rewards.red.function: rewards.similarity.ReferenceSimilarity needs features, references: set them under"
      " init_args"),
     ("unknown score", (*SHAPES, "--rewards.red.function.score", "exact"),
-     "rewards.red.function.score: must be one of partial, strict, relaxed"),
+     "rewards.red.function.score: must be one of partial, strict, relaxed, not 'exact'"),
     ("one score for all", (*REWARD, "mine.shapeless"),
      "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
     ("reward raises", (*REWARD, "mine.broken"), "reward 'red' failed on a first batch: KeyError: 'color' (mine.py:9)"),

@@ -150,7 +150,7 @@ def _require_same(output: Path, plain: Mapping[str, Any], version: str) -> None:
         write_json(path, identity)
     elif json.loads(path.read_text("utf-8"))["hash"] != identity["hash"]:
         raise ValueError(
-            f"{output} has an evaluation with other settings or another version of the reward, see its {path.name}:"
+            f"{output} holds an evaluation with other settings or another version of the reward, see its {path.name}:"
             " choose another output, or remove it"
         )
 

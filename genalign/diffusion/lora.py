@@ -26,7 +26,7 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 OWN_WEIGHTS = "genalign_adapter.safetensors"
 """The file of an adapter that is no plain LoRA, see ``genalign.diffusion.own_adapter``."""
 STUDENT_GUIDANCE = "genalign.student_guidance"
-"""The entry of an adapter's header for the guidance scale that a few-step student has in its weights."""
+"""The entry of an adapter's header for the CFG scale that is distilled into a few-step student."""
 _PREFIX = "base_model.model."
 
 

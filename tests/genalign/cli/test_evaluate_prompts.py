@@ -285,7 +285,7 @@ def test_folders_are_compared(
     save_images(torch.zeros(1, 3, 8, 8), [Path("one/0.png")])
     assert "other settings (fingerprint)" in error(*arguments, "one", "--output", "a")
     Path("two/1.png").unlink()
-    assert "there is no two/1.png, which two lists" in error(*arguments, "two", "--output", "c")
+    assert "two/1.png, which two lists, is missing" in error(*arguments, "two", "--output", "c")
     Path("prompts.csv").write_text("prompt\na green circle\n")
     message = error(*arguments, "one", "--prompts", "prompts.csv", "--output", "c")
     assert "'a red circle' is not among the prompts of prompts" in message

@@ -152,7 +152,7 @@ def test_invalid_folders_are_refused(tmp_path: Path, error: Callable[..., str]) 
         ('{"file_name": "0.wav"}', 'line 1: expected an object with "file_name" and "prompt"'),
         ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is not a prompt of the tones world"),
         ('{"file_name": "../0.wav", "prompt": "a sine tone"}', "leads out of"),
-        ('{"file_name": "1.wav", "prompt": "a sine tone"}', "there is no"),
+        ('{"file_name": "1.wav", "prompt": "a sine tone"}', "1.wav, which"),
         ("", "has no samples to evaluate: list at least one"),
     ):
         listing.write_text(line + "\n")

@@ -55,7 +55,7 @@ def test_a_run_records_the_guidance_in_the_weights(run: Path, tiny_folder: Path)
 
 def test_a_student_is_not_guided_again(run: Path, tiny_folder: Path, error: Callable[..., str]) -> None:
     common = [f"--model.path={tiny_folder}", f"--rewards.red.function={REWARD}", *SIZE, "--sampling.num_steps=2"]
-    message = "which has guidance 3 in its weights: set sampling.guidance to 1 or null, not 4.5"
+    message = "into which guidance 3 is distilled: set sampling.guidance to 1 or null, not 4.5"
     commands: dict[str, list[str]] = {
         "evaluate": ["evaluate", "prompts", "--prompts=shapes:val", "--samples_per_task=1"],
         "steer": ["steer", "--prompt=a circle", "--strategy=BestOfN", "--strategy.candidates=1"],
@@ -94,7 +94,7 @@ def test_exports_say_that_they_are_a_student(run: Path, tiny_folder: Path, forma
     opened = SD3.load(output if format == "pipeline" else tiny_folder)
     if format != "pipeline":
         opened.load_lora(output)
-    with pytest.raises(ValueError, match="has guidance 3 in its weights"):
+    with pytest.raises(ValueError, match="into which guidance 3 is distilled"):
         opened.guidance_scale(2.0)
 
 

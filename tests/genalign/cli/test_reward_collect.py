@@ -207,7 +207,7 @@ def test_sounds_are_compared_and_judged(tmp_path: Path, capsys: pytest.CaptureFi
     (root / "prompts.jsonl").write_text("".join(lines))
     (comparison,) = _collected(root, tmp_path / "pairs")
     assert all(Path(str(sample.content)).parent.name == "audio" for sample in comparison.samples)
-    for reward, status, message in (("loudness", 0, "1 new and 0 earlier"), ("broken", 2, "none of 1 judgments")):
+    for reward, status, message in (("loudness", 0, "1 new and 0 earlier"), ("broken", 2, "all 1 judgments failed")):
         by = {"class_path": "genalign.reward_learning.labeling.RewardLabeler"}
         by["init_args"] = {"rewards": {"overall": f"{__name__}.{reward}"}}  # type: ignore[assignment]
         (tmp_path / "by.yaml").write_text(yaml.safe_dump({"by": by}))

@@ -120,7 +120,7 @@ def test_200_pairs_teach_shapes_clip_which_scene_is_right(tmp_path: Path, capsys
     assert (run / "reward.safetensors").read_bytes() == before
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 12
     assert main(["reward", "train", "--config", path, "--fit.epochs", "13"]) == 2
-    assert "is of a training with another fit" in capsys.readouterr().err
+    assert "has a training with another fit" in capsys.readouterr().err
     assert (
         main(["reward", "check", "rewards.learned:LearnedReward", "--args.path", str(run), "--samples", "shapes:val"])
         == 0
@@ -306,7 +306,7 @@ def test_several_rounds_of_judgments_are_joined(tmp_path: Path, capsys: pytest.C
     before = (run / "reward.safetensors").read_bytes()
     assert main(["reward", "train", "--config", path, "--preferences", f"[{first}, {second}]"]) == 0
     assert (run / "reward.safetensors").read_bytes() == before
-    assert "is of a training with another preferences" in wrong(capsys, path, "--preferences", f"[{second}, {first}]")
+    assert "has a training with another preferences" in wrong(capsys, path, "--preferences", f"[{second}, {first}]")
     new = ["--output", str(tmp_path / "other")]
     assert "is listed twice" in wrong(capsys, path, "--preferences", f"[{first}, {first}]", *new)
     append_judgments(second, write_judgments(second, 2, seed=2))
@@ -326,11 +326,11 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     append_judgments(tmp_path / "pairs", judgments)
     path = config(tmp_path)
     regression = ["--loss", "genalign.reward_learning.preference_losses.Regression"]
-    assert "Regression learns from judgments of the kind rating, of which none is left" in wrong(
+    assert "Regression learns from judgments of kind rating, of which none is left" in wrong(
         capsys, path, *regression
     )
     assert "exclude_annotators names 'bob'" in wrong(capsys, path, "--exclude_annotators", "[bob]")
-    assert "of the kind pair or ranking, of which none is left" in wrong(capsys, path, "--exclude_annotators", "[ada]")
+    assert "of kind pair or ranking, of which none is left" in wrong(capsys, path, "--exclude_annotators", "[ada]")
     ensemble = ["--fit.members", "2", "--encoder.init_args.blocks", "1"]
     assert "share one encoder, which must be frozen" in wrong(capsys, path, *ensemble)
     clap = {

@@ -165,7 +165,7 @@ def test_a_student_samples_without_guidance(tiny: SD3) -> None:
     for recipe in (consistency(guidance=3.0), distribution_matching(guidance=3.0)):
         guided = replace(TWO_STEPS, guidance=2.0)
         with pytest.raises(
-            ValueError, match=r"which has guidance 3 in its weights: set sampling\.guidance to 1 or null, not 2"
+            ValueError, match=r"into which guidance 3 is distilled: set sampling\.guidance to 1 or null, not 2"
         ):
             Trainer(tiny, policy, rewards, PROMPTS, recipe, ONCE, guided)
     assert reward_instruct().objective.traits.student_guidance is None  # type: ignore[attr-defined]
