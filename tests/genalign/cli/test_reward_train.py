@@ -326,9 +326,7 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     append_judgments(tmp_path / "pairs", judgments)
     path = config(tmp_path)
     regression = ["--loss", "genalign.reward_learning.preference_losses.Regression"]
-    assert "Regression learns from judgments of kind rating, of which none is left" in wrong(
-        capsys, path, *regression
-    )
+    assert "Regression learns from judgments of kind rating, of which none is left" in wrong(capsys, path, *regression)
     assert "exclude_annotators names 'bob'" in wrong(capsys, path, "--exclude_annotators", "[bob]")
     assert "of kind pair or ranking, of which none is left" in wrong(capsys, path, "--exclude_annotators", "[ada]")
     ensemble = ["--fit.members", "2", "--encoder.init_args.blocks", "1"]
