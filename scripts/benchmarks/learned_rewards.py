@@ -64,7 +64,8 @@ class BenchWorld:
 
     def prompts(self, suite: str) -> PromptSet:
         """Load the prompts of a suite of the world."""
-        return {"shapes": shapes, "tones": tones}[self.name].prompts(suite)
+        own: PromptSet = {"shapes": shapes, "tones": tones}[self.name].prompts(suite)
+        return own
 
     def score(self, name: str) -> dict[str, Any]:
         """A score of the verifier as a reward."""

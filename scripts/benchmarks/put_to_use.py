@@ -249,7 +249,7 @@ def references(work: Path) -> None:
     write_prompts(prompts, SHAPES.prompts("train"), SEARCHED, seed=0)
     runs = {}
     for name in ("verifier", "plain_references", "pruned_references"):
-        rewards = {score: {"function": SHAPES.score(score)} for score in ("partial", "strict")}
+        rewards: dict[str, Setting] = {score: {"function": SHAPES.score(score)} for score in ("partial", "strict")}
         if name != "verifier":
             folder = _reference_folder(work, prompts, pruned=name == "pruned_references")
             rewards["real"] = {"weight": 0.5, "function": _tuned_on(folder)}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.benchmarks import reward_pilots
-from scripts.benchmarks.learned_rewards import BenchWorld, Proxy, Setting
+from scripts.benchmarks.learned_rewards import PLAIN, BenchWorld, Proxy, Setting
 from scripts.benchmarks.reward_pilots import PILOTS, described
 
 
@@ -32,7 +33,7 @@ def test_a_pilot_sees_neither_published_seeds_nor_prompts(
     rewards: list[str] = []
 
     def learned(
-        work: Path, world: BenchWorld, proxy: Proxy, seeds: tuple[int, ...], training: Path = reward_pilots.PLAIN
+        work: Path, world: BenchWorld, proxy: Proxy, seeds: tuple[int, ...], training: Path = PLAIN
     ) -> dict[int, Setting]:
         rewards.append(training.stem)
         return {seed: {"class_path": "rewards.learned.LearnedReward", "init_args": {"path": "x"}} for seed in seeds}
@@ -52,7 +53,7 @@ def test_a_run_is_described_with_its_evaluations(tmp_path: Path) -> None:
     gain = {"mean": 0.125, "low": None, "high": 0.25}
     (tmp_path / "gain.json").write_text(json.dumps({"gain": {"strict": gain}}))
     held_out = {"learned": {"mean": 2.0}, "strict": {"mean": 0.4, "low": 0.3, "high": 0.5}}
-    rows = [{"kl": 4.0, "held_out": None}, {"kl": 14.0, "held_out": held_out}]
+    rows: list[dict[str, Any]] = [{"kl": 4.0, "held_out": None}, {"kl": 14.0, "held_out": held_out}]
     lines = [json.dumps({**row, "machine": {"seconds": 60.0 * n}}) for n, row in enumerate(rows, start=1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert described("one", tmp_path).splitlines() == [
