@@ -52,6 +52,7 @@ class Compare:
         base: A training configuration; its path is relative to the file of the comparison.
         runs: Named runs, with their settings that override those of the base.
         seeds: Seeds of the training runs.
+        only: Names of the runs to train and compare, where not all of ``runs``.
         first_seed_only: Names of runs that are trained only with the first seed.
         budgets: "equal" refuses runs with different training.rounds, training.max_nfe, max_seconds or time_budget;
             "own" trains them, without standings at equal cost.
@@ -62,6 +63,7 @@ class Compare:
     base: Path_fr
     runs: dict[str, OwnSettings]
     seeds: list[int]
+    only: list[str] = field(default_factory=list)
     first_seed_only: list[str] = field(default_factory=list)
     budgets: Literal["equal", "own"] = "equal"
     variants: dict[str, OwnSettings] = field(default_factory=dict)
@@ -71,8 +73,9 @@ class Compare:
             raise ValueError("a comparison needs at least one entry in runs and one in seeds")
         if wrong := [name for name in (*self.runs, *self.variants) if not re.fullmatch(r"[\w+-][\w .+-]*", name)]:
             raise ValueError(f"{wrong[0]!r} cannot name a run's folder: use letters, digits, _, -, + and .")
-        if unknown := set(self.first_seed_only) - set(self.runs):
-            raise ValueError(f"first_seed_only names {', '.join(sorted(unknown))}, which is not among the runs")
+        for setting in ("only", "first_seed_only"):
+            if unknown := set(getattr(self, setting)) - set(self.runs):
+                raise ValueError(f"{setting} names {', '.join(sorted(unknown))}, which is not among the runs")
 
     def require_equal_budgets(self, settings: Mapping[str, Train]) -> None:
         """Raise ValueError if the budgets of the runs differ but must be equal.
@@ -94,11 +97,12 @@ class Compare:
 
     def jobs(self) -> list[tuple[str, int]]:
         """List every (run, seed), seed by seed, so an unfinished comparison has equally many seeds of each run."""
-        names = {run: [f"{run}-{name}" for name in self.variants] or [run] for run in self.runs}
+        trained = [run for run in self.runs if run in self.only or not self.only]
+        names = {run: [f"{run}-{name}" for name in self.variants] or [run] for run in trained}
         return [
             (name, seed)
             for place, seed in enumerate(self.seeds)
-            for run in self.runs
+            for run in trained
             if place == 0 or run not in self.first_seed_only
             for name in names[run]
         ]
@@ -192,7 +196,7 @@ def _write_comparison(output: Path, recipes: Mapping[str, Mapping[int, Path]], e
 
 
 def own_settings(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings of each run that override those of the base, combined with those of each variant.
+    """Return the settings of each run to train that override those of the base, combined with those of each variant.
 
     Args:
         plain: The settings of a comparison as plain JSON.
@@ -204,11 +208,12 @@ def own_settings(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for name, own in plain[section].items():
             if not isinstance(own, Mapping):
                 raise ValueError(f"{section}.{name} must be a mapping of settings, as in {{training: {{rounds: 9}}}}")
+    trained = {run: own for run, own in plain["runs"].items() if run in plain["only"] or not plain["only"]}
     if not plain["variants"]:
-        return dict(plain["runs"])
+        return trained
     return {
         f"{run}-{name}": _replaced(own, variant)
-        for run, own in plain["runs"].items()
+        for run, own in trained.items()
         for name, variant in plain["variants"].items()
     }
 

@@ -254,17 +254,23 @@ variants:
         settings.require_equal_budgets(runs)
 
 
-OUTSIDE = [({name: {}}, [], "cannot name a run's folder") for name in ("../x", "/x", "..", "a/b", "")]
+def test_only_the_named_runs_are_trained(source: Path) -> None:
+    settings, runs = _parsed("--config", str(source), "--only", '["dense"]')
+    assert {name for name, _ in settings.jobs()} == runs.keys() == {"dense"}
+
+
+OUTSIDE = [({name: {}}, "cannot name a run's folder") for name in ("../x", "/x", "..", "a/b", "")]
 
 
 @pytest.mark.parametrize(
-    ("runs", "first_seed_only", "message"),
+    ("runs", "named", "message"),
     [
-        *OUTSIDE,
-        ({}, [], "at least one entry in runs and one in seeds"),
-        ({"flow_grpo 2.0": {}}, ["b"], "first_seed_only names b, which is not among the runs"),
+        *((runs, {}, message) for runs, message in OUTSIDE),
+        ({}, {}, "at least one entry in runs and one in seeds"),
+        ({"flow_grpo 2.0": {}}, {"first_seed_only": ["b"]}, "first_seed_only names b, which is not among the runs"),
+        ({"flow_grpo": {}}, {"only": ["b", "flow_grpo"]}, "only names b, which is not among the runs"),
     ],
 )
-def test_impossible_comparisons(runs: dict[str, Any], first_seed_only: list[str], message: str) -> None:
+def test_impossible_comparisons(runs: dict[str, Any], named: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Compare("out", "base.yaml", {name: OwnSettings(own) for name, own in runs.items()}, [1], first_seed_only)
+        Compare("out", "base.yaml", {name: OwnSettings(own) for name, own in runs.items()}, [1], **named)
