@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from genalign.evaluation.folder import adapter_hash
 from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferencedReward, ReferenceScores
 from genalign.scoring.score import parts
+from genalign.training.pools import PoolInfo
 from genalign.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 _TEXTS_AT_ONCE = 64  # that are encoded and held at once
 
@@ -81,6 +85,18 @@ def require_base(pipeline: Checkpoint, settings: Train) -> None:
     """Raise ValueError if a file of reference scores is of another model than the run starts from."""
     for path, _ in _files(settings.rewards):
         ReferenceScores.load(path).require_base(base_identity(pipeline, settings), path)
+
+
+def warn_of_other_base(pipeline: Checkpoint, settings: Train) -> None:
+    """Log a warning if the samples of the run's pool were made by another model than the run starts from."""
+    folder = settings.training.data
+    denoiser = PoolInfo.read(Path(folder)).denoiser if folder else None
+    if denoiser not in (None, pipeline.fingerprint):
+        logger.warning(
+            "the samples of %s were made by another base model (weights %s, not %s): a recipe that assumes samples of"
+            " the model itself is off-policy on them",
+            *(folder, denoiser, pipeline.fingerprint),
+        )
 
 
 def _files(rewards: Mapping[str, RewardChoice]) -> Iterator[tuple[str, ReferencedReward]]:

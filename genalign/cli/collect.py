@@ -139,7 +139,8 @@ def collect_command(context: CommandContext, arguments: Sequence[str]) -> int:
     if not names:
         raise ValueError(_NO_SCORES)
     origin = {name: value for name, value in plain.items() if name not in ("output", *_OF_REFERENCES)}
-    info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, origin)
+    denoiser = pipeline.fingerprint if settings.prompts is not None else None
+    info = PoolInfo(pipeline.autoencoder, tuple(pipeline.latent_shape), names, origin, denoiser)
     _begin(output, info)
     parts, count = _parts(pipeline, settings, rewards, listed)
     with progress.phase("collecting", count) as advance:

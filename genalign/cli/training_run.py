@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import traits_of, with_stronger_kl
 from genalign.algorithms.reward_gradient import require_gradients
-from genalign.cli.base_samples import require_base
+from genalign.cli.base_samples import require_base, warn_of_other_base
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.evaluate_settings import EvaluationSize
@@ -84,6 +84,8 @@ class TrainingRun:
         rewards = self.rewards
         require_rate(settings, self.pipeline.sample_rate)
         require_base(self.pipeline, settings)
+        if self.processes.is_main:
+            warn_of_other_base(self.pipeline, settings)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = [prompts.training.prompts[0]] * 2
         called = [reward for reward in rewards if reward.function is not stored_score]  # those are columns of a pool

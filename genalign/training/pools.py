@@ -35,12 +35,15 @@ class PoolInfo:
         latent_shape: The shape of a sample's latents.
         scores: The names of the scores.
         made_by: How the pool was made, for human readers.
+        denoiser: The fingerprint of the denoiser that sampled the latents, without its adapter; None for samples that
+            were not made by the model, or where it is not known.
     """
 
     autoencoder: str
     latent_shape: tuple[int, ...]
     scores: tuple[str, ...]
     made_by: Mapping[str, Any]
+    denoiser: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write pool.json, with the version of the format."""
@@ -55,7 +58,8 @@ class PoolInfo:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.get("format") != FORMAT:
             raise ValueError(f"{path} has format {value.get('format')}, but this version reads format {FORMAT}")
-        return cls(value["autoencoder"], tuple(value["latent_shape"]), tuple(value["scores"]), value["made_by"])
+        shape, scores = tuple(value["latent_shape"]), tuple(value["scores"])
+        return cls(value["autoencoder"], shape, scores, value["made_by"], value.get("denoiser"))
 
 
 @dataclass(frozen=True)

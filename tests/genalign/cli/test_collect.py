@@ -38,7 +38,9 @@ def _picture(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (3
     return content.getvalue()
 
 
-def test_a_pool_of_a_model_is_collected_resumed_and_learned_from(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_pool_of_a_model_is_collected_resumed_and_learned_from(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "prompts.txt").write_text("a circle\ntwo squares\n")
     config = _config(tmp_path / "pool.yaml", tiny_folder, prompts=str(tmp_path / "prompts.txt"))
     assert main(["collect", "--config", config]) == 0
@@ -67,6 +69,12 @@ def test_a_pool_of_a_model_is_collected_resumed_and_learned_from(tiny_folder: Pa
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and "decode" not in rows[1]["calls"] and (tmp_path / "run" / "lora").is_dir()
+    assert "another base" not in caplog.text
+
+    info = tmp_path / "pool" / "pool.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"denoiser": "0123"}))
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "other")]) == 0
+    assert "pool were made by another base model (weights 0123, not" in caplog.text
 
 
 def test_images_of_others_are_fitted_encoded_and_scored(tiny_folder: Path, tmp_path: Path) -> None:
