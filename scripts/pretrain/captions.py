@@ -50,12 +50,12 @@ def one_of(mistakes: Iterable[Prompt], seen: frozenset[str], otherwise: Prompt, 
     return wrong[rng.integers(len(wrong))] if wrong else otherwise
 
 
-def hidden_words(captions: int, length: int, generator: torch.Generator) -> Tensor:
-    """Mask (captions, length) bool of words to hide: a third of the words of every fifth caption.
+def hidden_words(captions: int, length: int, generator: torch.Generator, share: float = 0.2) -> Tensor:
+    """Mask (captions, length) bool of words to hide: a third of the words of a ``share`` of the captions.
 
     A model that reads every word beside the same others learns compositions by heart, and draws no new ones.
     """
-    hide = torch.rand(captions, 1, generator=generator) < 0.2
+    hide = torch.rand(captions, 1, generator=generator) < share
     return hide & (torch.rand(captions, length, generator=generator) < 1 / 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from genalign.worlds import shapes, tones
@@ -39,8 +40,9 @@ def test_tones_lose_words_and_no_end() -> None:
     assert tokens.eos_token_id in everything
 
 
-def test_a_third_of_the_words_of_every_fifth_caption_is_hidden() -> None:
-    hidden = hidden_words(4000, 8, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_a_third_of_the_words_of_a_share_of_the_captions_is_hidden(share: float) -> None:
+    hidden = hidden_words(4000, 8, torch.Generator().manual_seed(0), share)
     rows = hidden.any(1)
-    assert abs(float(rows.float().mean()) - 0.2 * (1 - (2 / 3) ** 8)) < 0.02
+    assert abs(float(rows.float().mean()) - share * (1 - (2 / 3) ** 8)) < 0.02
     assert abs(float(hidden[rows].float().mean()) - 1 / 3 / (1 - (2 / 3) ** 8)) < 0.02
