@@ -17,6 +17,7 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import SeededSamples
 from genalign.diffusion.transitions import ODE
 from genalign.evaluation.folder import adapter_hash
+from genalign.runtime.distributed import ProcessGroup
 from genalign.scoring.descriptions import describe
 from genalign.scoring.reference_scores import ReferencedReward, ReferenceScores
 from genalign.scoring.score import parts
@@ -87,11 +88,11 @@ def require_base(pipeline: Checkpoint, settings: Train) -> None:
         ReferenceScores.load(path).require_base(base_identity(pipeline, settings), path)
 
 
-def warn_of_other_base(pipeline: Checkpoint, settings: Train) -> None:
-    """Log a warning if the samples of the run's pool were made by another model than the run starts from."""
+def warn_of_other_base(pipeline: Checkpoint, settings: Train, processes: ProcessGroup) -> None:
+    """Log a warning, on the main rank, if another model than the run starts from made the samples of its pool."""
     folder = settings.training.data
     denoiser = PoolInfo.read(Path(folder)).denoiser if folder else None
-    if denoiser not in (None, pipeline.fingerprint):
+    if processes.is_main and denoiser not in (None, pipeline.fingerprint):
         logger.warning(
             "the samples of %s were made by another base model (weights %s, not %s): a recipe that assumes samples of"
             " the model itself is off-policy on them",

@@ -84,8 +84,7 @@ class TrainingRun:
         rewards = self.rewards
         require_rate(settings, self.pipeline.sample_rate)
         require_base(self.pipeline, settings)
-        if self.processes.is_main:
-            warn_of_other_base(self.pipeline, settings)
+        warn_of_other_base(self.pipeline, settings, self.processes)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = [prompts.training.prompts[0]] * 2
         called = [reward for reward in rewards if reward.function is not stored_score]  # those are columns of a pool

@@ -150,7 +150,7 @@ class RewardLabeler:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The names of ``rewards``."""
+        """The dimensions that it judges: the names of its ``rewards``."""
         return tuple(self.rewards)
 
     def label(
@@ -242,7 +242,7 @@ class JudgeLabeler:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The names of ``judges``."""
+        """The dimensions that it judges: the names of its ``judges``."""
         return tuple(self.judges)
 
     def label(
